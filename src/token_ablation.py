@@ -1,0 +1,174 @@
+"""Stage 1: find the prompt tokens that push the model to one answer or the other, and what the
+hidden states lose when those tokens are ablated.
+
+For every steering example (a prompt with a preferred and a dispreferred answer) the prompt's
+tokens are attributed once; for each --top the k selected tokens are ablated, and the last-position
+hidden states of all layers are kept, plain and ablated.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import torch
+
+from grains import ablation, cli, prompts, runs
+from grains.attribution import BASELINES, SCOPES, Settings, attribute, moved, text_baseline
+from grains.errors import UserError
+
+
+def flags():
+    parser = cli.parser(__doc__)
+    cli.add_model_flags(parser, "llama-3.1-8b-instruct")
+    cli.add_data_flags(parser, "truthfulqa")
+    cli.add_stage1_flags(parser, top_k=10)
+    group = parser.add_argument_group("attribution in detail")
+    group.add_argument("--top", nargs="+", default=["pos", "neg"], choices=ablation.TOPS,
+                       help="tokens to ablate: largest, smallest, largest magnitude, or random "
+                            "ones (control); several share one attribution")
+    group.add_argument("--ig_steps", default="auto",
+                       help="points of the Gauss-Legendre rule (the paper's: 20), or auto: refine "
+                            "until complete")
+    group.add_argument("--ig_baseline", default=Settings.baseline, choices=BASELINES,
+                       help="embedding the path starts from (the paper's: zeros)")
+    group.add_argument("--attribute", default=Settings.attribute, choices=SCOPES,
+                       help="positions that move along the path and may be ablated: content (the "
+                            "user's words) or all (the paper's)")
+    group.add_argument("--ig_tolerance", type=float, default=Settings.tolerance,
+                       help="auto: completeness error allowed, as a share of |f(x) - f(b)|")
+    group.add_argument("--ig_max_points", type=int, default=Settings.max_points,
+                       help="auto: gradients spent on an example at most")
+    group.add_argument("--replacement", default="pad", choices=("pad", "unk"),
+                       help="token whose embedding takes an ablated token's place")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_path_meta", help="CSV of attributions and log-likelihoods "
+                       "(default: results/llm/token_attribution/...)")
+    group.add_argument("--output_path_hidden", help="safetensors file of hidden states (default: "
+                       "data/llm/hidden_states/...); with several --top the selection is put "
+                       "before its ending")
+    return parser
+
+
+def main() -> None:
+    args = flags().parse_args()
+    tops = list(dict.fromkeys(args.top))
+    settings = Settings(args.attribution, args.grad_method, args.ig_baseline, args.attribute,
+                        ig_steps(args.ig_steps), args.ig_tolerance, args.ig_max_points)
+    meta, hidden = cli.stage1_paths(args, tops)
+
+    examples = [example.pair() for example in cli.steering_examples(args)]
+    lm = cli.load_model(args)
+    encoded = [prompts.encode(lm, example, args.prompt_style) for example in examples]
+
+    manifest = cli.stage1_manifest(args, lm, examples, settings)
+    size = 6 * (len(lm.layers) + 1) * lm.hidden_size * 4 * len(examples) * len(tops)
+    run = runs.Run([meta, *hidden.values()], manifest | {"top": tops}, args.overwrite, 2 * size)
+    if run.finished:
+        print("nothing to do: these results are already there")
+    else:
+        replacement = text_baseline(lm, args.replacement)
+        for unit in run.todo(len(encoded), "token ablation"):
+            run.save(unit, *one_example(lm, encoded[unit], settings, tops, args, replacement, unit))
+        units = run.merge(len(encoded))
+        if units is not None:
+            write(units, meta, hidden, manifest)
+        run.finish()
+    summary(meta, hidden, settings, args.top_k)
+
+
+def ig_steps(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--ig_steps {text}: expected a whole number of at least 1, or auto")
+    return int(text)
+
+
+def one_example(lm, encoded, settings, tops, args, replacement, unit):
+    """Attribute, ablate and read one example: its tensors, and a row for each selection."""
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + unit)
+    attributions = attribute(lm, encoded, settings, args.batch_tokens, generator)
+    candidates = encoded.words & moved(encoded, settings.attribute)
+
+    # Contrastive: one selection for both responses. Normal: one for each.
+    chosen = {top: [ablation.select(torch.from_numpy(item.scores), candidates, args.top_k, top,
+                                    generator) for item in attributions] for top in tops}
+    variants = [positions for top in tops for positions in chosen[top]]
+    states = ablation.hidden_states(
+        lm, encoded, variants, replacement.expand(len(encoded.words), -1), args.batch_tokens)
+    if not torch.isfinite(states.log_likelihoods).all() or not torch.isfinite(states.last).all():
+        raise UserError(f"example {encoded.example.id}: {lm.name} gives NaN or infinite hidden "
+                        f"states in {lm.dtype}; use --dtype float32 or bfloat16")
+
+    tensors = {"hidden_pos_response": states.last[0, 0], "hidden_neg_response": states.last[0, 1],
+               "norms": states.norms, "gradients": states.gradients}
+    rows = []
+    tokens = lm.tokenizer.convert_ids_to_tokens(encoded.prompt_ids)
+    plain = states.log_likelihoods[0].tolist()
+    for index, top in enumerate(tops):
+        first = 1 + index * len(attributions)
+        last = first + len(attributions) - 1  # the same variant if contrastive
+        tensors[f"hidden_pos_response_ablated.{top}"] = states.last[first, 0]
+        tensors[f"hidden_neg_response_ablated.{top}"] = states.last[last, 1]
+        pos = states.log_likelihoods[first, 0].item()
+        neg = states.log_likelihoods[last, 1].item()
+        rows.append({
+            "id": encoded.example.id, "top": top, "question": encoded.example.question,
+            "chosen": encoded.example.chosen, "rejected": encoded.example.rejected,
+            "f": plain[0] - plain[1], "f_ablated": pos - neg,
+            "log_likelihood_pos": plain[0], "log_likelihood_neg": plain[1],
+            "log_likelihood_pos_ablated": pos, "log_likelihood_neg_ablated": neg,
+            "k": len(chosen[top][0]),
+            "selected_positions": json.dumps(chosen[top]),
+            "selected_tokens": json.dumps([[tokens[i] for i in positions]
+                                           for positions in chosen[top]], ensure_ascii=False),
+            "f_change_along_path": attributions[0].difference,
+            "completeness_error": attributions[0].completeness_error,
+            "completeness_error_relative": attributions[0].relative_error,
+            "completeness_error_relative_worst": max(a.relative_error for a in attributions),
+            "gradients_computed": sum(item.points for item in attributions),
+            "tokens": json.dumps(tokens, ensure_ascii=False),
+            "attributions": json.dumps([np.round(item.scores, 6).tolist()
+                                        for item in attributions]),
+        })
+    return tensors, rows
+
+
+def write(units, meta, hidden, manifest) -> None:
+    """Merge the finished examples into the CSV and one file of hidden states per selection."""
+    tensors, rows = zip(*units, strict=True)
+    shared = ("hidden_pos_response", "hidden_neg_response", "norms", "gradients")
+    arrays = {name: torch.stack([item[name] for item in tensors]) for name in shared}
+    for top, path in hidden.items():
+        ablated = {name: torch.stack([item[f"{name}.{top}"] for item in tensors])
+                   for name in ("hidden_pos_response_ablated", "hidden_neg_response_ablated")}
+        runs.write_tensors(path, arrays | ablated, manifest | {"top": top})
+    runs.write_table(meta, pd.DataFrame([row for part in rows for row in part]))
+
+
+def summary(meta, hidden, settings, top_k) -> None:
+    table = pd.read_csv(meta)
+    once = table.drop_duplicates("id")
+    if settings.grad_method == "integrated_gradients":
+        errors = once.completeness_error_relative_worst
+        above = int((errors > settings.tolerance).sum())
+        print(f"completeness error |sum a - (f(x) - f(b))| / |f(x) - f(b)|: median "
+              f"{errors.median():.1%}, {above} of {len(errors)} examples above "
+              f"{settings.tolerance:.0%}; gradients an example: median "
+              f"{once.gradients_computed.median():.0f}")
+    short = int((once.k < top_k).sum())
+    if short:
+        print(f"warning: {short} prompts have fewer candidate tokens than --top_k; all of theirs "
+              "were ablated")
+    for top, part in table.groupby("top", sort=False):
+        change = (part.f_ablated - part.f).mean()
+        print(f"ablating top '{top}': mean change of f = log P(y+) - log P(y-): {change:+.3f}")
+    print(f"attributions:  {meta}")
+    for top, path in hidden.items():
+        print(f"hidden states: {path} ({top})")
+
+
+if __name__ == "__main__":
+    cli.main(main)
