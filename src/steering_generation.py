@@ -20,11 +20,11 @@ SHOWN = 3
 GENERATION_BATCHES = 8
 
 
-def flags():
-    parser = cli.parser(__doc__)
-    cli.add_model_flags(parser, "llama-3.1-8b-instruct")
-    cli.add_data_flags(parser, "truthfulqa")
-    cli.add_stage1_flags(parser, top_k=10)
+def flags(kind: cli.Kind):
+    parser = cli.parser(__doc__, kind)
+    cli.add_model_flags(parser)
+    cli.add_data_flags(parser)
+    cli.add_stage1_flags(parser)
     cli.add_vector_flags(parser)
     cli.add_grid_flags(parser, chosen_by_default=True)
     cli.add_evaluation_flags(parser)
@@ -38,8 +38,8 @@ def flags():
     return parser
 
 
-def main() -> None:
-    args = flags().parse_args()
+def main(kind: cli.Kind = cli.LLM) -> None:
+    args = flags(kind).parse_args()
     configured = cli.take_chosen_configuration(args)
     states, states_neg = cli.hidden_states_files(args)
     parts = cli.evaluation_parts(args, states)

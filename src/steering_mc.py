@@ -20,19 +20,19 @@ from grains.scoring import Configuration, batches, correct, score
 BASE = Configuration("base", "", (), 0.0)
 
 
-def flags():
-    parser = cli.parser(__doc__)
-    cli.add_model_flags(parser, "llama-3.1-8b-instruct")
-    cli.add_data_flags(parser, "truthfulqa")
-    cli.add_stage1_flags(parser, top_k=10)
+def flags(kind: cli.Kind):
+    parser = cli.parser(__doc__, kind)
+    cli.add_model_flags(parser)
+    cli.add_data_flags(parser)
+    cli.add_stage1_flags(parser)
     cli.add_vector_flags(parser)
     cli.add_grid_flags(parser)
     cli.add_evaluation_flags(parser)
     return parser
 
 
-def main() -> None:
-    args = flags().parse_args()
+def main(kind: cli.Kind = cli.LLM) -> None:
+    args = flags(kind).parse_args()
     states, states_neg = cli.hidden_states_files(args)
     parts = cli.evaluation_parts(args, states)
     lm = cli.load_model(args)

@@ -14,16 +14,23 @@ import numpy as np
 import pandas as pd
 import torch
 
-from grains import ablation, cli, prompts, runs
-from grains.attribution import BASELINES, SCOPES, Settings, attribute, moved, text_baseline
+from grains import ablation, cli, prompts, runs, vision
+from grains.attribution import (
+    BASELINES,
+    IMAGE_BASELINES,
+    SCOPES,
+    Settings,
+    attribute,
+    moved,
+)
 from grains.errors import UserError
 
 
-def flags():
-    parser = cli.parser(__doc__)
-    cli.add_model_flags(parser, "llama-3.1-8b-instruct")
-    cli.add_data_flags(parser, "truthfulqa")
-    cli.add_stage1_flags(parser, top_k=10)
+def flags(kind: cli.Kind):
+    parser = cli.parser(__doc__, kind)
+    cli.add_model_flags(parser)
+    cli.add_data_flags(parser)
+    cli.add_stage1_flags(parser)
     group = parser.add_argument_group("attribution in detail")
     group.add_argument("--top", nargs="+", default=["pos", "neg"], choices=ablation.TOPS,
                        help="tokens to ablate: largest, smallest, largest magnitude, or random "
@@ -34,28 +41,39 @@ def flags():
     group.add_argument("--ig_baseline", default=Settings.baseline, choices=BASELINES,
                        help="embedding the path starts from (the paper's: zeros)")
     group.add_argument("--attribute", default=Settings.attribute, choices=SCOPES,
-                       help="positions that move along the path and may be ablated: content (the "
-                            "user's words) or all (the paper's)")
+                       help="positions that move along the path: content (the user's words and "
+                            "the picture), all (the paper's), image or text alone")
+    group.add_argument("--ablate", default="all", choices=("all", "image", "text"),
+                       help="which of the attributed positions may be ablated")
     group.add_argument("--ig_tolerance", type=float, default=Settings.tolerance,
                        help="auto: completeness error allowed, as a share of |f(x) - f(b)|")
     group.add_argument("--ig_max_points", type=int, default=Settings.max_points,
                        help="auto: gradients spent on an example at most")
     group.add_argument("--replacement", default="pad", choices=("pad", "unk"),
                        help="token whose embedding takes an ablated token's place")
+    if kind.images:
+        group.add_argument("--image_baseline", default=Settings.image_baseline,
+                           choices=IMAGE_BASELINES,
+                           help="where an image token's path starts: the features of a blank "
+                                "picture, the picture's mean feature, zeros (the paper's)")
+        group.add_argument("--image_replacement", default="mean", choices=IMAGE_BASELINES,
+                           help="what takes an ablated image token's place")
     group = parser.add_argument_group("output")
     group.add_argument("--output_path_meta", help="CSV of attributions and log-likelihoods "
-                       "(default: results/llm/token_attribution/...)")
+                       f"(default: results/{kind.name}/token_attribution/...)")
     group.add_argument("--output_path_hidden", help="safetensors file of hidden states (default: "
-                       "data/llm/hidden_states/...); with several --top the selection is put "
-                       "before its ending")
+                       f"data/{kind.name}/hidden_states/...); with several --top the selection is "
+                       "put before its ending")
     return parser
 
 
-def main() -> None:
-    args = flags().parse_args()
+def main(kind: cli.Kind = cli.LLM) -> None:
+    args = flags(kind).parse_args()
     tops = list(dict.fromkeys(args.top))
-    settings = Settings(args.attribution, args.grad_method, args.ig_baseline, args.attribute,
-                        ig_steps(args.ig_steps), args.ig_tolerance, args.ig_max_points)
+    settings = Settings(
+        args.attribution, args.grad_method, args.ig_baseline,
+        getattr(args, "image_baseline", Settings.image_baseline), args.attribute,
+        ig_steps(args.ig_steps), args.ig_tolerance, args.ig_max_points)
     meta, hidden = cli.stage1_paths(args, tops)
 
     examples = [example.pair() for example in cli.steering_examples(args)]
@@ -68,9 +86,8 @@ def main() -> None:
     if run.finished:
         print("nothing to do: these results are already there")
     else:
-        replacement = text_baseline(lm, args.replacement)
         for unit in run.todo(len(encoded), "token ablation"):
-            run.save(unit, *one_example(lm, encoded[unit], settings, tops, args, replacement, unit))
+            run.save(unit, *one_example(lm, encoded[unit], settings, tops, args, unit))
         units = run.merge(len(encoded))
         if units is not None:
             write(units, meta, hidden, manifest)
@@ -86,18 +103,22 @@ def ig_steps(text: str) -> int | None:
     return int(text)
 
 
-def one_example(lm, encoded, settings, tops, args, replacement, unit):
+def one_example(lm, encoded, settings, tops, args, unit):
     """Attribute, ablate and read one example: its tensors, and a row for each selection."""
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + unit)
     attributions = attribute(lm, encoded, settings, args.batch_tokens, generator)
-    candidates = encoded.words & moved(encoded, settings.attribute)
+    kinds = {"all": encoded.words | encoded.image, "image": encoded.image, "text": encoded.words}
+    candidates = moved(encoded, settings.attribute) & kinds[args.ablate]
+    if not candidates.any():
+        raise UserError(f"example {encoded.example.id}: no position is left to ablate with "
+                        f"--attribute {settings.attribute} --ablate {args.ablate}")
 
     # Contrastive: one selection for both responses. Normal: one for each.
     chosen = {top: [ablation.select(torch.from_numpy(item.scores), candidates, args.top_k, top,
                                     generator) for item in attributions] for top in tops}
     variants = [positions for top in tops for positions in chosen[top]]
-    states = ablation.hidden_states(
-        lm, encoded, variants, replacement.expand(len(encoded.words), -1), args.batch_tokens)
+    states = ablation.hidden_states(lm, encoded, variants, args.batch_tokens, args.replacement,
+                                    getattr(args, "image_replacement", "mean"))
     if not torch.isfinite(states.log_likelihoods).all() or not torch.isfinite(states.last).all():
         raise UserError(f"example {encoded.example.id}: {lm.name} gives NaN or infinite hidden "
                         f"states in {lm.dtype}; use --dtype float32 or bfloat16")
@@ -129,11 +150,30 @@ def one_example(lm, encoded, settings, tops, args, replacement, unit):
             "completeness_error_relative": attributions[0].relative_error,
             "completeness_error_relative_worst": max(a.relative_error for a in attributions),
             "gradients_computed": sum(item.points for item in attributions),
+            **image_columns(lm, encoded, attributions[0].scores),
             "tokens": json.dumps(tokens, ensure_ascii=False),
             "attributions": json.dumps([np.round(item.scores, 6).tolist()
                                         for item in attributions]),
         })
     return tensors, rows
+
+
+def image_columns(lm, encoded, scores) -> dict:
+    """What the picture takes of the attribution, and where its tokens lie in it."""
+    image = encoded.image.numpy()
+    if not image.any():
+        return {}
+    positive, negative = np.clip(scores, 0, None), np.clip(-scores, 0, None)
+    size = vision.open_image(encoded.example).size
+    boxes = vision.token_boxes(lm, encoded.inputs, size, int(image.sum()))
+    return {
+        "positive_share_image": positive[image].sum() / max(positive.sum(), 1e-12),
+        "positive_share_text": positive[~image].sum() / max(positive.sum(), 1e-12),
+        "negative_share_image": negative[image].sum() / max(negative.sum(), 1e-12),
+        "negative_share_text": negative[~image].sum() / max(negative.sum(), 1e-12),
+        "image_positions": json.dumps(np.flatnonzero(image).tolist()),
+        "image_boxes": json.dumps([box and [round(x, 2) for x in box] for box in boxes]),
+    }
 
 
 def write(units, meta, hidden, manifest) -> None:

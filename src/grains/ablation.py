@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grains.attribution import Targets, targets
+from grains.attribution import Targets, absent, targets
 from grains.models import LanguageModel
 from grains.prompts import Encoded
 from grains.replay import capture_pack, pack, replay, token_log_probs
@@ -56,13 +56,14 @@ def hidden_states(
     lm: LanguageModel,
     encoded: Encoded,
     ablated: list[list[int]],
-    replacement: Tensor,
     max_tokens: int,
+    text: str = "pad",
+    image: str = "mean",
 ) -> States:
     """Replay an example as it is, and once for every set of ablated prompt positions.
 
     ablated: for each further variant the prompt positions whose embeddings are replaced.
-    replacement: (P, D) what an ablated position gets.
+    text, image: what an ablated word or image token is replaced by (see `absent`).
     Returns `States` with R = 1 + len(ablated) variants, the plain one first.
     """
     packed = pack(encoded.sequences())
@@ -71,9 +72,11 @@ def hidden_states(
     ends = torch.stack([path[-1] for path in packed.paths])
 
     plain = _plain(lm, encoded, captured, terms, ends)
+    prompt = captured.embeds[0, :len(encoded.prompt_ids)]
+    replacement = absent(lm, encoded, prompt, text, image)
     rows = captured.embeds.repeat(len(ablated), 1, 1)
     for row, positions in enumerate(ablated):
-        rows[row, positions] = replacement[positions].to(rows.dtype)
+        rows[row, positions] = replacement[positions]
     last, log_likelihoods = [plain.last], [plain.log_likelihoods]
     with torch.inference_mode():
         for part in rows.split(max(1, max_tokens // rows.shape[1])) if ablated else ():

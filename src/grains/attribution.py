@@ -13,14 +13,16 @@ enough (Sundararajan, Taly, Yan 2017).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from grains import vision
 from grains.models import LanguageModel
 from grains.prompts import Encoded
-from grains.replay import Capture, Pack, capture_pack, pack, replay, token_log_probs
+from grains.replay import Capture, Pack, capture, capture_pack, pack, replay, token_log_probs
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,9 @@ def _simpson(path: StraightPath, low: float, high: float) -> np.ndarray:
 
 OBJECTIVES = ("contrastive", "normal")
 GRAD_METHODS = ("integrated_gradients", "smoothgrad", "vanilla")
-BASELINES = ("unk", "pad", "mean", "zeros")
-SCOPES = ("content", "all")
+BASELINES = ("mean", "pad", "unk", "zeros")
+IMAGE_BASELINES = ("blank", "mean", "zeros")
+SCOPES = ("content", "all", "image", "text")
 
 
 @dataclass(frozen=True)
@@ -219,10 +222,13 @@ class Settings:
 
     objective: contrastive (log P(y+) - log P(y-)) or normal (each response on its own).
     grad_method: integrated_gradients, smoothgrad or vanilla.
-    baseline: where the path starts: the unk or pad token's embedding, the mean of the embedding
-        matrix, or zeros (the paper's).
-    attribute: which positions move: content (the user's words; template and special tokens keep
-        their embeddings) or all (the paper's).
+    baseline: where the path of a word starts: the mean of the embedding matrix, the pad or unk
+        token's embedding, or zeros (the paper's).
+    image_baseline: where the path of an image token starts: the features of a blank picture, the
+        mean feature of its own picture, or zeros (the paper's).
+    attribute: which positions move: content (the user's words and the picture; template and
+        special tokens keep their embeddings), all (the paper's), the image alone, the text (the
+        user's words) alone.
     ig_steps: points of the Gauss-Legendre rule, or None for the adaptive rule.
     tolerance, max_points: of the adaptive rule.
     smooth_samples, smooth_noise: smoothgrad's number of noisy copies, and their noise as a share
@@ -231,7 +237,8 @@ class Settings:
 
     objective: str = "contrastive"
     grad_method: str = "integrated_gradients"
-    baseline: str = "unk"
+    baseline: str = "mean"
+    image_baseline: str = "blank"
     attribute: str = "content"
     ig_steps: int | None = None
     tolerance: float = 0.05
@@ -276,16 +283,41 @@ def _attribute(function: PromptFunction, lm: LanguageModel, encoded: Encoded,
 
 def moved(encoded: Encoded, attribute: str) -> Tensor:
     """(P,) bool: the prompt positions that leave their embedding along the path."""
-    return encoded.content if attribute == "content" else torch.ones_like(encoded.content)
+    return {"content": encoded.content | encoded.image,
+            "all": torch.ones_like(encoded.content),
+            "image": encoded.image,
+            "text": encoded.content}[attribute]
 
 
 def _start(function, lm, encoded, settings) -> Tensor:
     """The baseline (P, D): the start of the path, equal to the prompt where nothing moves."""
     move = moved(encoded, settings.attribute).to(function.prompt.device)[:, None]
-    return torch.where(move, text_baseline(lm, settings.baseline).to(function.prompt),
-                       function.prompt)
+    nothing = absent(lm, encoded, function.prompt, settings.baseline, settings.image_baseline)
+    return torch.where(move, nothing, function.prompt)
 
 
+def absent(lm: LanguageModel, encoded: Encoded, prompt: Tensor, text: str, image: str) -> Tensor:
+    """(P, D): what stands at each position of the prompt if nothing is said or shown there.
+
+    prompt: (P, D) embeddings and image features. text: mean, pad, unk or zeros, as
+    `text_baseline`. image: blank (the features of a blank picture of the same size), mean (of
+    the picture's own features) or zeros.
+    """
+    nothing = text_baseline(lm, text).to(prompt).expand_as(prompt).clone()
+    where = encoded.image.to(prompt.device)
+    if where.any():
+        if image == "blank":
+            picture = vision.blank_like(vision.open_image(encoded.example), lm)
+            inputs = vision.model_inputs(lm, [encoded.text], [picture])
+            nothing[where] = capture(lm, inputs).embeds[0, where].to(prompt)
+        elif image == "mean":
+            nothing[where] = prompt[where].mean(dim=0)
+        else:
+            nothing[where] = 0
+    return nothing
+
+
+@lru_cache(maxsize=4)
 def text_baseline(lm: LanguageModel, kind: str) -> Tensor:
     """The (D,) embedding that stands for 'no word': zeros, mean, or the pad or unk token's."""
     with torch.no_grad():
@@ -295,4 +327,4 @@ def text_baseline(lm: LanguageModel, kind: str) -> Tensor:
             ids = torch.arange(lm.embed.weight.shape[0], device=lm.device)
             total = sum(lm.embed(part).double().sum(0) for part in ids.split(8192))
             return (total / len(ids)).float()
-        return lm.embed(torch.tensor(lm.replacement_id(kind), device=lm.device)).float()
+        return lm.embed(torch.tensor([lm.replacement_id(kind)], device=lm.device))[0].float()

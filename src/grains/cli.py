@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,17 +24,45 @@ from grains.prompts import STYLES
 from grains.scoring import Configuration, layer_ranges
 
 SRC = Path(__file__).resolve().parent.parent
-KIND = "llm"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+@dataclass(frozen=True)
+class Kind:
+    """What differs between the scripts for text and those for images and text.
+
+    name: the folder under data/ and results/; model, dataset, top_k, prompt_style: the defaults
+    (the paper's experiment).
+    """
+
+    name: str
+    model: str
+    dataset: str
+    top_k: int
+    prompt_style: str
+    images: bool
 
 
-def add_model_flags(flags: argparse.ArgumentParser, default: str) -> None:
+LLM = Kind("llm", "llama-3.1-8b-instruct", "truthfulqa", 10, "qa", False)
+VLM = Kind("vlm", "llava-1.6-7b", "spa-vl", 50, "chat", True)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for flags that are simply not given."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parser(description: str, kind: Kind) -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(
+        description=description, formatter_class=HelpFormatter)
+    flags.set_defaults(kind=kind)
+    return flags
+
+
+def add_model_flags(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("model and machine")
-    group.add_argument("--model_name", default=default,
+    group.add_argument("--model_name", default=flags.get_default("kind").model,
                        help="short name (" + ", ".join([models.EMBEDDED, *models.MODELS])
                             + "), hub id or local folder")
     group.add_argument("--dtype", default="auto", choices=["auto", *models.DTYPES],
@@ -50,9 +79,9 @@ def add_model_flags(flags: argparse.ArgumentParser, default: str) -> None:
                        help="do a run anew whose outputs exist from other settings")
 
 
-def add_data_flags(flags: argparse.ArgumentParser, default: str) -> None:
+def add_data_flags(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("data")
-    group.add_argument("--dataset_name", default=default,
+    group.add_argument("--dataset_name", default=flags.get_default("kind").dataset,
                        help="short name (" + ", ".join(data.DATASETS) + "), or any label "
                             "together with --dataset_path")
     group.add_argument("--dataset_path", help="local file (.jsonl, .csv, .parquet) or folder, in "
@@ -61,17 +90,19 @@ def add_data_flags(flags: argparse.ArgumentParser, default: str) -> None:
     group.add_argument("--num_samples", type=positive, default=50,
                        help="steering examples: those that vectors are made from")
     group.add_argument("--split", help="split of the steering examples (default: the data set's)")
-    group.add_argument("--prompt_style", default="qa", choices=STYLES,
+    group.add_argument("--prompt_style", default=flags.get_default("kind").prompt_style,
+                       choices=STYLES,
                        help="qa: 'Q: ...\\nA:'; chat: the model's chat template; plain: as it is")
 
 
-def add_stage1_flags(flags: argparse.ArgumentParser, top_k: int) -> None:
+def add_stage1_flags(flags: argparse.ArgumentParser) -> None:
     """What a stage-1 run is known by; the later stages find its files by the same flags."""
     group = flags.add_argument_group("attribution and ablation")
     group.add_argument("--attribution", default="contrastive", choices=OBJECTIVES,
                        help="contrastive: log P(y+) - log P(y-); normal: each response on its own")
     group.add_argument("--grad_method", default="integrated_gradients", choices=GRAD_METHODS)
-    group.add_argument("--top_k", type=positive, default=top_k, help="tokens to ablate")
+    group.add_argument("--top_k", type=positive, default=flags.get_default("kind").top_k,
+                       help="tokens to ablate")
 
 
 def add_vector_flags(flags: argparse.ArgumentParser) -> None:
@@ -81,7 +112,7 @@ def add_vector_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--hidden_states_neg_path", help="stage 1's file of the 'neg' ablation, "
                        "for mode 'both'")
     group.add_argument("--steering_vectors_dir", help="folder the vectors are written to "
-                       "(default: data/llm/steering_vectors)")
+                       "(default: data/.../steering_vectors)")
 
 
 METHODS, LAYERS, ALPHAS = list(vectors.METHODS), ["all"], [0.005, 0.01, 0.02, 0.03]
@@ -120,7 +151,7 @@ def add_evaluation_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--score", default="token", choices=("sum", "token"),
                        help="what the choice of a configuration goes by: accuracy of the summed "
                             "or of the per-token log-likelihood (both are reported)")
-    group.add_argument("--output_dir", help="folder of the tables (default: results/llm/...)")
+    group.add_argument("--output_dir", help="folder of the tables (default: results/...)")
 
 
 def positive(text: str) -> int:
@@ -197,11 +228,11 @@ def stage1_paths(args: argparse.Namespace, tops: list[str]) -> tuple[Path, dict[
         f"seed{args.seed}", args.prompt_style, args.attribution, args.grad_method,
         f"k{args.top_k}"])
     meta = Path(getattr(args, "output_path_meta", None)
-                or SRC / "results" / KIND / "token_attribution" / f"{stem}.csv")
+                or SRC / "results" / args.kind.name / "token_attribution" / f"{stem}.csv")
     given = getattr(args, "output_path_hidden", None)
     if given and len(tops) == 1:
         return meta, {tops[0]: Path(given)}
-    base = Path(given or SRC / "data" / KIND / "hidden_states" / f"{stem}.safetensors")
+    base = Path(given or SRC / "data" / args.kind.name / "hidden_states" / f"{stem}.safetensors")
     return meta, {top: base.with_name(f"{base.stem}_{top}{base.suffix}") for top in tops}
 
 
@@ -216,7 +247,9 @@ def stage1_manifest(args, lm, examples, settings) -> dict:
                  "questions": [data.question_key(example) for example in examples]},
         "settings": dataclasses.asdict(settings) | {
             "prompt_style": args.prompt_style, "top_k": args.top_k,
-            "replacement": args.replacement, "batch_tokens": args.batch_tokens},
+            "ablate": args.ablate, "replacement": args.replacement,
+            "image_replacement": getattr(args, "image_replacement", None),
+            "batch_tokens": args.batch_tokens},
         "seed": args.seed,
         "versions": runs.versions(),
     }
@@ -306,7 +339,7 @@ def evaluation_stem(args: argparse.Namespace) -> str:
 
 def mc_paths(args: argparse.Namespace) -> dict[str, Path]:
     """What steering_mc.py writes: the grid, every question, the chosen configuration."""
-    folder = Path(args.output_dir or SRC / "results" / KIND / "steering")
+    folder = Path(args.output_dir or SRC / "results" / args.kind.name / "steering")
     stem = evaluation_stem(args)
     return {"grid": folder / f"{stem}_grid.csv", "questions": folder / f"{stem}_questions.csv",
             "chosen": folder / f"{stem}_chosen.json"}
@@ -339,11 +372,11 @@ def take_chosen_configuration(args: argparse.Namespace) -> Path | None:
 
 
 def output_dir(args: argparse.Namespace, stage: str) -> Path:
-    return Path(args.output_dir or SRC / "results" / KIND / stage)
+    return Path(args.output_dir or SRC / "results" / args.kind.name / stage)
 
 
 def vectors_dir(args: argparse.Namespace) -> Path:
-    return Path(args.steering_vectors_dir or SRC / "data" / KIND / "steering_vectors")
+    return Path(args.steering_vectors_dir or SRC / "data" / args.kind.name / "steering_vectors")
 
 
 def main(run: Callable[[], None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grains import vision
 from grains.models import LanguageModel
 from grains.prompts import Encoded
 from grains.scoring import Configuration
@@ -27,7 +28,11 @@ def generate(
     Returns 1 + C lists of texts, the base first.
     """
     rows = 1 + len(configurations)
-    inputs = pad_left(lm, [item.inputs for item in encoded])
+    if any(item.image.any() for item in encoded):
+        inputs = vision.model_inputs(lm, [item.text for item in encoded],
+                                     [vision.open_image(item.example) for item in encoded])
+    else:
+        inputs = pad_left(lm, [item.inputs for item in encoded])
     inputs = {key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in inputs.items()}
     vectors = _by_row(configurations, len(encoded))
     sampling = ({"do_sample": True, "temperature": temperature} if temperature > 0 else
@@ -45,17 +50,15 @@ def generate(
 
 
 def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:
-    """Prompts of one row each as one batch; padding is masked."""
+    """Text prompts of one row each as one batch; padding is masked."""
     longest = max(item["input_ids"].shape[1] for item in inputs)
-    fill = {"input_ids": lm.replacement_id("pad")}
 
-    def pad(key: str, item: dict) -> Tensor:
-        missing = longest - item["input_ids"].shape[1]
-        if item[key].shape != item["input_ids"].shape:
-            return item[key]
-        return torch.nn.functional.pad(item[key], (missing, 0), value=fill.get(key, 0))
+    def pad(key: str, value: int) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(
+            item[key], (longest - item[key].shape[1], 0), value=value) for item in inputs])
 
-    return {key: torch.cat([pad(key, item) for item in inputs]) for key in inputs[0]}
+    return {"input_ids": pad("input_ids", lm.replacement_id("pad")),
+            "attention_mask": pad("attention_mask", 0)}
 
 
 def _by_row(configurations: list[Configuration], prompts: int) -> dict[int, Tensor]:

@@ -84,6 +84,13 @@ class LanguageModel:
         """The longest sequence the model was made for, None where its config does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def image_token_id(self) -> int | None:
+        """The placeholder that stands in the token ids for each image feature."""
+        config = self.model.config
+        token = getattr(config, "image_token_id", None)
+        return token if token is not None else getattr(config, "image_token_index", None)
+
     def image_ids(self) -> set[int]:
         """Token ids that stand for an image: placeholders that the image features replace."""
         config = self.model.config

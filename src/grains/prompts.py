@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from PIL.Image import Image
 
+from grains import vision
 from grains.data import Example
 from grains.errors import UserError
 from grains.models import LanguageModel
@@ -17,18 +19,22 @@ STYLES = ("qa", "chat", "plain")
 class Encoded:
     """One example as the model takes it.
 
-    inputs: the model's inputs for the prompt, one row (input_ids (1, P), attention_mask, images).
+    text: the rendered prompt. inputs: the model's inputs for it, one row (input_ids (1, P),
+        attention_mask, pixel_values, ...).
     responses: the token ids of each choice.
     content: (P,) bool, the positions of the user's own words (context and question), apart from
         special tokens and the frame that the prompt style puts around them.
-    words: (P,) bool, all positions but special tokens.
+    words: (P,) bool, all text positions but special tokens.
+    image: (P,) bool, the positions that image features take.
     """
 
     example: Example
+    text: str
     inputs: dict
     responses: list[list[int]]
     content: torch.Tensor
     words: torch.Tensor
+    image: torch.Tensor
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -52,58 +58,75 @@ def render(lm: LanguageModel, example: Example, style: str) -> tuple[str, str]:
     """The text of the prompt, and what stands between it and a response.
 
     qa: `Q: {question}\\nA:` and a space, as the published scripts do. chat: the model's own chat
-    template. plain: the question as it is, and a space.
+    template. plain: the question as it is, and a space. A picture's placeholder comes first.
     """
     question = f"{example.context}\n{example.question}" if example.context else example.question
-    if style == "qa":
-        start = f"{example.context}\n" if example.context else ""
-        return f"{start}Q: {example.question}\nA:", " "
-    if style == "plain":
-        return question, " "
+    has_image = example.image is not None
     if style == "chat":
-        if not lm.tokenizer.chat_template:
+        renderer = lm.processor if has_image else lm.tokenizer
+        if not renderer.chat_template:
             raise UserError(f"{lm.name} has no chat template: use --prompt_style qa or plain")
-        text = lm.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
-        return text, ""
-    raise UserError(f"unknown prompt style '{style}': expected {', '.join(STYLES)}")
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return renderer.apply_chat_template(
+            [{"role": "user", "content": content if has_image else question}],
+            tokenize=False, add_generation_prompt=True), ""
+    if style not in STYLES:
+        raise UserError(f"unknown prompt style '{style}': expected {', '.join(STYLES)}")
+    start = f"{lm.processor.image_token}\n" if has_image else ""
+    if style == "plain":
+        return start + question, " "
+    context = f"{example.context}\n" if example.context else ""
+    return f"{start}{context}Q: {example.question}\nA:", " "
 
 
-def encode(lm: LanguageModel, example: Example, style: str = "qa") -> Encoded:
-    """Tokenize an example.
+def encode(lm: LanguageModel, example: Example, style: str = "qa",
+           picture: Image | None = None) -> Encoded:
+    """Tokenize an example, its picture included.
 
     A response's tokens are those that follow the prompt's when both are tokenized as one text;
     where a tokenizer merges across the border, the two are tokenized apart.
 
+    picture: takes the place of the example's own (a blank one, say).
     Raises UserError for an empty prompt or response and for one longer than the context.
     """
-    prompt, space = render(lm, example, style)
-    special = style != "chat"  # a chat template writes its own
-    prompt_ids = lm.tokenizer(prompt, add_special_tokens=special).input_ids
-    eos = lm.tokenizer.eos_token_id
-    if special and len(prompt_ids) > 1 and prompt_ids[-1] == eos:
-        prompt_ids = prompt_ids[:-1]  # some tokenizers end every text
-    if not prompt_ids:
+    text, space = render(lm, example, style)
+    text_ids = _ids(lm, text)
+    if not text_ids:
         raise UserError(f"example {example.id}: its prompt tokenizes to nothing")
-    responses = [_response_ids(lm, prompt, prompt_ids, space + choice, special, example)
+    responses = [_response_ids(lm, text, text_ids, space + choice, example)
                  for choice in example.choices]
+    if example.image is not None:
+        if lm.processor is None:
+            raise UserError(f"example {example.id} has a picture, {lm.name} reads text only")
+        inputs = vision.model_inputs(lm, [text], [picture or vision.open_image(example)])
+    else:
+        ids = torch.tensor([text_ids], device=lm.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    prompt_ids = inputs["input_ids"][0].tolist()
+
     longest = len(prompt_ids) + max(map(len, responses), default=0)
     if lm.max_positions and longest > lm.max_positions:
         raise UserError(
             f"example {example.id}: prompt and answer have {longest} tokens, more than the "
             f"{lm.max_positions} that {lm.name} was made for; shorten it or leave it out")
-    ids = torch.tensor([prompt_ids], device=lm.device)
+    image = inputs["input_ids"][0].cpu() == lm.image_token_id
     special_ids = lm.special_ids()
-    words = torch.tensor([token not in special_ids for token in prompt_ids])
-    content = words & _content(lm, example, prompt, special)[:len(prompt_ids)]
-    return Encoded(example, {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-                   responses, content if content.any() else words, words)
+    words = torch.tensor([token not in special_ids for token in prompt_ids]) & ~image
+    content = words & _aligned(_content(lm, example, text), text_ids, prompt_ids)
+    return Encoded(example, text, inputs, responses, content if content.any() else words, words,
+                   image)
 
 
-def _response_ids(lm, prompt, prompt_ids, text, special, example) -> list[int]:
-    ids = lm.tokenizer(prompt + text, add_special_tokens=special).input_ids
-    if special and ids and ids[-1] == lm.tokenizer.eos_token_id:
-        ids = ids[:-1]
+def _ids(lm: LanguageModel, text: str) -> list[int]:
+    """Token ids with the model's BOS (once), without an EOS that some tokenizers append."""
+    special = not vision.starts_with_bos(lm, text)
+    ids = lm.tokenizer(text, add_special_tokens=special).input_ids
+    ends = special and len(ids) > 1 and ids[-1] == lm.tokenizer.eos_token_id
+    return ids[:-1] if ends and not text.endswith(lm.tokenizer.eos_token) else ids
+
+
+def _response_ids(lm, prompt, prompt_ids, text, example) -> list[int]:
+    ids = _ids(lm, prompt + text)
     if ids[: len(prompt_ids)] == prompt_ids:
         ids = ids[len(prompt_ids):]
     else:
@@ -113,16 +136,35 @@ def _response_ids(lm, prompt, prompt_ids, text, special, example) -> list[int]:
     return ids
 
 
-def _content(lm: LanguageModel, example: Example, prompt: str, special: bool) -> torch.Tensor:
-    """(P,) bool: which tokens of the rendered prompt overlap the context or the question."""
-    if not lm.tokenizer.is_fast:  # no offsets: every word counts as content
-        return torch.tensor(True)
-    offsets = lm.tokenizer(prompt, add_special_tokens=special,
-                           return_offsets_mapping=True).offset_mapping
-    inside = torch.zeros(len(offsets), dtype=torch.bool)
+def _content(lm: LanguageModel, example: Example, prompt: str) -> torch.Tensor:
+    """(tokens,) bool: which tokens of the rendered text overlap the context or the question."""
+    special = not vision.starts_with_bos(lm, prompt)
+    tokens = lm.tokenizer(prompt, add_special_tokens=special,
+                          return_offsets_mapping=lm.tokenizer.is_fast)
+    inside = torch.zeros(len(tokens.input_ids), dtype=torch.bool)
+    if not lm.tokenizer.is_fast:  # no offsets: the whole prompt counts
+        return ~inside
     for text in filter(None, (example.context, example.question)):
         begin = prompt.rfind(text)
         if begin >= 0:
             end = begin + len(text)
-            inside |= torch.tensor([first < end and last > begin for first, last in offsets])
+            inside |= torch.tensor([first < end and last > begin
+                                    for first, last in tokens.offset_mapping])
     return inside
+
+
+def _aligned(mask: torch.Tensor, text_ids: list[int], prompt_ids: list[int]) -> torch.Tensor:
+    """A mask over the text's tokens, over the prompt's: the same but for what a picture adds."""
+    mask = mask[: len(text_ids)]
+    if len(text_ids) == len(prompt_ids):
+        return mask
+    head = 0
+    while head < len(text_ids) and text_ids[head] == prompt_ids[head]:
+        head += 1
+    tail = 0
+    while tail < len(text_ids) - head and text_ids[-1 - tail] == prompt_ids[-1 - tail]:
+        tail += 1
+    aligned = torch.zeros(len(prompt_ids), dtype=torch.bool)
+    aligned[:head] = mask[:head]
+    aligned[len(prompt_ids) - tail:] = mask[len(mask) - tail:]
+    return aligned

@@ -1,0 +1,10 @@
+"""Stage 3 for images and text: steering_generation.py with the paper's vision-language defaults.
+
+The decoder sees words and image features in one sequence, so the stage itself is the same.
+"""
+
+import steering_generation
+from grains import cli
+
+if __name__ == "__main__":
+    cli.main(lambda: steering_generation.main(cli.VLM))
