@@ -307,7 +307,7 @@ def absent(lm: LanguageModel, encoded: Encoded, prompt: Tensor, text: str, image
     where = encoded.image.to(prompt.device)
     if where.any():
         if image == "blank":
-            picture = vision.blank_like(vision.open_image(encoded.example), lm)
+            picture = vision.blank_like(vision.open_image(encoded.example))
             inputs = vision.model_inputs(lm, [encoded.text], [picture])
             nothing[where] = capture(lm, inputs).embeds[0, where].to(prompt)
         elif image == "mean":

@@ -136,6 +136,9 @@ def add_grid_flags(flags: argparse.ArgumentParser, chosen_by_default: bool = Fal
     group.add_argument("--alpha_units", default="relative", choices=("relative", "absolute"),
                        help="relative: shares of the median activation norm, along unit vectors; "
                             "absolute: multiples of the vector as reduced (the paper's)")
+    if chosen_by_default:
+        group.add_argument("--chosen_path", help="the configuration that steering_mc.py chose, "
+                           "used where none of these flags is given (default: found by the flags)")
 
 
 def add_evaluation_flags(flags: argparse.ArgumentParser) -> None:
@@ -199,6 +202,7 @@ def parse_layers(items: list[str], count: int) -> list[int]:
 
 
 def load_model(args: argparse.Namespace) -> models.LanguageModel:
+    runs.processes()  # of several processes every one takes a device of its own
     return models.load(args.model_name, args.dtype, args.device, args.device_map,
                        args.trust_remote_code)
 
@@ -356,13 +360,13 @@ def take_chosen_configuration(args: argparse.Namespace) -> Path | None:
         return None
     args.layer_idxs = LAYERS
     folder, args.output_dir = args.output_dir, None
-    path = mc_paths(args)["chosen"]
+    path = Path(args.chosen_path or mc_paths(args)["chosen"])
     args.output_dir = folder
     if not path.is_file():
         raise UserError(f"no configuration is chosen yet ('{path}' does not exist): run "
                         "steering_mc.py with the same model, data and --num_samples first, or "
                         "give --methods, --layer_idxs and --alphas")
-    best = json.loads(path.read_text())
+    best = runs.read_json(path)
     args.methods = list(dict.fromkeys([best["method"], "random"]))
     args.mode = [best["mode"] or "pos"]
     args.layer_idxs = layer_ranges(best["layers"])

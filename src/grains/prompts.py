@@ -109,7 +109,7 @@ def encode(lm: LanguageModel, example: Example, style: str = "qa",
         raise UserError(
             f"example {example.id}: prompt and answer have {longest} tokens, more than the "
             f"{lm.max_positions} that {lm.name} was made for; shorten it or leave it out")
-    image = inputs["input_ids"][0].cpu() == lm.image_token_id
+    image = torch.tensor([token == lm.image_token_id for token in prompt_ids])
     special_ids = lm.special_ids()
     words = torch.tensor([token not in special_ids for token in prompt_ids]) & ~image
     content = words & _aligned(_content(lm, example, text), text_ids, prompt_ids)

@@ -14,10 +14,14 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -43,9 +47,9 @@ def versions() -> dict:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then put it in place: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -55,7 +59,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
                         "space or choose another place, and run the same command again"
                         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
@@ -99,6 +104,23 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
     write_whole(path, lambda temporary: table.to_csv(temporary, index=False))
 
 
+def read_json(path: Path) -> dict:
+    """Raises UserError if the file is not whole."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): was it cut short? remove it and run "
+                        "the command again") from error
+
+
+def processes() -> PartialState:
+    """The processes of this run: one, or those that `accelerate launch` or `torchrun` started.
+
+    They wait for each other as long as it takes: an unfinished run may leave one more to do.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+
+
 def differences(expected: dict, found: dict, prefix: str = "") -> list[str]:
     """What differs between two manifests, as 'flag: expected, found'."""
     lines = []
@@ -124,20 +146,27 @@ class Run:
                  expected_bytes: int = 0):
         self.outputs = [Path(path) for path in outputs]
         self.manifest = json.loads(json.dumps(manifest))
-        self.state = PartialState()
+        self.state = processes()
         first = self.outputs[0]
         self.manifest_path = first.with_suffix(".manifest.json")
         self.parts = first.with_suffix(".parts")
+        # The main process opens the run for all; if it cannot, all of them end.
+        outcome = [False, None]
         if self.state.is_main_process:
-            self._open(overwrite, expected_bytes)
-        self.state.wait_for_everyone()
-        self.finished = self.manifest_path.is_file()
+            try:
+                outcome[0] = self._open(overwrite, expected_bytes)
+            except UserError as error:
+                outcome[1] = str(error)
+        broadcast_object_list(outcome)
+        self.finished, problem = outcome
+        if problem is not None:
+            raise UserError(problem) if self.state.is_main_process else SystemExit(1)
 
-    def _open(self, overwrite: bool, expected_bytes: int) -> None:
+    def _open(self, overwrite: bool, expected_bytes: int) -> bool:
+        """Lock the outputs and make the folder of parts. Returns whether all is done already."""
         try:
-            for path in self.outputs:
+            for path in [*self.outputs, self.parts]:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            self.parts.parent.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.parts.with_suffix(".lock"))
             self.lock.acquire(timeout=0)
         except Timeout:
@@ -146,24 +175,53 @@ class Run:
         except OSError as error:
             raise UserError(f"'{self.outputs[0].parent}' cannot be written: {error.strerror}; "
                             "give other output paths") from error
-        if overwrite:
-            self.manifest_path.unlink(missing_ok=True)
-            shutil.rmtree(self.parts, ignore_errors=True)
-        if self.manifest_path.is_file():
-            self._same(json.loads(self.manifest_path.read_text()), self.outputs[0])
-            if all(path.is_file() for path in self.outputs):
-                return
-            self.manifest_path.unlink()
-        self.parts.mkdir(exist_ok=True)
+        try:
+            finished = self._prepare(overwrite, expected_bytes)
+        except BaseException:
+            self._unlock()
+            raise
+        if finished:
+            self._unlock()
+        return finished
+
+    def _prepare(self, overwrite: bool, expected_bytes: int) -> bool:
         marker = self.parts / "manifest.json"
-        if marker.is_file():
-            self._same(json.loads(marker.read_text()), self.parts)
-        write_json(marker, self.manifest)
+        if overwrite:
+            # Parts of this very run without results are what an earlier --overwrite left off at.
+            if self.manifest_path.is_file() or not self._is_ours(marker):
+                shutil.rmtree(self.parts, ignore_errors=True)
+            self.manifest_path.unlink(missing_ok=True)
+        elif self.manifest_path.is_file():
+            self._same(read_json(self.manifest_path), self.outputs[0])
+            if all(path.is_file() for path in self.outputs):
+                shutil.rmtree(self.parts, ignore_errors=True)
+                return True
+        elif marker.is_file():
+            self._same(read_json(marker), self.parts)
+        else:
+            for path in self.outputs:
+                if path.exists():
+                    raise UserError(f"'{path}' is there already, and no manifest beside it says "
+                                    "what it is from: give other output paths, or --overwrite to "
+                                    "replace it")
+        try:
+            self.parts.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"'{self.parts}' cannot be written: {error.strerror}; free some space "
+                            "or give other output paths") from error
         free = shutil.disk_usage(self.parts).free
         if free < expected_bytes:
             raise UserError(f"'{self.parts.parent}' has {free / 2**20:.0f} MiB free, the run needs "
                             f"about {expected_bytes / 2**20:.0f} MiB: free some, or give other "
                             "output paths")
+        write_json(marker, self.manifest)
+        return False
+
+    def _is_ours(self, marker: Path) -> bool:
+        try:
+            return read_json(marker) == self.manifest
+        except UserError:
+            return False
 
     def _same(self, found: dict, where: Path) -> None:
         different = differences(self.manifest, found)
@@ -190,7 +248,7 @@ class Run:
 
     def merge(self, count: int) -> Iterator[tuple[dict[str, Tensor], list[dict]]] | None:
         """All units in order, once every process is done; None but on the main process."""
-        self.state.wait_for_everyone()
+        self._wait()
         if not self.state.is_main_process:
             return None
         return ((tensors, info["rows"]) for tensors, info in
@@ -201,10 +259,21 @@ class Run:
         if self.state.is_main_process:
             write_json(self.manifest_path, self.manifest)
             shutil.rmtree(self.parts, ignore_errors=True)
-        self.close()
-
-    def close(self) -> None:
-        self.state.wait_for_everyone()
+        self._wait()
         if self.state.is_main_process:
-            self.lock.release()
-            Path(self.lock.lock_file).unlink(missing_ok=True)
+            self._unlock()
+
+    def _wait(self) -> None:
+        """Wait for the other processes. Raises UserError if one of them ended before its time."""
+        try:
+            self.state.wait_for_everyone()
+        except RuntimeError as error:
+            raise UserError("another process of this run has stopped, its own message says why: "
+                            "what is finished is kept; run the same command again to go on"
+                            ) from error
+
+    def _unlock(self) -> None:
+        # In this order: the name goes while the lock is held, so that nobody takes what vanishes.
+        with suppress(OSError):
+            Path(self.lock.lock_file).unlink()
+        self.lock.release()

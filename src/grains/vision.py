@@ -51,10 +51,10 @@ def open_image(example: Example) -> Image.Image:
                         "take the example out") from error
 
 
-def blank_like(picture: Image.Image, lm: LanguageModel) -> Image.Image:
-    """A picture of the same size in the one colour that the image processor maps to zeros."""
-    mean = getattr(lm.processor.image_processor, "image_mean", None) or [0.5] * 3
-    return Image.new("RGB", picture.size, tuple(round(255 * channel) for channel in mean))
+def blank_like(picture: Image.Image) -> Image.Image:
+    """A picture of the same size with nothing on it: all in this picture's median colour."""
+    colour = np.median(np.asarray(picture).reshape(-1, 3), axis=0)
+    return Image.new("RGB", picture.size, tuple(int(channel) for channel in colour))
 
 
 def model_inputs(lm: LanguageModel, texts: list[str], pictures: list[Image.Image]) -> dict:
