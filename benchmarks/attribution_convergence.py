@@ -27,7 +27,7 @@ from grains import data, models, prompts, runs  # noqa: E402
 from grains.ablation import hidden_states, select  # noqa: E402
 from grains.attribution import Settings, attribute, moved  # noqa: E402
 
-PATHS = [("mean", "content"), ("pad", "content"), ("unk", "content"), ("zeros", "content"),
+PATHS = [("mean", "content"), ("pad", "content"), ("zeros", "content"),
          ("zeros", "all")]
 RULES: dict[str, dict] = {
     "Gauss-Legendre 8": {"ig_steps": 8},

@@ -41,11 +41,11 @@ def flags(kind: cli.Kind):
 def main(kind: cli.Kind = cli.LLM) -> None:
     args = flags(kind).parse_args()
     configured = cli.take_chosen_configuration(args)
-    states, states_neg = cli.hidden_states_files(args)
+    states = cli.hidden_states_files(args)
     parts = cli.evaluation_parts(args, states)
     questions = parts["test" if "test" in parts else "all"][: args.num_prompts]
     lm = cli.load_model(args)
-    configurations = cli.configurations(args, lm, states, states_neg)
+    configurations = cli.configurations(args, lm, states)
     style = args.generation_style or ("chat" if lm.tokenizer.chat_template else args.prompt_style)
 
     encoded = [prompts.encode(lm, example, style) for example in questions]
@@ -59,7 +59,7 @@ def main(kind: cli.Kind = cli.LLM) -> None:
         "temperature": args.temperature}
     run = runs.Run([output], manifest, args.overwrite)
     if run.finished:
-        print("nothing to do: these results are already there")
+        run.state.print("nothing to do: these results are already there")
     else:
         for unit in run.todo(len(groups), "generating"):
             members = groups[unit]

@@ -16,6 +16,7 @@ import torch
 
 from grains import cli, prompts, runs, stats
 from grains.scoring import Configuration, batches, correct, score
+from grains.vectors import CONTROLS
 
 BASE = Configuration("base", "", (), 0.0)
 
@@ -33,10 +34,10 @@ def flags(kind: cli.Kind):
 
 def main(kind: cli.Kind = cli.LLM) -> None:
     args = flags(kind).parse_args()
-    states, states_neg = cli.hidden_states_files(args)
+    states = cli.hidden_states_files(args)
     parts = cli.evaluation_parts(args, states)
     lm = cli.load_model(args)
-    configurations = cli.configurations(args, lm, states, states_neg)
+    configurations = cli.configurations(args, lm, states)
 
     encoded = [prompts.encode(lm, example, args.prompt_style)
                for examples in parts.values() for example in examples]
@@ -45,7 +46,7 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     manifest = cli.evaluation_manifest(args, "steering_mc", lm, states, parts)
     run = runs.Run(list(outputs.values()), manifest, args.overwrite)
     if run.finished:
-        print("nothing to do: these results are already there")
+        run.state.print("nothing to do: these results are already there")
     else:
         for unit in run.todo(len(groups), "scoring"):
             members = groups[unit]
@@ -115,13 +116,15 @@ def grid_table(questions, configurations, args) -> pd.DataFrame:
 
 
 def chosen(grid: pd.DataFrame, args) -> dict:
-    """The configuration with the best validation accuracy; equal ones by their margin."""
+    """The configuration with the best validation accuracy; of equal ones the weakest."""
     part = "validation" if args.evaluate_on == "held_out" else "all"
-    candidates = grid[(grid.part == part) & ~grid.method.isin(["base", "random"])]
-    best = candidates.sort_values([f"accuracy_{args.score}", f"margin_{args.score}"]).iloc[-1]
+    candidates = grid[(grid.part == part) & ~grid.method.isin(["base", *CONTROLS])]
+    best = candidates.sort_values([f"accuracy_{args.score}", "alpha", f"margin_{args.score}"],
+                                  ascending=[False, True, False]).iloc[0]
     return {"configuration": best.configuration, "method": best.method, "mode": best["mode"],
             "layers": [int(layer) for layer in best.layers.split()], "alpha": float(best.alpha),
-            "alpha_units": args.alpha_units, "chosen_on": part}
+            "alpha_units": args.alpha_units, "chosen_on": part,
+            "controls": [method for method in args.methods if method in CONTROLS]}
 
 
 def report(grid: pd.DataFrame, args) -> None:
@@ -132,14 +135,14 @@ def report(grid: pd.DataFrame, args) -> None:
     same = (here.layers == " ".join(map(str, best["layers"]))) & (here.alpha == best["alpha"])
     lines = {"base": here[here.method == "base"],
              "steered (chosen)": here[here.configuration == best["configuration"]],
-             "control (random)": here[same & (here.method == "random")]}
+             **{f"control ({name})": here[same & (here.method == name)] for name in CONTROLS}}
     count = int(here.questions.iloc[0])
     if args.evaluate_on == "all":
         print(f"\nAll {count} questions, the steering examples included, and the configuration "
               "chosen on them too (the authors' way): no held-out result")
     else:
         print(f"\n{count} test questions; configuration chosen on validation questions")
-    print(f"{'':18}{'per-token accuracy':>30}{'p':>8}{'summed accuracy':>30}{'p':>8}")
+    print(f"{'':22}{'per-token accuracy':>30}{'p':>8}{'summed accuracy':>30}{'p':>8}")
     for name, rows in lines.items():
         for row in rows.itertuples():
             cells = "".join(
@@ -148,7 +151,7 @@ def report(grid: pd.DataFrame, args) -> None:
                      row.p_value_token),
                     (row.accuracy_sum, row.accuracy_sum_low, row.accuracy_sum_high,
                      row.p_value_sum)))
-            print(f"{name:18}{cells}  {row.configuration}")
+            print(f"{name:22}{cells}  {row.configuration}")
     print()
 
 

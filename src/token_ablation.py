@@ -84,7 +84,7 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     size = 6 * (len(lm.layers) + 1) * lm.hidden_size * 4 * len(examples) * len(tops)
     run = runs.Run([meta, *hidden.values()], manifest | {"top": tops}, args.overwrite, 2 * size)
     if run.finished:
-        print("nothing to do: these results are already there")
+        run.state.print("nothing to do: these results are already there")
     else:
         for unit in run.todo(len(encoded), "token ablation"):
             run.save(unit, *one_example(lm, encoded[unit], settings, tops, args, unit))
@@ -92,7 +92,8 @@ def main(kind: cli.Kind = cli.LLM) -> None:
         if units is not None:
             write(units, meta, hidden, manifest)
         run.finish()
-    summary(meta, hidden, settings, args.top_k)
+    if run.state.is_main_process:
+        summary(meta, hidden, settings, args.top_k)
 
 
 def ig_steps(text: str) -> int | None:

@@ -37,8 +37,9 @@ def test_boxes_hold_their_object_and_nothing_else(scenes):
             left, top, right, bottom = thing.box
             inside = ground[top:bottom, left:right]
             coloured = (inside == shapes.COLOURS[thing.colour]).all(-1)
-            other = [(inside == c).all(-1).any() for k, c in shapes.COLOURS.items()
-                     if k != thing.colour]
+            other = [
+                (inside == c).all(-1).any() for k, c in shapes.COLOURS.items() if k != thing.colour
+            ]
             assert not any(other)
             drawn = coloured | (inside == 0).all(-1)
             # Tight: the object touches all four sides of its box.
@@ -106,8 +107,11 @@ def test_files(tmp_path):
                 assert [shape for _, shape in extra] == ["square"]
                 assert "square" not in row["chosen"] and "circle" in row["chosen"]
             else:
-                asked = [t["box"] for t, p in zip(objects, pairs, strict=True)
-                         if shapes.yes_no_question(p) == row["question"]]
+                asked = [
+                    t["box"]
+                    for t, p in zip(objects, pairs, strict=True)
+                    if shapes.yes_no_question(p) == row["question"]
+                ]
                 assert [row["box"]] == (asked or [None])
                 assert row["chosen"] == ("Yes" if asked else "No") != row["rejected"]
     assert len(set(pictures)) == len(pictures) == sum(sizes.values())
@@ -163,8 +167,9 @@ def test_training_shortcuts_equal_the_model(loaded):
             plain = model(**inputs).logits[0]
             wanted = inputs.input_ids[0, -6:].tolist()
             start = next(i for i in range(len(ids[0])) if ids[0, i : i + 6].tolist() == wanted)
-            torch.testing.assert_close(packed[0, start : start + 6], plain[-6:],
-                                       atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(
+                packed[0, start : start + 6], plain[-6:], atol=1e-3, rtol=1e-3
+            )
 
 
 def test_the_model_sees(loaded):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import re
 import sys
@@ -13,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets.utils.logging as datasets_logging
+import huggingface_hub
 import torch
 import transformers
-from datasets.utils.logging import disable_progress_bar
 
 from grains import data, models, runs, vectors
+from grains.ablation import TOPS
 from grains.attribution import GRAD_METHODS, OBJECTIVES
 from grains.errors import UserError
 from grains.prompts import STYLES
@@ -111,11 +112,14 @@ def add_vector_flags(flags: argparse.ArgumentParser) -> None:
                        "(default: found by the flags above)")
     group.add_argument("--hidden_states_neg_path", help="stage 1's file of the 'neg' ablation, "
                        "for mode 'both'")
+    group.add_argument("--hidden_states_rand_path", help="stage 1's file of the 'rand' ablation, "
+                       "for the control rand_tokens")
     group.add_argument("--steering_vectors_dir", help="folder the vectors are written to "
                        "(default: data/.../steering_vectors)")
 
 
-METHODS, LAYERS, ALPHAS = list(vectors.METHODS), ["all"], [0.005, 0.01, 0.02, 0.03]
+METHODS = ["mean", "pca", "gradient", "caa", "random"]
+LAYERS, ALPHAS = ["all"], [0.005, 0.01, 0.02, 0.03]
 
 
 def add_grid_flags(flags: argparse.ArgumentParser, chosen_by_default: bool = False) -> None:
@@ -124,7 +128,8 @@ def add_grid_flags(flags: argparse.ArgumentParser, chosen_by_default: bool = Fal
     group.add_argument("--methods", nargs="+", default=None if chosen_by_default else METHODS,
                        choices=vectors.METHODS,
                        help="mean, pca: of the ablation shifts; gradient: mean gradient; caa: "
-                            "mean difference of the responses' states; random: control")
+                            "mean difference of the responses' states; controls: random "
+                            "directions, rand_tokens (ablation of random tokens)")
     group.add_argument("--mode", nargs="+", default=["pos"], choices=vectors.MODES,
                        help="of mean and pca: pos, or both = pos - neg")
     group.add_argument("--layer_idxs", nargs="+", default=None if chosen_by_default else LAYERS,
@@ -220,8 +225,14 @@ def load_split(args: argparse.Namespace, part: int):
     """The rows for steering (part 0), validation (1) or test (2), and how to read them."""
     default = data.default_split(args.dataset_name, part)
     # Only the evaluating stages have flags for the other two.
-    wanted = getattr(args, ("split", "validation_split", "test_split")[part], None)
-    return data.load(args.dataset_name, wanted or default, args.dataset_path)
+    flag = ("split", "validation_split", "test_split")[part]
+    wanted = getattr(args, flag, None)
+    rows, source = data.load(args.dataset_name, wanted or default, args.dataset_path)
+    if (wanted and args.dataset_path and not Path(args.dataset_path).is_dir()
+            and "split" not in rows.column_names):
+        raise UserError(f"'{args.dataset_path}' has no split '{wanted}': it has no column 'split'; "
+                        f"leave out --{flag}, or add that column")
+    return rows, source
 
 
 def stage1_paths(args: argparse.Namespace, tops: list[str]) -> tuple[Path, dict[str, Path]]:
@@ -259,38 +270,43 @@ def stage1_manifest(args, lm, examples, settings) -> dict:
     }
 
 
-def hidden_states_files(args) -> tuple[vectors.StatesFile, vectors.StatesFile | None]:
-    """Stage 1's file of the pos ablation, and of the neg ablation if a mode needs it."""
-    found = stage1_paths(args, ["pos", "neg"])[1]
-    needs_neg = "both" in args.mode and any(m in args.methods for m in vectors.ABLATION_METHODS)
-    given = {"pos": args.hidden_states_path, "neg": args.hidden_states_neg_path}
-    files = []
-    for top in ("pos", "neg") if needs_neg else ("pos",):
-        path = Path(given[top] or found[top])
+def hidden_states_files(args) -> dict[str, vectors.StatesFile]:
+    """Stage 1's files by selection: pos, and neg and rand where a method or mode needs them."""
+    needed = ["pos"]
+    if "both" in args.mode and any(m in args.methods for m in vectors.ABLATION_METHODS):
+        needed.append("neg")
+    if "rand_tokens" in args.methods:
+        needed.append("rand")
+    found = stage1_paths(args, list(TOPS))[1]
+    files = {}
+    for top in needed:
+        flag = "hidden_states_path" if top == "pos" else f"hidden_states_{top}_path"
+        path = Path(getattr(args, flag) or found[top])
         if not path.is_file():
             raise UserError(f"hidden states '{path}' do not exist: run token_ablation.py with the "
                             f"same model, data and --num_samples and --top {top} first, or give "
-                            f"--hidden_states_{'neg_' if top == 'neg' else ''}path")
-        files.append(vectors.StatesFile(path))
-    if needs_neg:
-        pos, neg = (file.info | {"top": None} for file in files)
-        if different := runs.differences(pos, neg):
-            raise UserError("the 'pos' and the 'neg' hidden states are of different runs: "
+                            f"--{flag}")
+        files[top] = vectors.StatesFile(path)
+        different = runs.differences(files["pos"].info | {"top": None},
+                                     files[top].info | {"top": None})
+        if different:
+            raise UserError(f"the 'pos' and the '{top}' hidden states are of different runs: "
                             + "; ".join(different[:4]))
-    return files[0], files[1] if needs_neg else None
+    return files
 
 
-def configurations(args, lm, states, states_neg) -> list[Configuration]:
+def configurations(args, lm, states: dict[str, vectors.StatesFile]) -> list[Configuration]:
     """The grid: methods x modes x layers x strengths; the vectors are written on the way."""
-    states.check_model(lm)
+    for file in states.values():
+        file.check_model(lm)
     layers = parse_layers(args.layer_idxs, len(lm.layers))
     groups = [tuple(layers)] if args.layer_mode == "joint" else [(layer,) for layer in layers]
     grid = []
     for method in dict.fromkeys(args.methods):
         modes = dict.fromkeys(args.mode) if method in vectors.ABLATION_METHODS else [""]
         for mode in modes:
-            made = vectors.make(states, states_neg, method, mode, args.seed)
-            name = "_".join(filter(None, [states.path.stem, method, mode]))
+            made = vectors.make(states, method, mode, args.seed)
+            name = "_".join(filter(None, [states["pos"].path.stem, method, mode]))
             made.save(vectors_dir(args) / f"{name}.safetensors")
             grid += [Configuration(method, mode, group, alpha,
                                    made.scaled(alpha, list(group), args.alpha_units))
@@ -298,12 +314,13 @@ def configurations(args, lm, states, states_neg) -> list[Configuration]:
     return grid
 
 
-def evaluation_parts(args, states: vectors.StatesFile) -> dict[str, list[data.Example]]:
+def evaluation_parts(args, states: dict[str, vectors.StatesFile]) -> dict[str, list[data.Example]]:
     """part -> its questions; the steering examples are in none but 'all'."""
     if args.evaluate_on == "all":
         rows, source = load_split(args, part=2)
         return {"all": data.examples(rows, source, args.seed)}
-    used = {*states.info["data"]["ids"], *states.info["data"]["questions"]}
+    steering = states["pos"].info["data"]
+    used = {*steering["ids"], *steering["questions"]}
     rows, source = load_split(args, part=1)
     validation = data.examples(rows, source, args.seed, args.num_validation, frozenset(used))
     used |= {example.id for example in validation} | set(map(data.question_key, validation))
@@ -324,8 +341,9 @@ def evaluation_manifest(args, stage: str, lm, states, parts: dict) -> dict:
     return {
         "stage": stage,
         "model": lm.identity() | {"dtype": str(lm.dtype).removeprefix("torch.")},
-        "hidden_states": {key: states.info[key] for key in ("settings", "seed")}
-                         | {"examples": states.info["data"]["fingerprint"]},
+        "hidden_states": {"settings": states["pos"].info["settings"],
+                          "seed": states["pos"].info["seed"],
+                          "examples": states["pos"].info["data"]["fingerprint"]},
         "data": {"name": args.dataset_name, "path": args.dataset_path,
                  **{part: data.fingerprint(examples) for part, examples in parts.items()}},
         "flags": {name: getattr(args, name) for name in names},
@@ -367,7 +385,7 @@ def take_chosen_configuration(args: argparse.Namespace) -> Path | None:
                         "steering_mc.py with the same model, data and --num_samples first, or "
                         "give --methods, --layer_idxs and --alphas")
     best = runs.read_json(path)
-    args.methods = list(dict.fromkeys([best["method"], "random"]))
+    args.methods = list(dict.fromkeys([best["method"], *best["controls"]]))
     args.mode = [best["mode"] or "pos"]
     args.layer_idxs = layer_ranges(best["layers"])
     args.layer_mode, args.alphas = "joint", [best["alpha"]]
@@ -387,7 +405,9 @@ def main(run: Callable[[], None]) -> None:
     """Run a script; a user's mistake is one line and exit status 1, Ctrl-C says how to go on."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    datasets_logging.disable_progress_bar()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # it logs what it then raises
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         run()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from huggingface_hub import snapshot_download
 
-from grains.errors import UserError
+from grains.errors import UserError, hub_trouble
 
+# The branch that holds the hub's own conversion of a data set to Parquet.
+CONVERTED = "refs/convert/parquet"
 TOXIC_ABOVE = 5.5  # toxicity_ai + toxicity_human, each 1 to 5 (ToxiGen's own threshold)
 
 
@@ -55,17 +58,20 @@ class Source:
 
     splits: the splits that steering, validation and test examples come from; where they name the
         same split it is cut by the seed.
-    read: rows of one split (a `datasets.Dataset`) -> row index -> Example.
+    config: the hub's configuration that a split lies in, by split if they differ.
+    read: a row -> question, choices, label (and context). rows: what is done to a split first.
+    make: writes the data set to its path where it is not there yet.
     """
 
     path: str
     columns: tuple[str, ...]
     read: Callable[[dict], dict]
     splits: tuple[str, str, str]
-    config: str | None = None
+    config: str | dict[str, str] | None = None
     revision: str | None = None
     rows: Callable[[Dataset], Dataset] | None = None
     note: str = ""
+    make: Callable[[Path], None] | None = None
 
 
 def _questions(row: dict) -> dict:
@@ -108,14 +114,24 @@ def _toxigen_pairs(rows: Dataset) -> Dataset:
     return Dataset.from_list(pairs)
 
 
+def _draw_shapes(folder: Path) -> None:
+    """The scenes that the small vision-language model knows, drawn from their seeds."""
+    from demo.shapes import write_dataset
+
+    write_dataset(folder)
+
+
 PACKAGED = Path(__file__).resolve().parent.parent / "data"
 DATASETS = {
     "misconceptions": Source(
         str(PACKAGED / "misconceptions.jsonl"), ("question", "best_answer", "incorrect_answers"),
         _misconceptions, ("steering", "validation", "test")),
+    "shapes": Source(
+        str(PACKAGED / "vlm" / "shapes"), ("image", "question", "chosen", "rejected"), _pairs,
+        ("steering", "validation", "test"), make=_draw_shapes),
     "truthfulqa": Source(
         "EleutherAI/truthful_qa_binary", ("question", "choices", "label"), _questions,
-        ("validation",) * 3, config="multiple_choice", revision="refs/convert/parquet"),
+        ("validation",) * 3, config="multiple_choice", revision=CONVERTED),
     "faitheval": Source(
         "Salesforce/FaithEval-counterfactual-v1.0",
         ("context", "question", "choices", "answerKey"), _faitheval, ("test",) * 3),
@@ -125,7 +141,8 @@ DATASETS = {
         note="access may have to be asked for on its page"),
     "spa-vl": Source(
         "sqrti/SPA-VL", ("image", "question", "chosen", "rejected"), _pairs,
-        ("train", "validation", "validation")),
+        ("train", "validation", "validation"),
+        config={"train": "default", "validation": "validation", "harm": "test", "help": "test"}),
     "mmhal-bench": Source(
         "DogNeverSleep/MMHal-Bench", ("image", "question", "gt_answer"), _mmhal, ("train",) * 3),
 }
@@ -148,11 +165,15 @@ def load(
     if source is None and path is None:
         raise UserError(f"unknown data set '{name}': expected {', '.join(DATASETS)}, or any name "
                         "with --dataset_path FILE")
-    if path is None and Path(source.path).suffix:
+    if path is None and Path(source.path).is_absolute():
         path = source.path
+        if source.make and not Path(path).exists():
+            source.make(Path(path))
     rows = _local(Path(path), split) if path else _hub(name, source, split, revision)
     if source is None:
         source = _columns_of(rows, path)
+    elif path:
+        source = replace(source, path=str(path))
     missing = [column for column in source.columns if column not in rows.column_names]
     if missing:
         raise UserError(f"{path or source.path}: column{'s' * (len(missing) > 1)} "
@@ -190,7 +211,7 @@ def _local(path: Path, split: str) -> Dataset:
         raise UserError(f"data file '{path}' does not exist")
     try:
         if path.is_dir():
-            found = load_from_disk(str(path)) if list(path.glob("*.json")) else _folder(path)
+            found = load_from_disk(str(path)) if list(path.glob("*.json")) else _folder(path, split)
         elif path.suffix in formats:
             found = load_dataset(formats[path.suffix], data_files=str(path), split="train")
         else:
@@ -215,36 +236,64 @@ def _local(path: Path, split: str) -> Dataset:
     return found
 
 
-def _folder(path: Path) -> DatasetDict | Dataset:
-    """A folder of Parquet files, named by split as the hub's are (train-00000-of-00001...)."""
-    files = sorted(path.rglob("*.parquet"))
+def _folder(path: Path, split: str) -> Dataset:
+    """A split from a folder of Parquet files named as the hub's are (train-00000-of-00001...)."""
+    files: dict[str, list[str]] = {}
+    for file in sorted(path.rglob("*.parquet")):
+        files.setdefault(file.stem.split("-")[0], []).append(str(file))
     if not files:
         raise UserError(f"'{path}' holds neither Parquet files nor a data set written by "
                         "save_to_disk")
-    by_split: dict[str, list[str]] = {}
-    for file in files:
-        by_split.setdefault(file.stem.split("-")[0], []).append(str(file))
-    return load_dataset("parquet", data_files=by_split)
+    if split not in files:
+        raise UserError(f"'{path}' has no split '{split}': found {', '.join(files)}")
+    return load_dataset("parquet", data_files=files[split], split="train")
 
 
 def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset:
+    revision = revision or source.revision
     try:
-        return load_dataset(source.path, source.config, split=split,
-                            revision=revision or source.revision)
+        if revision == CONVERTED:
+            return _converted(source, split)
+        config = source.config
+        if isinstance(config, dict):
+            if split not in config:
+                raise UserError(f"data set '{source.path}' has no split '{split}': found "
+                                f"{', '.join(config)}; give one of them with --split")
+            config = config[split]
+        return load_dataset(source.path, config, split=split, revision=revision)
+    except UserError:
+        raise
     except Exception as error:
-        chain = " ".join(f"{type(e).__name__} {e}" for e in
-                         (error, error.__cause__, error.__context__) if e)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "split" in str(error).lower():
+        page = f"https://huggingface.co/datasets/{source.path}"
+        todo = {
+            "gated": f"ask for access at {page} and log in with 'hf auth login', or give a copy "
+                     "with --dataset_path",
+            "missing": f"see whether {page} is still there, or give a copy with --dataset_path",
+            "network": "check the network, or give a local copy with --dataset_path",
+            "": "give a local copy with --dataset_path",
+        }[hub_trouble(error)]
+        if "split" in reason.lower():
             todo = "give a split that exists with --split"
-        elif "gated" in chain.lower() or "401" in chain or "403" in chain:
-            todo = (f"ask for access at https://huggingface.co/datasets/{source.path} and log in "
-                    "with 'hf auth login', or give a copy with --dataset_path")
-        else:
-            todo = "check the network, or give a local copy with --dataset_path"
         note = f" ({source.note})" if source.note else ""
         raise UserError(f"data set '{name}' ({source.path}) could not be loaded: {reason}; "
                         f"{todo}{note}") from error
+
+
+def _converted(source: Source, split: str) -> Dataset:
+    """A split of the hub's conversion: the files {config}/{split}/0000.parquet and so on.
+
+    They are read as files: that branch has no card, so `datasets` knows of no configurations.
+    """
+    folder = Path(snapshot_download(source.path, repo_type="dataset", revision=CONVERTED,
+                                    allow_patterns=f"{source.config}/*/*.parquet"))
+    files: dict[str, list[str]] = {}
+    for file in sorted((folder / source.config).glob("*/*.parquet")):
+        files.setdefault(file.parent.name, []).append(str(file))
+    if split not in files:
+        raise UserError(f"data set '{source.path}' has no split '{split}': found "
+                        f"{', '.join(files) or 'none'}; give one of them with --split")
+    return load_dataset("parquet", data_files=files[split], split="train")
 
 
 def read(rows: Dataset, source: Source, index: int) -> Example:
@@ -253,6 +302,10 @@ def read(rows: Dataset, source: Source, index: int) -> Example:
     Raises UserError, naming the row, for an empty question or answer and a label out of range.
     """
     row = rows[int(index)]
+    for column in source.columns:
+        if row.get(column) is None and column in row:
+            raise UserError(f"{source.path}, row {index}: an empty {column}; fill it in or take "
+                            "the row out")
     try:
         content = source.read(row)
         choices = tuple(content["choices"])
@@ -261,16 +314,19 @@ def read(rows: Dataset, source: Source, index: int) -> Example:
         raise UserError(f"{source.path}, row {index}: {error}; expected the columns "
                         f"{', '.join(source.columns)}") from error
     image = row.get("image")
-    if isinstance(image, str) and not Path(image).is_absolute() and Path(source.path).is_file():
-        image = str(Path(source.path).parent / image)
+    origin = Path(source.path)
+    if isinstance(image, str) and image and not Path(image).is_absolute() and origin.exists():
+        image = str((origin if origin.is_dir() else origin.parent) / image)
     identity = row.get("id")
     if identity in (None, ""):
         text = json.dumps([content["question"], content.get("context", ""), *choices, label])
-        identity = hashlib.sha256(text.encode()).hexdigest()[:12]
+        identity = hashlib.sha256(text.encode() + picture_digest(row.get("image"))).hexdigest()[:12]
     where = f"{source.path}, row {index} (id {identity})"
     for what, text in [("question", content["question"]), *(("answer", c) for c in choices)]:
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: an empty {what}; fill it in or take the row out")
+    if "image" in source.columns and not image:
+        raise UserError(f"{where}: no picture; put one in or take the row out")
     if not 0 <= label < len(choices):
         raise UserError(f"{where}: label {label} does not name one of {len(choices)} choices")
     return Example(str(identity), content["question"].strip(), tuple(c.strip() for c in choices),
@@ -302,9 +358,22 @@ def examples(rows: Dataset, source: Source, seed: int, limit: int | None = None,
 def question_key(example: Example) -> str:
     """What two rows share that ask the same: a digest of context, question and picture."""
     digest = hashlib.sha256(f"{example.context}\n{example.question}".lower().encode())
-    picture = example.image.get("bytes") if isinstance(example.image, dict) else example.image
-    digest.update(picture if isinstance(picture, bytes) else str(picture or "").encode())
+    digest.update(picture_digest(example.image))
     return digest.hexdigest()[:12]
+
+
+def picture_digest(image) -> bytes:
+    """What tells one stored picture from another, in any form an Example keeps it; b'' for none.
+
+    A file that a data set only names is told by its name.
+    """
+    if image is None:
+        return b""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path") or ""
+    if hasattr(image, "tobytes"):  # a PIL picture
+        image = f"{image.mode} {image.size} ".encode() + image.tobytes()
+    return hashlib.sha256(image if isinstance(image, bytes) else str(image).encode()).digest()
 
 
 def fingerprint(chosen: list[Example]) -> str:

@@ -1,4 +1,8 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and what the hub's exceptions mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -7,3 +11,31 @@ class UserError(Exception):
     The scripts print it as one line and exit with a status that is not zero; every other
     exception is a bug and keeps its traceback.
     """
+
+
+HUB_TROUBLE = {
+    "gated": {"GatedRepoError"},
+    "missing": {"RepositoryNotFoundError", "RevisionNotFoundError", "DatasetNotFoundError"},
+    "network": {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError",
+                "TransportError", "TimeoutError"},
+}
+
+
+def hub_trouble(error: BaseException) -> str:
+    """gated, missing, network, or '' where the hub is not the reason: from the error's causes."""
+    if "is a gated dataset" in str(error):  # `datasets` drops the cause
+        return "gated"
+    for cause in _causes(error):
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        for trouble, kinds in HUB_TROUBLE.items():
+            if names & kinds:
+                return trouble
+    return ""
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from, the innermost first."""
+    inner = error.__cause__ or error.__context__
+    if inner is not None:
+        yield from _causes(inner)
+    yield error

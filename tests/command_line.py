@@ -1,0 +1,225 @@
+"""Run the scripts as processes of their own, without paying for their imports every time.
+
+A server process imports the libraries once; every command is a fork of it that runs one script as
+`python script.py ...` would, with its own arguments, environment, output files and signals. This
+file is the server (when run), its client, and a pytest plugin with both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1].absolute() / "src"
+
+
+@dataclass(frozen=True)
+class Result:
+    """code: exit status, or minus the signal that killed the process."""
+
+    code: int
+    out: str
+    err: str
+
+    def ok(self) -> Result:
+        assert self.code == 0, self.err + self.out
+        return self
+
+    def error(self) -> str:
+        """The one line of a user's mistake."""
+        lines = [line for line in self.err.splitlines() if line.strip() and "it/s" not in line
+                 and "unit/s" not in line and "?unit" not in line]
+        assert self.code not in (0, None) and self.code > 0, (self.code, self.out, self.err)
+        assert "Traceback" not in self.err, self.err
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        return lines[0]
+
+
+class Process:
+    def __init__(self, commands: Commands, pid: int, folder: Path):
+        self.commands, self.pid, self.folder = commands, pid, folder
+        self.result: Result | None = None
+
+    def running(self) -> bool:
+        if self.result is None:
+            self._ask(block=False)
+        return self.result is None
+
+    def kill(self, with_signal: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, with_signal)
+
+    def wait(self) -> Result:
+        if self.result is None:
+            self._ask(block=True)
+        return self.result
+
+    def _ask(self, block: bool) -> None:
+        status = self.commands.ask({"wait": self.pid, "block": block})["status"]
+        if status is not None:
+            self.result = Result(os.waitstatus_to_exitcode(status),
+                                 *((self.folder / name).read_text() for name in ("out", "err")))
+
+
+class Commands:
+    """The client of a server with the given environment variables."""
+
+    def __init__(self, **environment: str):
+        self.environment = child_environment(**environment)
+        self.folder = tempfile.TemporaryDirectory(prefix="commands-")
+        self.count = 0
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=self.environment, start_new_session=True, cwd=SRC)
+
+    def ask(self, request: dict) -> dict:
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, script: str, *arguments, env: dict | None = None, die_after: int | None = None,
+              largest_file: int | None = None, seconds: int = 120) -> Process:
+        """Start src/`script`.
+
+        die_after: kill the process when it has put that many files in place (renamed them).
+        largest_file: bytes a file may have at most (the write after that fails).
+        seconds: of CPU time, after which it is killed.
+        """
+        self.count += 1
+        folder = Path(self.folder.name) / str(self.count)
+        folder.mkdir()
+        pid = self.ask({"run": [str(SRC / script), *map(str, arguments)], "env": env or {},
+                        "out": str(folder / "out"), "err": str(folder / "err"),
+                        "die_after": die_after, "largest_file": largest_file,
+                        "seconds": seconds})["pid"]
+        return Process(self, pid, folder)
+
+    def run(self, script: str, *arguments, **options) -> Result:
+        return self.start(script, *arguments, **options).wait()
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+        self.folder.cleanup()
+
+    def __enter__(self) -> Commands:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """The environment of a child: one thread, no token, nothing of the hub but `changes`."""
+    kept = {key: value for key, value in os.environ.items()
+            if not key.startswith(("HF_", "HUGGING_FACE", "ACCELERATE")) and "proxy" not in
+            key.lower() and key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+                   "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+                   "NO_PROXY": "127.0.0.1,localhost", "PYTHONDONTWRITEBYTECODE": "1"} | changes
+
+
+def arguments_of(flags: dict) -> list[str]:
+    """{'top_k': 5, 'top': ['pos', 'neg'], 'overwrite': True} -> command-line arguments."""
+    words = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words += map(str, value if isinstance(value, (list, tuple)) else [value])
+    return words
+
+
+@pytest.fixture(scope="session")
+def server_with():
+    """Makes a server with the given environment variables."""
+    with ExitStack() as stack:
+        yield lambda **environment: stack.enter_context(Commands(**environment))
+
+
+@pytest.fixture(scope="session")
+def commands(server_with, tmp_path_factory):
+    """A server that has no network: the hub is a port where nobody listens."""
+    home = tmp_path_factory.mktemp("home")
+    return server_with(HF_HOME=str(home), HF_ENDPOINT="http://127.0.0.1:9")
+
+
+def _serve() -> None:
+    sys.path.insert(0, str(SRC))
+    import datasets.packaged_modules.json.json  # noqa: F401
+    import sklearn.decomposition  # noqa: F401
+    import transformers.generation.utils
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import grains.cli
+    import grains.generation
+    import grains.scoring  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "run" in request:
+            pid = os.fork()
+            if pid == 0:
+                _child(request)
+            answer = {"pid": pid}
+        else:
+            done, status = os.waitpid(request["wait"], 0 if request["block"] else os.WNOHANG)
+            answer = {"status": status if done else None}
+        print(json.dumps(answer), flush=True)
+
+
+def _child(request: dict) -> None:
+    code = 1
+    try:
+        os.setsid()
+        for number, path in ((0, "/dev/null"), (1, request["out"]), (2, request["err"])):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+        os.environ.update(request["env"])
+        resource.setrlimit(resource.RLIMIT_CPU, (request["seconds"],) * 2)
+        if request["largest_file"]:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+        if request["die_after"]:
+            _die_after(request["die_after"])
+        sys.argv = request["run"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _die_after(count: int) -> None:
+    replace = os.replace
+
+    def replace_and_die(*args, **kwargs):
+        nonlocal count
+        replace(*args, **kwargs)
+        count -= 1
+        if not count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace_and_die
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,236 @@
+"""A run that is killed at any moment goes on where it was, and ends with the files of a run that
+was not; so does one that several processes share."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+pytest_plugins = ("command_line",)
+
+SRC = Path(__file__).parents[1].absolute() / "src"
+SAMPLES = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "questions.jsonl",
+                            tiny.question_rows())
+
+
+@pytest.fixture(scope="module")
+def common(model, questions):
+    return ["--model_name", model, "--dataset_name", "questions", "--dataset_path", questions,
+            "--num_samples", SAMPLES, "--top_k", 3]
+
+
+@pytest.fixture(scope="module")
+def script(common, stage1):
+    """name of a script, folder of its outputs -> the script and its arguments."""
+    def arguments(name: str, folder: Path) -> list:
+        if name == "token_ablation":
+            more = ["--ig_steps", 6, "--output_path_meta", folder / "tokens.csv",
+                    "--output_path_hidden", folder / "states.safetensors"]
+        else:
+            more = ["--num_validation", 6, "--methods", "gradient", "random", "--alphas", 0.1,
+                    "--hidden_states_path", stage1 / "states_pos.safetensors",
+                    "--steering_vectors_dir", folder / "vectors", "--output_dir", folder,
+                    "--batch_tokens", 200]  # several batches
+        if name == "steering_generation":
+            more += ["--layer_idxs", 1, "--num_prompts", 6, "--max_new_tokens", 60,
+                     "--temperature", 0.8]
+        return [f"{name}.py", *common, *more]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def stage1(commands, common, tmp_path_factory):
+    """The folder of a stage 1 that was not interrupted."""
+    folder = tmp_path_factory.mktemp("stage1")
+    commands.run("token_ablation.py", *common, "--ig_steps", 6, "--output_path_meta",
+                 folder / "tokens.csv", "--output_path_hidden", folder / "states.safetensors").ok()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(commands, script, stage1, tmp_path_factory):
+    """name of a script -> the files of a run that was not interrupted."""
+    made = {"token_ablation": contents(stage1)}
+
+    def run(name: str) -> dict[str, bytes]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            commands.run(*script(name, folder)).ok()
+            made[name] = contents(folder)
+        return made[name]
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The outputs in a folder; parts, locks and files that are being written are none."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and ".parts" not in str(path) and path.suffix != ".lock"
+            and not path.name.startswith(".")}
+
+
+def wait_for_parts(folder: Path, count: int, process) -> None:
+    while process.running() and len(list(folder.glob("*.parts/0*"))) < count:
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("name, kills", [
+    # After the manifest of the parts, after each part, and after each of the outputs.
+    ("token_ablation", [1, *[2] * SAMPLES, 2, 3, 4, 5]),
+    # The two vectors are written first.
+    ("steering_mc", [2, 3, 4, 6, 9, 4, 5, 6, 7]),
+    ("steering_generation", [4, 5, 30]),
+])
+def test_killed_after_a_write(commands, script, whole, tmp_path, name, kills):
+    killed = 0
+    for count in kills:
+        result = commands.run(*script(name, tmp_path), die_after=count)
+        killed += result.code == -signal.SIGKILL
+        here = contents(tmp_path)
+        assert here.items() <= whole(name).items()  # what is there is whole
+    assert killed >= len(kills) - 3
+    commands.run(*script(name, tmp_path)).ok()
+    assert contents(tmp_path) == whole(name)
+    assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.lock"))
+
+
+@pytest.mark.parametrize("name, moments", [
+    ("token_ablation", [0, 1, 2, 3]), ("steering_mc", [1, 2]), ("steering_generation", [1])])
+def test_killed_at_any_moment(commands, script, whole, tmp_path, name, moments):
+    for count in moments:
+        process = commands.start(*script(name, tmp_path))
+        if count:
+            wait_for_parts(tmp_path, count, process)
+        else:
+            time.sleep(0.2)
+        process.kill()
+        process.wait()
+    result = commands.run(*script(name, tmp_path)).ok()
+    assert contents(tmp_path) == whole(name)
+    assert "nothing to do" in result.out or re.search(r"\d/\d", result.err)
+
+
+def test_finished_parts_are_not_done_again(commands, script, tmp_path):
+    commands.run(*script("token_ablation", tmp_path), die_after=3)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.parts/0*")}
+    assert len(times) == 2
+    commands.run(*script("token_ablation", tmp_path), die_after=2)
+    assert times.items() < {path: path.stat().st_mtime_ns
+                            for path in tmp_path.glob("*.parts/0*")}.items()
+
+
+def test_interrupted(commands, script, whole, tmp_path):
+    process = commands.start(*script("token_ablation", tmp_path))
+    wait_for_parts(tmp_path, 1, process)
+    process.kill(signal.SIGINT)
+    result = process.wait()
+    assert result.code == 130 and "Traceback" not in result.err
+    assert "run the same command again to go on" in result.err.splitlines()[-1]
+    commands.run(*script("token_ablation", tmp_path)).ok()
+    assert contents(tmp_path) == whole("token_ablation")
+
+
+def test_overwriting_is_taken_up_again(commands, script, whole, tmp_path):
+    commands.run(*script("token_ablation", tmp_path), "--seed", 1).ok()
+    again = [*script("token_ablation", tmp_path), "--overwrite"]
+    commands.run(*again, die_after=3)
+    assert len(list(tmp_path.glob("*.parts/0*"))) == 2
+    assert "2/4" in commands.run(*again).ok().err.replace("\r", "\n").splitlines()[0]
+    assert contents(tmp_path) == whole("token_ablation")
+
+
+@pytest.mark.parametrize("name", ["token_ablation", "steering_mc", "steering_generation"])
+def test_the_seed_decides(commands, script, whole, tmp_path, name):
+    commands.run(*script(name, tmp_path / "same")).ok()
+    assert contents(tmp_path / "same") == whole(name)
+    commands.run(*script(name, tmp_path / "other"), "--seed", 1).ok()
+    other = list(contents(tmp_path / "other").values())
+    assert not any(content in other for content in whole(name).values()
+                   if not content.startswith(b"{"))
+
+
+# --- several processes ---
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def together(commands):
+    """Starts a command as two processes that know of each other, as a launcher does."""
+    def start(*arguments):
+        port = free_port()
+        return [commands.start(*arguments, env={
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(2)]
+
+    return start
+
+
+@pytest.mark.parametrize("name", ["token_ablation", "steering_mc", "steering_generation"])
+def test_two_processes(together, script, whole, tmp_path, name):
+    for _ in range(2):
+        first, second = [process.wait().ok() for process in together(*script(name, tmp_path))]
+        assert contents(tmp_path) == whole(name)
+        assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.lock"))
+    assert "nothing to do" in first.out and not second.out
+
+
+def test_two_processes_take_up_what_one_began(commands, together, script, whole, tmp_path):
+    commands.run(*script("token_ablation", tmp_path), die_after=3)
+    for process in together(*script("token_ablation", tmp_path)):
+        process.wait().ok()
+    assert contents(tmp_path) == whole("token_ablation")
+
+
+def test_two_processes_are_refused_as_one(commands, together, script, whole, tmp_path):
+    commands.run(*script("token_ablation", tmp_path)).ok()
+    first, second = [process.wait() for process in
+                     together(*script("token_ablation", tmp_path), "--seed", 1)]
+    assert "other settings" in first.error()
+    assert second.code == 1 and not second.err
+    assert contents(tmp_path) == whole("token_ablation")
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_of_two_processes_dies(together, commands, script, whole, tmp_path, killed):
+    processes = together(*script("token_ablation", tmp_path), "--ig_steps", 40)
+    wait_for_parts(tmp_path, 1, processes[killed])
+    processes[killed].kill()
+    other = processes[1 - killed].wait()
+    assert other.code == 1 and "Traceback" not in other.err
+    assert "another process of this run has stopped" in other.err
+    assert "run the same command again" in other.err
+    commands.run(*script("token_ablation", tmp_path), "--ig_steps", 40).ok()
+
+
+def test_launcher(commands, script, whole, tmp_path):
+    arguments = [str(item) for item in script("token_ablation", tmp_path)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+         "--master_port", str(free_port()), *arguments],
+        cwd=SRC, env=commands.environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert contents(tmp_path) == whole("token_ablation")

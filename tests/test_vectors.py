@@ -1,0 +1,302 @@
+"""Steering vectors: their definitions, their files, and what applying them does to a model."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from reference import layer_outputs, no_hooks, own_logits, relative, words
+
+from grains.errors import UserError
+from grains.runs import write_tensors
+from grains.vectors import (
+    METHODS,
+    MODES,
+    StatesFile,
+    SteeringVectors,
+    make,
+    mean_vector,
+    pca_vector,
+    steer,
+    steered,
+)
+
+W = words(40, seed=4)
+N, L, D = 5, 4, 48
+RESPONSES = ("hidden_pos_response", "hidden_neg_response")
+INFO = {"stage": "token_ablation", "seed": 0,
+        "model": {"model": "tiny-llama", "num_layers": L, "hidden_size": D, "dtype": "float32"}}
+
+
+def states(seed):
+    """What stage 1 writes for N examples: (N, L+1, D) arrays and (N, L+1) norms."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (N, L + 1, D)
+    plain = {name: torch.randn(shape, generator=generator) for name in RESPONSES}
+    ablated = {f"{name}_ablated": plain[name] - torch.randn(shape, generator=generator) - 0.3
+               for name in RESPONSES}
+    return plain | ablated | {
+        "norms": torch.rand(N, L + 1, generator=generator) * 10 + 1,
+        "gradients": torch.randn(shape, generator=generator)}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The states of each ablation, as tensors and as files of stage 1."""
+    tensors, opened = {}, {}
+    for seed, top in enumerate(("pos", "neg", "rand")):
+        tensors[top] = states(seed)
+        path = tmp_path / f"{top}.safetensors"
+        write_tensors(path, tensors[top], INFO | {"top": top})
+        opened[top] = StatesFile(path)
+    return tensors, opened
+
+
+def shifts(tensors, layer):
+    """(2N, D) h(plain) - h(ablated) of both responses, after a layer."""
+    return torch.cat([tensors[name][:, layer + 1] - tensors[f"{name}_ablated"][:, layer + 1]
+                      for name in RESPONSES]).double().numpy()
+
+
+def first_component(rows):
+    """By numpy's SVD, oriented along the mean."""
+    component = np.linalg.svd(rows - rows.mean(0))[2][0]
+    return component * np.sign(component @ rows.mean(0))
+
+
+def test_mean_and_pca_of_the_pos_ablation(files):
+    tensors, opened = files
+    for method, reduce in [("mean", lambda rows: rows.mean(0)), ("pca", first_component)]:
+        made = make(opened, method, "pos", 0)
+        assert made.vectors.shape == (L, D)
+        for layer in range(L):
+            assert relative(made.vectors[layer], reduce(shifts(tensors["pos"], layer))) <= 1e-5
+
+
+@pytest.mark.parametrize("method", ["mean", "pca"])
+def test_both_is_pos_minus_neg(files, method):
+    _, opened = files
+    pos, neg = (make({"pos": opened[top]}, method, "pos", 0).vectors for top in ("pos", "neg"))
+    both = make(opened, method, "both", 0)
+    assert relative(both.vectors, pos - neg) <= 1e-5
+    assert both.info["mode"] == "both" and both.info["method"] == method
+
+
+def test_gradient_caa_and_random(files):
+    tensors, opened = files
+    of = tensors["pos"]
+    gradient = make(opened, "gradient", "", 0).vectors
+    assert relative(gradient, of["gradients"][:, 1:].mean(0)) <= 1e-5
+    caa = make(opened, "caa", "", 0).vectors
+    expected = (of["hidden_pos_response"] - of["hidden_neg_response"])[:, 1:].mean(0)
+    assert relative(caa, expected) <= 1e-5
+    rand_tokens = make(opened, "rand_tokens", "", 0).vectors
+    for layer in range(L):
+        assert relative(rand_tokens[layer], shifts(tensors["rand"], layer).mean(0)) <= 1e-5
+    one, same, other = (make(opened, "random", "", seed).vectors
+                        for seed in (1, 1, 2))
+    assert torch.equal(one, same) and relative(one, other) > 0.5
+    directions = torch.nn.functional.normalize(one, dim=-1)
+    assert (directions @ directions.T - torch.eye(L)).abs().max() < 0.6
+
+
+def test_norms_are_medians_over_examples(files):
+    tensors, opened = files
+    expected = np.median(tensors["pos"]["norms"].numpy()[:, 1:], axis=0)
+    for method, mode in itertools.product(METHODS, MODES):
+        made = make(opened, method, mode, 0)
+        assert relative(made.norms, expected) <= 1e-6
+
+
+def test_a_principal_component_points_along_the_mean_shift():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        direction = generator.normal(size=16)
+        direction /= np.linalg.norm(direction)
+        spread = generator.normal(size=(30, 1)) * 5 + generator.choice([-3, 3])
+        rows = spread * direction + generator.normal(size=(30, 16))
+        found = pca_vector(rows)
+        assert np.linalg.norm(found) == pytest.approx(1)
+        assert found @ mean_vector(rows) > 0
+        assert found == pytest.approx(first_component(rows), abs=1e-8)
+        assert pca_vector(-rows) == pytest.approx(-found, abs=1e-8)
+
+
+def test_a_principal_component_needs_two_shifts():
+    with pytest.raises(UserError, match="at least two"):
+        pca_vector(np.ones((1, 4)))
+
+
+def test_not_a_number_is_refused(tmp_path):
+    tensors = states(0)
+    tensors["gradients"][2, 1, 3] = float("nan")
+    write_tensors(tmp_path / "x.safetensors", tensors, INFO)
+    with pytest.raises(UserError, match="NaN"):
+        make({"pos": StatesFile(tmp_path / "x.safetensors")}, "gradient", "", 0)
+
+
+def test_save_and_load(files, tmp_path):
+    made = make(files[1], "mean", "pos", 0)
+    made.save(tmp_path / "vectors.safetensors")
+    loaded = SteeringVectors.load(tmp_path / "vectors.safetensors")
+    assert torch.equal(loaded.vectors, made.vectors) and torch.equal(loaded.norms, made.norms)
+    assert loaded.info == made.info
+    assert loaded.info["stage"] == "steering_vectors" and loaded.info["top"] == "pos"
+
+
+def test_other_files_are_refused(files, tmp_path):
+    with pytest.raises(UserError, match="no steering vectors"):
+        SteeringVectors.load(files[1]["pos"].path)
+    make(files[1], "mean", "pos", 0).save(tmp_path / "vectors.safetensors")
+    with pytest.raises(UserError, match="no hidden states"):
+        StatesFile(tmp_path / "vectors.safetensors")
+
+
+def test_states_of_another_model_are_refused(files, make_tiny, tmp_path):
+    lm = make_tiny("llama")
+    with pytest.raises(UserError, match="another model"):
+        files[1]["pos"].check_model(make_tiny("qwen2", num_hidden_layers=3))
+    info = INFO | {"model": lm.identity() | {"dtype": "float32"}}
+    write_tensors(tmp_path / "same.safetensors", states(0), info)
+    StatesFile(tmp_path / "same.safetensors").check_model(lm)
+    write_tensors(tmp_path / "moved.safetensors", states(0),
+                  info | {"model": info["model"] | {"final_norm_sum": "1.0"}})
+    with pytest.raises(UserError, match="another model"):
+        StatesFile(tmp_path / "moved.safetensors").check_model(lm)
+
+
+def test_scaled(files):
+    made = make(files[1], "mean", "pos", 0)
+    relative_units = made.scaled(0.3, [2, 0])
+    assert list(relative_units) == [2, 0]
+    for layer, vector in relative_units.items():
+        assert vector.norm().item() == pytest.approx(0.3 * made.norms[layer].item(), rel=1e-5)
+        cosine = torch.cosine_similarity(vector, made.vectors[layer], dim=0)
+        assert cosine.item() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(made.scaled(-4.0, [1], "absolute")[1], -4.0 * made.vectors[1])
+
+
+@pytest.mark.parametrize("layer", [-1, 4, 100])
+def test_a_layer_that_does_not_exist_is_refused(files, make_tiny, layer):
+    made, lm = make(files[1], "mean", "pos", 0), make_tiny("llama")
+    with pytest.raises(UserError, match="decoder layers 0 to 3"):
+        made.scaled(1.0, [0, layer])
+    with pytest.raises(UserError, match="does not exist"), steered(lm, {0: torch.ones(D),
+                                                                        layer: torch.ones(D)}):
+        pass
+    assert no_hooks(lm)
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 3}, {"hidden_size": 32}])
+def test_vectors_of_another_shape_are_refused(files, make_tiny, changes):
+    made = make(files[1], "mean", "pos", 0)
+    with pytest.raises(UserError, match="these vectors are for 4 layers of size 48"):
+        made.apply(make_tiny("llama", **changes), 1.0, [0])
+
+
+# -- steering --
+
+
+def test_steer_by_hand():
+    states = torch.tensor([[[3.0, 4.0], [0.0, 2.0]], [[1.0, 0.0], [-5.0, 12.0]]])
+    found = steer(states, torch.tensor([1.0, -4.0]))
+    expected = [[[5.0, 0.0], [2 / 5 ** 0.5, -4 / 5 ** 0.5]],
+                [[2 / 20 ** 0.5, -4 / 20 ** 0.5], [-4 * 13 / 80 ** 0.5, 8 * 13 / 80 ** 0.5]]]
+    assert relative(found, torch.tensor(expected)) <= 1e-6
+
+
+def batch(rows=3, length=9):
+    return torch.tensor([W[row:row + length] for row in range(rows)])
+
+
+@pytest.mark.parametrize("layers", [(0,), (3,), (0, 1, 2, 3)])
+def test_every_row_and_position_moves_and_keeps_its_norm(tiny, layers):
+    generator = torch.Generator().manual_seed(0)
+    vectors = {layer: torch.randn(D, generator=generator) for layer in layers}
+    first = min(layers)
+    with torch.no_grad(), layer_outputs(tiny) as plain:
+        tiny.model(batch(), use_cache=False)
+    with torch.no_grad(), steered(tiny, vectors), layer_outputs(tiny) as changed:
+        tiny.model(batch(), use_cache=False)
+    before, after = plain[first + 1], changed[first + 1]
+    assert before.shape == (3, 9, D)
+    distance = (after - before).norm(dim=-1) / before.norm(dim=-1)
+    assert distance.min() > 1e-2
+    norms = before.norm(dim=-1)
+    assert ((after.norm(dim=-1) - norms).abs() / norms).max() <= 1e-4
+    # the direction is that of h + v, at every row and position
+    cosine = torch.cosine_similarity(after, before + vectors[first], dim=-1)
+    assert (cosine - 1).abs().max() <= 1e-5
+
+
+def test_every_layer_is_steered_on_what_it_gives_in_the_steered_model(tiny):
+    """h' = (h + v) ||h|| / ||h + v|| at each of several layers, computed layer by layer."""
+    generator = torch.Generator().manual_seed(1)
+    vectors = {layer: torch.randn(D, generator=generator) for layer in (1, 3)}
+    outputs = []
+    handle = [layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+              for layer in tiny.layers]  # before the steering hooks: raw outputs
+    try:
+        with torch.no_grad(), steered(tiny, vectors), layer_outputs(tiny) as changed:
+            tiny.model(batch(), use_cache=False)
+    finally:
+        for hook in handle:
+            hook.remove()
+    for layer, (raw, after) in enumerate(zip(outputs, changed[1:], strict=True)):
+        if layer in vectors:
+            moved = raw + vectors[layer]
+            raw = moved * raw.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
+        assert relative(after, raw) <= 1e-6
+
+
+def test_strength_zero_and_a_removed_hook_leave_logits_bit_identical(tiny, files):
+    made = make(files[1], "mean", "pos", 0)
+    every = [0, 1, 2, 3]
+    plain = own_logits(tiny, W[:12])
+    for units in ("relative", "absolute"):
+        with made.apply(tiny, 0.0, every, units):
+            assert torch.equal(own_logits(tiny, W[:12]), plain)
+        with made.apply(tiny, 0.5, every, units):
+            assert not torch.allclose(own_logits(tiny, W[:12]), plain, atol=1e-2)
+        assert torch.equal(own_logits(tiny, W[:12]), plain)
+    assert no_hooks(tiny)
+
+
+def test_a_state_of_zeros_stays_one():
+    """As padding's may be: nothing turns into NaN."""
+    states = torch.zeros(1, 2, 4)
+    assert torch.equal(steer(states, torch.zeros(4)), states)
+    assert torch.equal(steer(states, torch.ones(4)), states)
+
+
+def test_an_exception_in_the_block_removes_the_hooks(family):
+    plain = own_logits(family, W[:8])
+    with pytest.raises(RuntimeError, match="inside"), steered(family, {1: torch.ones(D)}):
+        raise RuntimeError("inside")
+    assert no_hooks(family)
+    assert torch.equal(own_logits(family, W[:8]), plain)
+
+
+def test_weights_do_not_change(family):
+    before = {name: weight.clone() for name, weight in family.model.state_dict().items()}
+    with steered(family, {layer: torch.ones(D) for layer in range(4)}):
+        own_logits(family, W[:8])
+    assert all(torch.equal(before[name], weight)
+               for name, weight in family.model.state_dict().items())
+
+
+def test_smollm2(smollm2):
+    """Bit-identical at strength zero and after the block; every norm kept in it."""
+    generator = torch.Generator().manual_seed(0)
+    ids = smollm2.tokenizer("Why is the sky blue? Because").input_ids
+    made = SteeringVectors(torch.randn(30, 576, generator=generator), torch.full((30,), 20.0), {})
+    with layer_outputs(smollm2) as outputs:
+        plain = own_logits(smollm2, ids)
+    with made.apply(smollm2, 0.0, list(range(30))):
+        assert torch.equal(own_logits(smollm2, ids), plain)
+    with made.apply(smollm2, 0.3, [14]), layer_outputs(smollm2) as changed:
+        assert not torch.allclose(own_logits(smollm2, ids), plain, atol=0.1)
+    norms, kept = outputs[15].norm(dim=-1), changed[15].norm(dim=-1)
+    assert ((kept - norms).abs() / norms).max() <= 1e-4
+    assert ((changed[15] - outputs[15]).norm(dim=-1) / norms).min() > 1e-4
+    assert torch.equal(own_logits(smollm2, ids), plain)
