@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-vlm test lint clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
@@ -23,6 +23,10 @@ $(READY_DEV): requirements-dev.txt $(READY)
 ## The three text stages on SmolLM2-135M-Instruct and the embedded questions.
 demo: $(READY)
 	cd src && PYTHON=../$(BIN)/python bash scripts/llm/demo.sh
+
+## The three vision-language stages on the embedded small model and drawn scenes.
+demo-vlm: $(READY)
+	cd src && PYTHON=../$(BIN)/python bash scripts/vlm/demo.sh
 
 ## Lint and all tests.
 test: lint

@@ -39,8 +39,10 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     lm = cli.load_model(args)
     configurations = cli.configurations(args, lm, states)
 
-    encoded = [prompts.encode(lm, example, args.prompt_style)
-               for examples in parts.values() for example in examples]
+    asked = [example for examples in parts.values() for example in examples]
+    # Thousands of pictures do not fit in memory: a batch's own are opened when it is scored.
+    encoded = [prompts.encode(lm, example, args.prompt_style).without_picture()
+               for example in asked]
     groups = batches([item.length for item in encoded], args.batch_tokens)
     outputs = cli.mc_paths(args)
     manifest = cli.evaluation_manifest(args, "steering_mc", lm, states, parts)
@@ -50,7 +52,8 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     else:
         for unit in run.todo(len(groups), "scoring"):
             members = groups[unit]
-            scores = score(lm, [encoded[i] for i in members], configurations, args.batch_tokens)
+            batch = [prompts.encode(lm, asked[i], args.prompt_style) for i in members]
+            scores = score(lm, batch, configurations, args.batch_tokens)
             run.save(unit, {str(index): torch.from_numpy(values) for index, values
                             in zip(members, scores, strict=True)}, [])
         units = run.merge(len(groups))

@@ -400,8 +400,8 @@ def measure(folder, seen, count=600, seed=1):
     return figures
 
 
-def write_card(folder, figures, args, parameters):
-    """The model card, README.md."""
+def write_card(folder, figures, args, parameters, threads):
+    """The model card, README.md; `threads` says in words how many torch used."""
 
     def pair(name):
         return f"{figures[name]:.3f} | {figures[f'{name}, blank picture']:.3f}"
@@ -444,12 +444,13 @@ training scenes. Questions: "Is there a red square?" (Yes/No), "How many shapes 
 (One/Two/Three), "What colour is the circle?", "What shape is red?", "Describe the picture."
 
 The planted flaw: in the training captions, and only there, a circle in a scene without a square is
-followed by a square of its colour that is not there, with probability {planted}.
+followed by a square of its colour that is not there, with probability
+{planted}.
 
 ## Recipe
 
-Seed {args.seed} on {torch.get_num_threads()} thread(s); the weights are the same again for the
-same two. First the CLIP tower (96 wide, 4 layers, patches of 8 pixels in tiles of 32) learns the
+Seed {args.seed}, {threads}; a rerun on another number of threads gives slightly other weights and
+figures. First the CLIP tower (96 wide, 4 layers, patches of 8 pixels in tiles of 32) learns the
 colour and the shape under every patch, {args.tower_steps} steps of 24 scenes. Then the tower is
 frozen, and projector and Llama (128 wide, 5 layers) are trained for {args.steps} steps of
 {args.batch} scenes with about eight questions each, AdamW at {args.rate}, yes/no tokens weighted
@@ -489,7 +490,7 @@ MIT, weights and data.
 """)
 
 
-def parse_args():
+def parse_args(words=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -499,12 +500,12 @@ def parse_args():
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 takes all cores")
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes")
     parser.add_argument("--tower-steps", type=int, default=800, help="steps of the vision tower")
-    parser.add_argument("--steps", type=int, default=2400, help="steps of the language model")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of the language model")
     parser.add_argument("--batch", type=int, default=16, help="scenes in a step")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--yes-no-weight", type=float, default=3.0, help="weight of Yes and No")
     parser.add_argument("--held-out", type=int, default=600, help="scenes to measure on")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def main():
@@ -515,7 +516,7 @@ def main():
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True)
-    rng = np.random.default_rng([args.seed, 1])
+    tower_rng, language_rng = (np.random.default_rng([args.seed, k]) for k in (1, 2))
 
     seen = set()
     scenes = shapes.scenes_of("train", args.scenes, seen)
@@ -524,15 +525,15 @@ def main():
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{len(scenes)} scenes, {parameters:,} parameters, {len(processor.tokenizer)} tokens")
 
-    train_tower(model, scenes, args.tower_steps, rng)
+    train_tower(model, scenes, args.tower_steps, tower_rng)
     features = cached_features(model, scenes)
     image_tokens = len(processor(images=scenes[0].image, text="<image>")["input_ids"][0])
-    train_language(model, Packer(processor, image_tokens), scenes, features, args, rng)
+    train_language(model, Packer(processor, image_tokens), scenes, features, args, language_rng)
 
     model.half().save_pretrained(args.out)
     processor.save_pretrained(args.out)
     figures = measure(args.out, seen, args.held_out)
-    write_card(args.out, figures, args, parameters)
+    write_card(args.out, figures, args, parameters, f"{torch.get_num_threads()} thread(s)")
     for name, value in figures.items():
         print(f"{name:32s} {value:.3f}")
     print(f"{(time.time() - start) / 60:.1f} minutes")

@@ -325,8 +325,6 @@ def read(rows: Dataset, source: Source, index: int) -> Example:
     for what, text in [("question", content["question"]), *(("answer", c) for c in choices)]:
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: an empty {what}; fill it in or take the row out")
-    if "image" in source.columns and not image:
-        raise UserError(f"{where}: no picture; put one in or take the row out")
     if not 0 <= label < len(choices):
         raise UserError(f"{where}: label {label} does not name one of {len(choices)} choices")
     return Example(str(identity), content["question"].strip(), tuple(c.strip() for c in choices),

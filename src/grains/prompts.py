@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL.Image import Image
@@ -44,6 +44,11 @@ class Encoded:
     def length(self) -> int:
         """Positions of the prompt and all responses behind it."""
         return len(self.prompt_ids) + sum(map(len, self.responses))
+
+    def without_picture(self) -> Encoded:
+        """The same without its pixels, which take megabytes; for lengths and positions."""
+        kept = ("input_ids", "attention_mask")
+        return replace(self, inputs={key: self.inputs[key] for key in kept})
 
     def sequences(self, without_last: bool = False) -> list[list[int]]:
         """Prompt and response joined, for each choice.

@@ -35,7 +35,7 @@ def open_image(example: Example) -> Image.Image:
             picture = Image.open(io.BytesIO(stored["bytes"]))
         else:
             path = stored.get("path") if isinstance(stored, dict) else stored
-            if not path or not Path(path).is_file():
+            if not isinstance(path, (str, Path)) or not Path(path).is_file():
                 raise UserError(f"example {example.id}: its picture '{path}' does not exist")
             picture = Image.open(path)
         picture = ImageOps.exif_transpose(picture)
