@@ -317,8 +317,11 @@ def configurations(args, lm, states: dict[str, vectors.StatesFile]) -> list[Conf
 def evaluation_parts(args, states: dict[str, vectors.StatesFile]) -> dict[str, list[data.Example]]:
     """part -> its questions; the steering examples are in none but 'all'."""
     if args.evaluate_on == "all":
-        rows, source = load_split(args, part=2)
-        return {"all": data.examples(rows, source, args.seed)}
+        every = {}
+        for part in range(3):  # often the same split: each question counts once
+            rows, source = load_split(args, part)
+            every |= {example.id: example for example in data.examples(rows, source, args.seed)}
+        return {"all": list(every.values())}
     steering = states["pos"].info["data"]
     used = {*steering["ids"], *steering["questions"]}
     rows, source = load_split(args, part=1)
