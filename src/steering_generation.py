@@ -45,7 +45,7 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     parts = cli.evaluation_parts(args, states)
     questions = parts["test" if "test" in parts else "all"][: args.num_prompts]
     lm = cli.load_model(args)
-    configurations = cli.configurations(args, lm, states)
+    configurations, _ = cli.configurations(args, lm, states)
     style = args.generation_style or ("chat" if lm.tokenizer.chat_template else args.prompt_style)
 
     encoded = [prompts.encode(lm, example, style) for example in questions]

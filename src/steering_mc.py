@@ -37,7 +37,7 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     states = cli.hidden_states_files(args)
     parts = cli.evaluation_parts(args, states)
     lm = cli.load_model(args)
-    configurations = cli.configurations(args, lm, states)
+    configurations, made = cli.configurations(args, lm, states)
 
     asked = [example for examples in parts.values() for example in examples]
     # Thousands of pictures do not fit in memory: a batch's own are opened when it is scored.
@@ -61,6 +61,8 @@ def main(kind: cli.Kind = cli.LLM) -> None:
             scores = {int(i): s.numpy() for tensors, _ in units for i, s in tensors.items()}
             questions = question_table(parts, encoded, [BASE, *configurations], scores)
             grid = grid_table(questions, [BASE, *configurations], args)
+            for path, vectors in made.items():
+                vectors.save(path)
             runs.write_table(outputs["questions"], questions)
             runs.write_table(outputs["grid"], grid)
             runs.write_json(outputs["chosen"], chosen(grid, args))

@@ -117,6 +117,19 @@ def test_a_batch_of_tries_is_every_sequence_alone_with_gradients(tiny):
             assert difference(last, own_logits(tiny, ids)[-1]) <= 1e-4
 
 
+def test_padding_sees_itself_alone_and_is_seen_by_nothing(tiny):
+    captures = [capture_trie(tiny, prompt, responses)[1]
+                for prompt, responses in (TRIES["two answers"], TRIES["all within the window"])]
+    long, short = captures[0].embeds.shape[1], captures[1].embeds.shape[1]
+    padding = torch.arange(long) >= short
+    for layer, alone in zip(collate(captures).kwargs, captures[1].kwargs, strict=True):
+        mask, own = layer["attention_mask"][1, 0], alone["attention_mask"][0, 0]
+        sees = mask if mask.dtype == torch.bool else mask == 0
+        assert not sees[~padding][:, padding].any() and not sees[padding][:, ~padding].any()
+        assert torch.equal(sees[padding][:, padding], torch.eye(long - short).bool())
+        assert torch.equal(mask[:short, :short], own)
+
+
 def test_smollm2(smollm2):
     """The same on a real model: packed and batched answers, from layer 0 and from the middle."""
     texts = [("Q: What is the capital of France?\nA:", [" Paris", " Paris, of course.", " Rome"]),

@@ -97,17 +97,14 @@ def wait_for_parts(folder: Path, count: int, process) -> None:
     # After the manifest of the parts, after each part, and after each of the outputs.
     ("token_ablation", [1, *[2] * SAMPLES, 2, 3, 4, 5]),
     # The two vectors are written first.
-    ("steering_mc", [2, 3, 4, 6, 9, 4, 5, 6, 7]),
-    ("steering_generation", [4, 5, 30]),
+    ("steering_mc", [2, 3, 4, 6, 4, 5, 6, 7]),
+    ("steering_generation", [4, 4, 4, 5]),
 ])
 def test_killed_after_a_write(commands, script, whole, tmp_path, name, kills):
-    killed = 0
     for count in kills:
         result = commands.run(*script(name, tmp_path), die_after=count)
-        killed += result.code == -signal.SIGKILL
-        here = contents(tmp_path)
-        assert here.items() <= whole(name).items()  # what is there is whole
-    assert killed >= len(kills) - 3
+        assert result.code == -signal.SIGKILL, result
+        assert contents(tmp_path).items() <= whole(name).items()  # what is there is whole
     commands.run(*script(name, tmp_path)).ok()
     assert contents(tmp_path) == whole(name)
     assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.lock"))
@@ -154,7 +151,7 @@ def test_overwriting_is_taken_up_again(commands, script, whole, tmp_path):
     again = [*script("token_ablation", tmp_path), "--overwrite"]
     commands.run(*again, die_after=3)
     assert len(list(tmp_path.glob("*.parts/0*"))) == 2
-    assert "2/4" in commands.run(*again).ok().err.replace("\r", "\n").splitlines()[0]
+    assert "2/4" in commands.run(*again).ok().err.strip().split("\r")[0]
     assert contents(tmp_path) == whole("token_ablation")
 
 
@@ -163,9 +160,9 @@ def test_the_seed_decides(commands, script, whole, tmp_path, name):
     commands.run(*script(name, tmp_path / "same")).ok()
     assert contents(tmp_path / "same") == whole(name)
     commands.run(*script(name, tmp_path / "other"), "--seed", 1).ok()
-    other = list(contents(tmp_path / "other").values())
-    assert not any(content in other for content in whole(name).values()
-                   if not content.startswith(b"{"))
+    other = contents(tmp_path / "other").values()
+    assert not any(content in other for path, content in whole(name).items()
+                   if path.endswith(".csv"))
 
 
 # --- several processes ---
@@ -226,11 +223,14 @@ def test_one_of_two_processes_dies(together, commands, script, whole, tmp_path, 
     commands.run(*script("token_ablation", tmp_path), "--ig_steps", 40).ok()
 
 
-def test_launcher(commands, script, whole, tmp_path):
+def test_accelerate_launch(commands, script, whole, tmp_path):
+    """Its --cpu starts a single process, whatever --num_processes says; --multi_gpu starts all,
+    and they find that there is no GPU."""
     arguments = [str(item) for item in script("token_ablation", tmp_path)]
     ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-         "--master_port", str(free_port()), *arguments],
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+         "--main_process_port", str(free_port()), *arguments],
         cwd=SRC, env=commands.environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+    assert f"{SAMPLES // 2}/{SAMPLES // 2}" in ended.stderr  # the other half is the other's
     assert contents(tmp_path) == whole("token_ablation")

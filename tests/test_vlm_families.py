@@ -151,7 +151,7 @@ def test_every_part_of_the_picture_counts(vlm):
     one_moved = prompt.repeat(len(places), 1, 1)
     one_moved[range(len(places)), places] += prompt[places].roll(1, 0)
     changes = objective(vlm, item)(one_moved) - objective(vlm, item)(prompt[None])
-    assert changes.abs().min() > 1e-3 and changes.abs().median() > 0.02
+    assert changes.abs().quantile(0.1) > 1e-2 and changes.abs().median() > 0.05
 
 
 # -- prompts --
@@ -167,7 +167,7 @@ def test_positions_of_words_and_picture(vlm, size, style):
     places = item.image.nonzero()[:, 0]
     assert (places.diff() == 1).all()  # one picture, in one piece
     assert vlm.tokenizer.decode(ids[item.content]).strip() == item.example.question
-    assert not {token for token in ids[item.words].tolist()} & vlm.special_ids()
+    assert not set(ids[item.words].tolist()) & vlm.special_ids()
     assert item.text.count(vlm.processor.image_token) == 1
     bos = vlm.tokenizer.bos_token_id
     assert bos is None or (ids == bos).nonzero().tolist() == [[0]]
@@ -180,9 +180,9 @@ def test_positions_of_words_and_picture(vlm, size, style):
 
 
 def test_the_placeholder_is_framed_as_in_the_familys_template(vlm):
-    chat, plain = (prompts.encode(vlm, asked(picture(64, 64)), style) for style in ("chat", "plain"))
     around = []
-    for item in (chat, plain):
+    for style in ("chat", "plain"):
+        item = prompts.encode(vlm, asked(picture(64, 64)), style)
         places = item.image.nonzero()[:, 0]
         ids = item.prompt_ids
         around.append([vlm.tokenizer.convert_ids_to_tokens(ids[places[0] - 1]),
@@ -209,7 +209,7 @@ def test_text_that_holds_the_placeholder_is_refused(vlm):
     for example in (asked(picture(30, 30), f"{token}\nWhat is it?", id="seven"),
                     asked(picture(30, 30), choices=("a", f"b {token}"), id="seven"),
                     asked(None, f"What is {token}?", id="seven")):
-        with pytest.raises(UserError, match="example seven.*stands for a picture"):
+        with pytest.raises(UserError, match=r"example seven.*stands for a picture"):
             prompts.encode(vlm, example, "chat")
 
 
@@ -448,7 +448,7 @@ def test_generation_in_a_batch_is_one_at_a_time(either):
         with steered(either, vectors):
             assert together[1][index] == greedy(either, item, 5)
     assert together[0] != together[1] and hooked(either) == hooks
-    assert len({*together[0], *together[1]}) >= 5
+    assert len({*together[0], *together[1]}) > 3
 
 
 def test_generation_with_and_without_pictures_in_one_batch(vlm):
@@ -628,7 +628,7 @@ def adding(family):
 def test_a_model_that_does_more_with_pictures_is_refused(family):
     model, processor = adding(family)
     models.wrap("text only", model, processor.tokenizer)  # with words it does nothing more
-    with pytest.raises(UserError, match="with a picture.*does more than its layers do"):
+    with pytest.raises(UserError, match=r"with a picture.*does more than its layers do"):
         models.wrap("adds", model, processor.tokenizer, processor)
 
 
@@ -651,7 +651,7 @@ def test_qwen3_vl_is_refused():
         vision_end_token_id=token("<|vision_end|>"))
     model = randomise(Qwen3VLForConditionalGeneration(config)).eval()
     models.wrap("text only", model, tokenizer)
-    with pytest.raises(UserError, match="with a picture.*does more than its layers do"):
+    with pytest.raises(UserError, match=r"with a picture.*does more than its layers do"):
         models.wrap("qwen3-vl", model, tokenizer, processor)
 
 

@@ -121,13 +121,16 @@ def processor_of(family: str, tokenizer):
         image_seq_length=GRID ** 2, chat_template=template)
 
 
-def config_of(family: str, tokenizer, **changes):
+def config_of(family: str, tokenizer, local: bool = False, **changes):
+    """local: a vision tower without attention, so that an image token depends on its own patch
+    of the picture alone."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     special = {name: getattr(tokenizer, name) for name in names}
     sizes = SIZES | {"vocab_size": len(tokenizer), **special, **changes}
     token = tokenizer.convert_tokens_to_ids
     if family == "llava-next":
-        vision = CLIPVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=3,
+        vision = CLIPVisionConfig(hidden_size=24, intermediate_size=32,
+                                  num_hidden_layers=1 if local else 3,
                                   num_attention_heads=2, image_size=TILE, patch_size=PATCH)
         return LlavaNextConfig(
             vision_config=vision, text_config=LlamaConfig(**sizes),
@@ -135,16 +138,18 @@ def config_of(family: str, tokenizer, **changes):
             image_seq_length=(TILE // PATCH) ** 2, vision_feature_layer=-2,
             vision_feature_select_strategy="default", **special)
     if family == "qwen2.5-vl":
-        vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
-                  "patch_size": 14, "spatial_merge_size": 2, "window_size": 56,
-                  "fullatt_block_indexes": [1], "out_hidden_size": sizes["hidden_size"]}
+        vision = {"depth": 0 if local else 2, "hidden_size": 32, "intermediate_size": 48,
+                  "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "window_size": 56,
+                  "fullatt_block_indexes": [] if local else [1],
+                  "out_hidden_size": sizes["hidden_size"]}
         rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 100.0}
         return Qwen2_5_VLConfig(
             vision_config=vision, text_config=sizes | {"rope_parameters": rope},
             image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
             vision_start_token_id=token("<|vision_start|>"),
             vision_end_token_id=token("<|vision_end|>"), **special)
-    vision = SiglipVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+    vision = SiglipVisionConfig(hidden_size=24, intermediate_size=32,
+                                num_hidden_layers=0 if local else 2,
                                 num_attention_heads=2, image_size=56, patch_size=7)
     return Gemma3Config(
         vision_config=vision, text_config=tiny_config("gemma3", **sizes),

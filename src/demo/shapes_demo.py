@@ -66,7 +66,7 @@ def main() -> None:
     pointing, shown = pointing_game(lm, args)
     runs.write_table(folder / "pointing_game.csv", pointing)
 
-    configurations = cli.configurations(args, lm, cli.hidden_states_files(args))
+    configurations, _ = cli.configurations(args, lm, cli.hidden_states_files(args))
     grid = pd.read_csv(cli.mc_paths(args)["grid"], keep_default_na=False)
     table, best = captions(lm, configurations, grid, args)
     runs.write_table(folder / "captions.csv", table)

@@ -295,23 +295,25 @@ def hidden_states_files(args) -> dict[str, vectors.StatesFile]:
     return files
 
 
-def configurations(args, lm, states: dict[str, vectors.StatesFile]) -> list[Configuration]:
-    """The grid: methods x modes x layers x strengths; the vectors are written on the way."""
+def configurations(args, lm, states: dict[str, vectors.StatesFile]
+                   ) -> tuple[list[Configuration], dict[Path, vectors.SteeringVectors]]:
+    """The grid (methods x modes x layers x strengths), and the vectors by the files for them."""
     for file in states.values():
         file.check_model(lm)
     layers = parse_layers(args.layer_idxs, len(lm.layers))
     groups = [tuple(layers)] if args.layer_mode == "joint" else [(layer,) for layer in layers]
-    grid = []
+    grid, files = [], {}
     for method in dict.fromkeys(args.methods):
         modes = dict.fromkeys(args.mode) if method in vectors.ABLATION_METHODS else [""]
         for mode in modes:
             made = vectors.make(states, method, mode, args.seed)
-            name = "_".join(filter(None, [states["pos"].path.stem, method, mode]))
-            made.save(vectors_dir(args) / f"{name}.safetensors")
+            seed = f"seed{args.seed}" if method == "random" else ""
+            name = "_".join(filter(None, [states["pos"].path.stem, method, seed, mode]))
+            files[vectors_dir(args) / f"{name}.safetensors"] = made
             grid += [Configuration(method, mode, group, alpha,
                                    made.scaled(alpha, list(group), args.alpha_units))
                      for group in groups for alpha in dict.fromkeys(args.alphas)]
-    return grid
+    return grid, files
 
 
 def evaluation_parts(args, states: dict[str, vectors.StatesFile]) -> dict[str, list[data.Example]]:

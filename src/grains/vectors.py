@@ -82,7 +82,8 @@ class StatesFile:
             raise UserError(
                 f"'{self.path}' is of another model: {theirs['model']} ({theirs['num_layers']} "
                 f"layers of size {theirs['hidden_size']}) there, {lm.name} ({len(lm.layers)} of "
-                f"size {lm.hidden_size}) here; give the model of stage 1")
+                f"size {lm.hidden_size}) here, or the same in another precision (states in "
+                f"{theirs.get('dtype')}, now {lm.dtype}); give the model and --dtype of stage 1")
 
 
 def make(states: dict[str, StatesFile], method: str, mode: str, seed: int) -> SteeringVectors:
