@@ -25,13 +25,14 @@ def encode_all(lm, questions=QUESTIONS):
 
 
 def grid(lm, seed=0):
-    """One layer, the last layer, several with and without the last, all; one of them twice."""
+    """One layer, the last layer, several with and without the last, all; some of them twice."""
     generator = torch.Generator().manual_seed(seed)
     last = len(lm.layers) - 1
     size = 4 * embeds(lm, W).norm(dim=-1).median() / lm.hidden_size ** 0.5
     configurations = []
     for layers, alpha in [((0,), 0.5), ((last,), -2.0), ((0, 2), 1.0), ((1, last), 0.5),
-                          ((0,), -2.0), (tuple(range(last + 1)), 0.3), ((last,), 1.0)]:
+                          ((0,), -2.0), (tuple(range(last + 1)), 0.3), ((last,), 1.0),
+                          ((0, 2), -2.0)]:
         vectors = {layer: alpha * size * torch.randn(lm.hidden_size, generator=generator)
                    for layer in layers}
         configurations.append(Configuration("some", "pos", layers, alpha, vectors))
