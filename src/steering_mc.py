@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from grains import cli, prompts, runs, stats
+from grains.errors import UserError
 from grains.scoring import Configuration, batches, correct, score
 from grains.vectors import CONTROLS
 
@@ -40,6 +41,9 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     configurations, made = cli.configurations(args, lm, states)
 
     asked = [example for examples in parts.values() for example in examples]
+    if alone := next((example for example in asked if len(example.choices) < 2), None):
+        raise UserError(f"example {alone.id} has a single answer: multiple choice needs two; use "
+                        "steering_generation.py for this data")
     # Thousands of pictures do not fit in memory: a batch's own are opened when it is scored.
     encoded = [prompts.encode(lm, example, args.prompt_style).without_picture()
                for example in asked]

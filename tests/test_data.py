@@ -243,7 +243,7 @@ def test_own_files_with_a_missing_column(tmp_path, row, reason):
 @pytest.mark.parametrize(("row", "reason"), [
     (PAIR | {"prompt": " \n"}, "empty question"),
     (PAIR | {"chosen": ""}, "empty answer"),
-    (PAIR | {"rejected": None}, "empty answer"),
+    (PAIR | {"rejected": None}, "empty"),
     (QUESTION | {"choices": ["one", "", "three"]}, "empty answer"),
     (QUESTION | {"label": 3}, "label 3 does not name one of 3 choices"),
     (QUESTION | {"label": -1}, "label -1 does not name one of 3 choices"),

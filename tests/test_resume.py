@@ -96,9 +96,9 @@ def wait_for_parts(folder: Path, count: int, process) -> None:
 @pytest.mark.parametrize("name, kills", [
     # After the manifest of the parts, after each part, and after each of the outputs.
     ("token_ablation", [1, *[2] * SAMPLES, 2, 3, 4, 5]),
-    # The two vectors are written first.
+    # The two vectors are written with the outputs.
     ("steering_mc", [2, 3, 4, 6, 4, 5, 6, 7]),
-    ("steering_generation", [4, 4, 4, 5]),
+    ("steering_generation", [2, 2, 2, 3]),
 ])
 def test_killed_after_a_write(commands, script, whole, tmp_path, name, kills):
     for count in kills:

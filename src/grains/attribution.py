@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from grains import vision
+from grains.errors import UserError
 from grains.models import LanguageModel
 from grains.prompts import Encoded
 from grains.replay import Capture, Pack, capture, capture_pack, pack, replay, token_log_probs
@@ -85,6 +86,8 @@ class PromptFunction:
 
     def _values(self, prompts: Tensor) -> Tensor:
         rows = len(prompts)
+        if not len(self.nodes):  # all cancels: two answers that are the same
+            return 0 * prompts.flatten(1).sum(dim=1)
         states = torch.cat([prompts, self.fixed.expand(rows, -1, -1)], dim=1)
         states = replay(self.lm, states, self.captured.kwargs)
         at = self.nodes.to(states.device)
@@ -182,6 +185,9 @@ def adaptive_simpson(path: StraightPath, tolerance: float, max_points: int) -> A
     `max_points` are spent.
     """
     edges = [i / (2 * START_CELLS) for i in range(2 * START_CELLS + 1)]
+    if max_points < len(edges):
+        raise UserError(f"--ig_max_points {max_points}: the adaptive rule begins with "
+                        f"{len(edges)} points; give as many at least, or use --ig_steps")
     path.compute(edges)
     cells = {cell: _simpson(path, *cell) for cell in zip(edges[:-1:2], edges[2::2], strict=True)}
 

@@ -33,6 +33,7 @@ class Example:
     label: int
     context: str = ""
     image: object = field(default=None, compare=False, repr=False)
+    shared_prompt: bool = False  # many examples ask the same; their answers tell them apart
 
     @property
     def chosen(self) -> str:
@@ -48,8 +49,7 @@ class Example:
 
     def pair(self) -> Example:
         """The same question with the chosen and the rejected response alone."""
-        return Example(self.id, self.question, (self.chosen, self.rejected), 0, self.context,
-                       self.image)
+        return replace(self, choices=(self.chosen, self.rejected), label=0)
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Source:
     config: the hub's configuration that a split lies in, by split if they differ.
     read: a row -> question, choices, label (and context). rows: what is done to a split first.
     make: writes the data set to its path where it is not there yet.
+    shared_prompts: whether many examples have the same prompt.
     """
 
     path: str
@@ -72,6 +73,7 @@ class Source:
     rows: Callable[[Dataset], Dataset] | None = None
     note: str = ""
     make: Callable[[Path], None] | None = None
+    shared_prompts: bool = False
 
 
 def _questions(row: dict) -> dict:
@@ -138,6 +140,7 @@ DATASETS = {
     "toxigen": Source(
         "toxigen/toxigen-data", ("text", "target_group", "toxicity_ai", "toxicity_human"),
         _pairs, ("train", "train", "test"), config="annotated", rows=_toxigen_pairs,
+        shared_prompts=True,
         note="access may have to be asked for on its page"),
     "spa-vl": Source(
         "sqrti/SPA-VL", ("image", "question", "chosen", "rejected"), _pairs,
@@ -328,7 +331,7 @@ def read(rows: Dataset, source: Source, index: int) -> Example:
     if not 0 <= label < len(choices):
         raise UserError(f"{where}: label {label} does not name one of {len(choices)} choices")
     return Example(str(identity), content["question"].strip(), tuple(c.strip() for c in choices),
-                   label, content.get("context", "").strip(), image)
+                   label, content.get("context", "").strip(), image, source.shared_prompts)
 
 
 def examples(rows: Dataset, source: Source, seed: int, limit: int | None = None,
@@ -357,6 +360,8 @@ def question_key(example: Example) -> str:
     """What two rows share that ask the same: a digest of context, question and picture."""
     digest = hashlib.sha256(f"{example.context}\n{example.question}".lower().encode())
     digest.update(picture_digest(example.image))
+    if example.shared_prompt:
+        digest.update(json.dumps(sorted(example.choices)).encode())
     return digest.hexdigest()[:12]
 
 

@@ -87,7 +87,7 @@ def score(
     read = _Scored(lm, terms)
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, configuration in enumerate(configurations):
-        groups.setdefault(configuration.layers, []).append(index)
+        groups.setdefault(tuple(sorted(configuration.layers)), []).append(index)
 
     kept: dict[int, Tensor] = {}
     starts = {layers[0] for layers in groups}

@@ -123,9 +123,11 @@ def steer(hidden_states: Tensor, vector: Tensor) -> Tensor:
 
     hidden_states: (..., T, D); vector: (D,) or (R, 1, D), the strength already in it.
     """
-    moved = hidden_states.float() + vector.to(hidden_states.device)
-    scale = hidden_states.float().norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
-    return (moved * scale).to(hidden_states.dtype)
+    before = hidden_states.float()
+    moved = before + vector.to(hidden_states.device)
+    # A state of length zero stays what it is.
+    length = moved.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (moved * (before.norm(dim=-1, keepdim=True) / length)).to(hidden_states.dtype)
 
 
 @contextmanager
