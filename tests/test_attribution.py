@@ -363,3 +363,12 @@ def test_smollm2_attribute_keeps_its_budget(smollm2, question):
     settings = Settings("normal", tolerance=1e-6, max_points=12)
     found = attribute(smollm2, question, settings, 512, generator())
     assert [9 <= item.points <= 12 for item in found] == [True, True]
+
+
+def test_a_path_from_zeros_everywhere_has_finite_scores(smollm2):
+    """There the slope of the first point overflows; the rest of the path is still integrated."""
+    item = prompts.encode(smollm2, example("Is it?", "Yes", "No"))
+    settings = Settings(baseline="zeros", attribute="all", max_points=33)
+    (found,) = attribute(smollm2, item, settings, MAX_TOKENS, generator())
+    assert np.isfinite(found.scores).all() and np.isfinite(found.difference)
+    assert found.scores.any() and found.points <= 33

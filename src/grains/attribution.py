@@ -129,6 +129,11 @@ class StraightPath:
             prompts = self.baseline + alpha[:, None, None] * self.step
             values, grads = self.function.values_and_grads(prompts)
             slopes = (grads.float() * self.step.float()).sum(-1).double().cpu().numpy()
+            if 0.0 in part:
+                # At embeddings that are all zero the slope overflows: every RMSNorm multiplies it
+                # by 1 / sqrt(eps). One point has no width; what it hides shows as incompleteness.
+                first = slopes[part.index(0.0)]
+                first[~np.isfinite(first)] = 0.0
             for a, value, slope in zip(part, values.tolist(), slopes, strict=True):
                 self.points[a] = (value, slope)
 
