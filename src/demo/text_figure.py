@@ -36,7 +36,9 @@ def draw_words(axes, table: pd.DataFrame) -> None:
             word = token.replace("Ġ", " ").replace("Ċ", "").replace("▁", " ")
             if not word.strip() or score == 0:
                 continue
+            dark = abs(score) > 0.75 * largest
             drawn = axes.text(x, y, word, fontsize=9, va="top", transform=axes.transAxes,
+                              color="white" if dark else "black",
                               bbox={"facecolor": COLOURS(0.5 + 0.4 * score / largest),
                                     "edgecolor": "none", "pad": 1.5})
             extent = drawn.get_window_extent(renderer)
@@ -62,6 +64,9 @@ def draw_accuracy(axes, grid: pd.DataFrame) -> None:
             label=f"{method} {mode}".strip(), color=colour, marker=marker, ms=5, lw=1.3,
             ls="--" if mode == "both" else "-", capsize=2)
     axes.set_xscale("log")
+    strengths = sorted(part.alpha[part.alpha > 0].unique())
+    axes.set_xticks(strengths, [f"{strength:g}" for strength in strengths])
+    axes.minorticks_off()
     axes.set_xlabel("strength at every layer (share of the activation norm)")
     axes.set_ylabel("per-token accuracy, test")
     axes.set_title("Held-out questions answered right", fontsize=10, loc="left")
