@@ -37,9 +37,10 @@ PATHS = {
     "published: zeros, 20 points, all positions": Settings(
         baseline="zeros", image_baseline="zeros", attribute="all", ig_steps=20),
 }
-MAX_RECALL_LOSS = 0.01  # on validation scenes
+MAX_RECALL_LOSS = 0.02  # of objects and of real squares, on validation scenes
 FINALISTS = 8
 BATCH = 25
+SHOWN = 3
 
 
 def flags():
@@ -106,7 +107,7 @@ def pointing_game(lm: models.LanguageModel, args) -> tuple[pd.DataFrame, list]:
             hits.append(inside[result.scores[image].argmax()])
             chance.append(inside.mean())
             errors.append(result.relative_error)
-            if settings is next(iter(PATHS.values())) and len(shown) < 3:
+            if settings.attribute == "image" and len(shown) < SHOWN and "circle" in row["question"]:
                 shown.append((row, encoded, result, boxes))
         rate, low, high = stats.accuracy_interval(np.array(hits))
         lines.append({"path": name, "questions": len(hits), "on the object": f"{rate:.1%}",
@@ -140,7 +141,7 @@ def captions(lm, configurations, grid, args) -> tuple[pd.DataFrame, object]:
     ranked = validation.sort_values(f"accuracy_{args.score}", ascending=False).configuration
     by_label = {item.label: item for item in configurations}
     finalists = [by_label[label] for label in ranked[:FINALISTS]]
-    rates = caption_rates(lm, finalists, *scenes_of("validation", args.num_scenes // 4),
+    rates = caption_rates(lm, finalists, *scenes_of("validation", args.num_scenes // 2),
                           "captions of validation scenes")
     base = rates[0]
     kept = [(rate["false squares"], item.alpha, item.label)
@@ -199,8 +200,8 @@ def caption_rates(lm, configurations, flawed, squares, what) -> list[dict]:
 
 def picture(lm, shown, best, path: Path) -> None:
     """Scenes with their heat-map, the question's words in colour, base and steered captions."""
-    figure, axes = plt.subplots(2, len(shown), figsize=(3.4 * len(shown), 6), dpi=130,
-                                layout="constrained", height_ratios=(3, 1))
+    figure, axes = plt.subplots(2, len(shown), figsize=(3.6 * len(shown), 4.6), dpi=130,
+                                layout="constrained", height_ratios=(6, 1))
     for column, (row, encoded, result, boxes) in enumerate(shown):
         image = vision.open_image(example(row))
         scores = result.scores[encoded.image.numpy()]
@@ -212,7 +213,9 @@ def picture(lm, shown, best, path: Path) -> None:
         largest = np.abs(heat).max()
         above, below = axes[0, column], axes[1, column]
         above.imshow(image)
-        above.imshow(heat, cmap="PuOr", vmin=-largest, vmax=largest, alpha=0.6)
+        # Opaque where the attribution is, clear where there is none.
+        above.imshow(heat, cmap="PuOr", vmin=-largest, vmax=largest,
+                     alpha=0.75 * np.abs(heat) / largest)
         above.set_axis_off()
         above.set_title(f"{row['question']} {row['chosen']}", fontsize=10)
         caption = prompts.encode(lm, Example(row["id"], shapes.CAPTION_REQUEST, ("a",), 0,
