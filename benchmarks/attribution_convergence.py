@@ -84,7 +84,8 @@ def one(lm, encoded, baseline: str, scope: str, settings: dict) -> dict:
 
 def table(measured: pd.DataFrame) -> pd.DataFrame:
     lines = []
-    for (baseline, scope), part in measured.groupby(["baseline", "scope"], sort=False):
+    for baseline, scope in PATHS:
+        part = measured[(measured.baseline == baseline) & (measured.scope == scope)]
         reference = part[part.rule == REFERENCE].set_index("id")
         vector = np.mean(reference["shift"].tolist(), axis=0)
         for rule, here in part.groupby("rule", sort=False):
