@@ -69,9 +69,8 @@ def main(kind: cli.Kind = cli.LLM) -> None:
                                 for configuration, steered in zip(configurations, texts[1:],
                                                                   strict=True)
                                 for i, *pair in zip(members, texts[0], steered, strict=True)])
-        units = run.merge(len(groups))
-        if units is not None:
-            table = pd.DataFrame([row for _, rows in units for row in rows])
+        if run.all_done():
+            table = pd.DataFrame([row for _, rows in run.units(len(groups)) for row in rows])
             runs.write_table(output, table.sort_values(["prompt", "configuration"]))
         run.finish()
     if run.state.is_main_process:

@@ -60,9 +60,9 @@ def main(kind: cli.Kind = cli.LLM) -> None:
             scores = score(lm, batch, configurations, args.batch_tokens)
             run.save(unit, {str(index): torch.from_numpy(values) for index, values
                             in zip(members, scores, strict=True)}, [])
-        units = run.merge(len(groups))
-        if units is not None:
-            scores = {int(i): s.numpy() for tensors, _ in units for i, s in tensors.items()}
+        if run.all_done():
+            scores = {int(i): s.numpy() for tensors, _ in run.units(len(groups))
+                      for i, s in tensors.items()}
             questions = question_table(parts, encoded, [BASE, *configurations], scores)
             grid = grid_table(questions, [BASE, *configurations], args)
             for path, vectors in made.items():

@@ -13,6 +13,7 @@ import json
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from grains import ablation, cli, prompts, runs, vision
 from grains.attribution import (
@@ -24,6 +25,11 @@ from grains.attribution import (
     moved,
 )
 from grains.errors import UserError
+
+IMAGE_COLUMNS = ("positive_share_image", "positive_share_text", "negative_share_image",
+                 "negative_share_text", "image_positions", "image_boxes")
+SUMMARISED = ("id", "top", "k", "f", "f_ablated", "completeness_error_relative_worst",
+              "gradients_computed")
 
 
 def flags(kind: cli.Kind):
@@ -78,7 +84,11 @@ def main(kind: cli.Kind = cli.LLM) -> None:
 
     examples = [example.pair() for example in cli.steering_examples(args)]
     lm = cli.load_model(args)
-    encoded = [prompts.encode(lm, example, args.prompt_style) for example in examples]
+    # What cannot be read is better known now than after days; pictures do not stay in memory.
+    state = runs.processes()
+    for example in tqdm(examples[state.process_index::state.num_processes], "reading examples",
+                        leave=False, disable=not state.is_main_process):
+        prompts.encode(lm, example, args.prompt_style)
 
     manifest = cli.stage1_manifest(args, lm, examples, settings)
     size = 6 * (len(lm.layers) + 1) * lm.hidden_size * 4 * len(examples) * len(tops)
@@ -86,11 +96,11 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     if run.finished:
         run.state.print("nothing to do: these results are already there")
     else:
-        for unit in run.todo(len(encoded), "token ablation"):
-            run.save(unit, *one_example(lm, encoded[unit], settings, tops, args, unit))
-        units = run.merge(len(encoded))
-        if units is not None:
-            write(units, meta, hidden, manifest)
+        for unit in run.todo(len(examples), "token ablation"):
+            encoded = prompts.encode(lm, examples[unit], args.prompt_style)
+            run.save(unit, *one_example(lm, encoded, settings, tops, args, unit))
+        if run.all_done():
+            write(run, len(examples), meta, hidden, manifest)
         run.finish()
     if run.state.is_main_process:
         summary(meta, hidden, settings, args.top_k)
@@ -161,36 +171,36 @@ def one_example(lm, encoded, settings, tops, args, unit):
 
 def image_columns(lm, encoded, scores) -> dict:
     """What the picture takes of the attribution, and where its tokens lie in it."""
+    if lm.processor is None:
+        return {}
     image = encoded.image.numpy()
     if not image.any():
-        return {}
+        return dict.fromkeys(IMAGE_COLUMNS)
     positive, negative = np.clip(scores, 0, None), np.clip(-scores, 0, None)
     size = vision.open_image(encoded.example).size
     boxes = vision.token_boxes(lm, encoded.inputs, size, int(image.sum()))
-    return {
-        "positive_share_image": positive[image].sum() / max(positive.sum(), 1e-12),
-        "positive_share_text": positive[~image].sum() / max(positive.sum(), 1e-12),
-        "negative_share_image": negative[image].sum() / max(negative.sum(), 1e-12),
-        "negative_share_text": negative[~image].sum() / max(negative.sum(), 1e-12),
-        "image_positions": json.dumps(np.flatnonzero(image).tolist()),
-        "image_boxes": json.dumps([box and [round(x, 2) for x in box] for box in boxes]),
-    }
+    return dict(zip(IMAGE_COLUMNS, (
+        positive[image].sum() / max(positive.sum(), 1e-12),
+        positive[~image].sum() / max(positive.sum(), 1e-12),
+        negative[image].sum() / max(negative.sum(), 1e-12),
+        negative[~image].sum() / max(negative.sum(), 1e-12),
+        json.dumps(np.flatnonzero(image).tolist()),
+        json.dumps([box and [round(x, 2) for x in box] for box in boxes])), strict=True))
 
 
-def write(units, meta, hidden, manifest) -> None:
+def write(run, count, meta, hidden, manifest) -> None:
     """Merge the finished examples into the CSV and one file of hidden states per selection."""
-    tensors, rows = zip(*units, strict=True)
     shared = ("hidden_pos_response", "hidden_neg_response", "norms", "gradients")
-    arrays = {name: torch.stack([item[name] for item in tensors]) for name in shared}
+    ablated = ("hidden_pos_response_ablated", "hidden_neg_response_ablated")
     for top, path in hidden.items():
-        ablated = {name: torch.stack([item[f"{name}.{top}"] for item in tensors])
-                   for name in ("hidden_pos_response_ablated", "hidden_neg_response_ablated")}
-        runs.write_tensors(path, arrays | ablated, manifest | {"top": top})
-    runs.write_table(meta, pd.DataFrame([row for part in rows for row in part]))
+        names = {name: name for name in shared} | {name: f"{name}.{top}" for name in ablated}
+        runs.write_stacked(path, names, lambda: (tensors for tensors, _ in run.units(count)),
+                           count, manifest | {"top": top})
+    runs.write_rows(meta, (rows for _, rows in run.units(count)))
 
 
 def summary(meta, hidden, settings, top_k) -> None:
-    table = pd.read_csv(meta)
+    table = pd.read_csv(meta, usecols=SUMMARISED)
     once = table.drop_duplicates("id")
     if settings.grad_method == "integrated_gradients":
         errors = once.completeness_error_relative_worst

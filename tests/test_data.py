@@ -10,6 +10,7 @@ from PIL import Image as Picture
 
 from grains import data
 from grains.errors import UserError
+from grains.vision import open_image
 
 
 def jsonl(path, rows):
@@ -122,7 +123,8 @@ def test_spa_vl(tmp_path, form):
     assert found["What is this?"].choices == ("Red paint.", "A weapon.")
     assert found["What is this?"].label == 0
     stored = found["Which?"].image
-    assert isinstance(stored, dict) and stored["bytes"]  # not decoded yet
+    assert isinstance(stored, data.StoredPicture)  # neither read nor decoded yet
+    assert np.asarray(open_image(found["Which?"]))[0, 0].tolist() == [0, 0, 255]
     with pytest.raises(UserError, match=r"no split 'test'.*train"):
         data.load("spa-vl", "test", str(tmp_path))
 
@@ -147,7 +149,7 @@ def test_mmhal_bench(tmp_path):
                        "gt_answer": ["It is red."], "question_type": ["attribute"]},
                       features=features).to_parquet(tmp_path / "train-00000-of-00001.parquet")
     (item,) = everything("mmhal-bench", str(tmp_path)).values()
-    assert item.chosen == "It is red." and item.image["bytes"]
+    assert item.chosen == "It is red." and item.image.read()["bytes"]
     with pytest.raises(UserError, match="single answer"):
         _ = item.rejected
 

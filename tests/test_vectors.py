@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference import layer_outputs, no_hooks, own_logits, relative, words
 
+from grains import vectors
 from grains.errors import UserError
 from grains.runs import write_tensors
 from grains.vectors import (
@@ -115,16 +116,34 @@ def test_a_principal_component_points_along_the_mean_shift():
         direction /= np.linalg.norm(direction)
         spread = generator.normal(size=(30, 1)) * 5 + generator.choice([-3, 3])
         rows = spread * direction + generator.normal(size=(30, 16))
-        found = pca_vector(rows)
+        found = pca_vector([rows])
         assert np.linalg.norm(found) == pytest.approx(1)
-        assert found @ mean_vector(rows) > 0
+        assert found @ rows.mean(0) > 0
         assert found == pytest.approx(first_component(rows), abs=1e-8)
-        assert pca_vector(-rows) == pytest.approx(-found, abs=1e-8)
+        assert pca_vector([-rows]) == pytest.approx(-found, abs=1e-8)
+
+
+@pytest.mark.parametrize("count", [5, 15, 16, 17, 400])
+@pytest.mark.parametrize("at_a_time", [1, 7, 1000])
+def test_rows_that_come_in_parts_reduce_as_all_at_once(count, at_a_time):
+    """More rows than dimensions take another way than fewer; a large mean must not blur it."""
+    generator = np.random.default_rng(count)
+    rows = 100 + generator.normal(size=(count, 16)) * np.linspace(1, 3, 16)
+    parts = [rows[start:start + at_a_time] for start in range(0, count, at_a_time)]
+    assert mean_vector(parts) == pytest.approx(rows.mean(0), rel=1e-12)
+    assert pca_vector(parts) == pytest.approx(first_component(rows), abs=1e-8)
+
+
+def test_a_file_read_in_parts_gives_the_same_vectors(files, monkeypatch):
+    whole = {method: make(files[1], method, "both", 0).vectors for method in METHODS}
+    monkeypatch.setattr(vectors, "EXAMPLES_AT_A_TIME", 2)
+    for method in METHODS:
+        assert relative(make(files[1], method, "both", 0).vectors, whole[method]) <= 1e-6
 
 
 def test_a_principal_component_needs_two_shifts():
     with pytest.raises(UserError, match="at least two"):
-        pca_vector(np.ones((1, 4)))
+        pca_vector([np.ones((1, 4))])
 
 
 def test_not_a_number_is_refused(tmp_path):

@@ -24,7 +24,8 @@ class Example:
     """A question with its choices, or a prompt with a chosen and a rejected response.
 
     choices[label] is the preferred answer. id is stable over runs and machines. image is what
-    the data set stores: a path, or a dict with the file's bytes; it is opened when it is needed.
+    the data set stores (a path, or a dict with the file's bytes), or where it stores it
+    (`StoredPicture`); it is opened when it is needed.
     """
 
     id: str
@@ -50,6 +51,17 @@ class Example:
     def pair(self) -> Example:
         """The same question with the chosen and the rejected response alone."""
         return replace(self, choices=(self.chosen, self.rejected), label=0)
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """A picture left where it is, in the data set's file: 100,000 of them do not fit in memory."""
+
+    rows: Dataset
+    index: int
+
+    def read(self) -> dict:
+        return self.rows[self.index]["image"]
 
 
 @dataclass(frozen=True)
@@ -352,6 +364,8 @@ def examples(rows: Dataset, source: Source, seed: int, limit: int | None = None,
         if example.id in exclude or key in exclude or key in seen:
             continue
         seen.add(key)
+        if isinstance(example.image, dict) and example.image.get("bytes"):
+            example = replace(example, image=StoredPicture(rows, int(index)))
         chosen.append(example)
     return chosen
 

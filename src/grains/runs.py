@@ -8,12 +8,14 @@ and several processes share the units by doing every n-th.
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -74,6 +76,39 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
                         "another place, and run the same command again") from error
 
 
+def write_stacked(path: Path, names: dict[str, str], parts: Callable[[], Iterator[dict]],
+                  count: int, info: dict) -> None:
+    """A safetensors file of arrays that are stacked from `count` parts, one part in memory.
+
+    names: array in the file -> tensor of each part. parts: begins the parts' dicts of tensors.
+    The format is a length (8 bytes), a JSON header with every array's place, then the arrays.
+    """
+    first = next(parts())
+    header: dict[str, dict] = {"__metadata__": {HEADER: json.dumps(info, sort_keys=True)}}
+    sizes, end = {}, 0
+    for name, source in names.items():
+        tensor = first[source]
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{source}: expected float32, found {tensor.dtype}")
+        sizes[name] = tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": [count, *tensor.shape],
+                        "data_offsets": [end, end + count * tensor.nbytes]}
+        end += count * tensor.nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for index, part in enumerate(parts()):
+                for name, source in names.items():
+                    place = header[name]["data_offsets"][0] + index * sizes[name]
+                    file.seek(8 + len(encoded) + place)
+                    file.write(part[source].contiguous().numpy().astype("<f4").tobytes())
+
+    write_whole(path, write)
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and header of a file that `write_tensors` wrote."""
     info = read_header(path)
@@ -102,6 +137,16 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
     write_whole(path, lambda temporary: table.to_csv(temporary, index=False))
+
+
+def write_rows(path: Path, parts: Iterable[list[dict]]) -> None:
+    """A table from parts of a few rows with the same columns each, one part in memory."""
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="") as file:
+            for index, rows in enumerate(parts):
+                pd.DataFrame(rows).to_csv(file, index=False, header=not index)
+
+    write_whole(path, write)
 
 
 def read_json(path: Path) -> dict:
@@ -145,7 +190,9 @@ class Run:
     def __init__(self, outputs: Sequence[Path], manifest: dict, overwrite: bool = False,
                  expected_bytes: int = 0):
         self.outputs = [Path(path) for path in outputs]
-        self.manifest = json.loads(json.dumps(manifest))
+        text = json.dumps(manifest, sort_keys=True)
+        self.manifest = json.loads(text)
+        self.key = hashlib.sha256(text.encode()).hexdigest()[:12]
         self.state = processes()
         first = self.outputs[0]
         self.manifest_path = first.with_suffix(".manifest.json")
@@ -180,6 +227,9 @@ class Run:
         except BaseException:
             self._unlock()
             raise
+        for path in [*self.outputs, self.manifest_path]:  # what a killed run was writing
+            for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.tmp"):
+                left.unlink(missing_ok=True)
         if finished:
             self._unlock()
         return finished
@@ -209,11 +259,13 @@ class Run:
         except OSError as error:
             raise UserError(f"'{self.parts}' cannot be written: {error.strerror}; free some space "
                             "or give other output paths") from error
+        kept = [*self.parts.iterdir(), *self.outputs] if marker.is_file() else []
+        needed = expected_bytes - sum(path.stat().st_size for path in kept if path.is_file())
         free = shutil.disk_usage(self.parts).free
-        if free < expected_bytes:
+        if free < needed:
             raise UserError(f"'{self.parts.parent}' has {free / 2**20:.0f} MiB free, the run needs "
-                            f"about {expected_bytes / 2**20:.0f} MiB: free some, or give other "
-                            "output paths")
+                            f"about {needed / 2**20:.0f} MiB: free some, or give other output "
+                            "paths")
         write_json(marker, self.manifest)
         return False
 
@@ -230,7 +282,9 @@ class Run:
                             "other output paths, or --overwrite to do it anew")
 
     def _part(self, unit: int) -> Path:
-        return self.parts / f"{unit:07d}.safetensors"
+        # The key keeps other settings' parts out: what an --overwrite that was killed has not
+        # removed yet, or what a process that outlived its run still writes.
+        return self.parts / f"{unit:07d}-{self.key}.safetensors"
 
     def todo(self, count: int, description: str) -> Iterator[int]:
         """The units this process still has to do, under a progress bar."""
@@ -246,13 +300,16 @@ class Run:
         """Keep one finished unit: tensors, and rows for the tables."""
         write_tensors(self._part(unit), tensors, {"rows": rows})
 
-    def merge(self, count: int) -> Iterator[tuple[dict[str, Tensor], list[dict]]] | None:
-        """All units in order, once every process is done; None but on the main process."""
+    def all_done(self) -> bool:
+        """Wait until every process is done. True on the main process, which merges the units."""
         self._wait()
-        if not self.state.is_main_process:
-            return None
-        return ((tensors, info["rows"]) for tensors, info in
-                (read_tensors(self._part(unit)) for unit in range(count)))
+        return self.state.is_main_process
+
+    def units(self, count: int) -> Iterator[tuple[dict[str, Tensor], list[dict]]]:
+        """The tensors and rows of all units in order, read one at a time."""
+        for unit in range(count):
+            tensors, info = read_tensors(self._part(unit))
+            yield tensors, info["rows"]
 
     def finish(self) -> None:
         """The outputs are written: write the manifest, drop the parts, let others in."""

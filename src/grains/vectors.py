@@ -6,14 +6,17 @@ d = h(plain) - h(ablated) of both responses over all examples.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scipy.linalg import eigh
 from sklearn.decomposition import PCA
 from torch import Tensor
 
@@ -26,24 +29,46 @@ CONTROLS = ("random", "rand_tokens")
 MODES = ("pos", "both")
 # Only these are made from ablation shifts, and so know the modes pos and both.
 ABLATION_METHODS = ("mean", "pca")
+EXAMPLES_AT_A_TIME = 4096
 
 
-def mean_vector(shifts: np.ndarray) -> np.ndarray:
-    """(n, D) -> (D,): the mean shift."""
-    return shifts.mean(axis=0)
+def mean_vector(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """The mean (D,) of rows that come in parts (n, D)."""
+    total, count = 0.0, 0
+    for part in parts:
+        total, count = total + part.sum(axis=0), count + len(part)
+    return total / count
 
 
-def pca_vector(shifts: np.ndarray) -> np.ndarray:
-    """(n, D) -> (D,): the first principal component, unit length.
+def pca_vector(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """The first principal component (D,) of rows that come in parts (n, D), unit length.
 
-    A principal component has no sign of its own: it is turned so that the mean shift projects
-    positively on it.
+    Up to D rows are decomposed as they are; more are folded into their covariance as they come,
+    which is then the smaller of the two. A principal component has no sign of its own: it is
+    turned so that the mean projects positively on it.
     """
-    if len(shifts) < 2:
+    parts = iter(parts)
+    rows = next(parts)
+    while len(rows) <= rows.shape[1] and (part := next(parts, None)) is not None:
+        rows = np.concatenate([rows, part])
+    if len(rows) < 2:
         raise UserError("a principal component needs at least two shifts: give more examples or "
                         "use the method 'mean'")
-    component = PCA(n_components=1, svd_solver="full").fit(shifts).components_[0]
-    return component if component @ shifts.mean(axis=0) >= 0 else -component
+    if len(rows) <= rows.shape[1]:
+        mean = rows.mean(axis=0)
+        component = PCA(n_components=1, svd_solver="full").fit(rows).components_[0]
+    else:
+        # Products of differences from a first guess of the mean lose no digits to a large mean.
+        origin, count, total, products = rows.mean(axis=0), 0, 0.0, 0.0
+        for part in chain([rows], parts):
+            part = part - origin
+            count += len(part)
+            total, products = total + part.sum(axis=0), products + part.T @ part
+        shift = total / count
+        mean, size = origin + shift, len(origin)
+        covariance = products / count - np.outer(shift, shift)
+        component = eigh(covariance, subset_by_index=[size - 1, size - 1])[1][:, 0]
+    return component if component @ mean >= 0 else -component
 
 
 class StatesFile:
@@ -60,19 +85,28 @@ class StatesFile:
         self._file = safe_open(str(self.path), framework="np")
         self.layers = self._file.get_slice("gradients").get_shape()[1] - 1
 
-    def layer(self, name: str, layer: int) -> np.ndarray:
-        """(N, D) of array `name` after decoder layer `layer`, in fp64."""
-        return self._file.get_slice(name)[:, layer + 1].astype(np.float64)
+    def layer(self, name: str, layer: int) -> Iterator[np.ndarray]:
+        """Array `name` after decoder layer `layer` in parts (n, D) of some examples, in fp64."""
+        array = self._file.get_slice(name)
+        count = array.get_shape()[0]
+        for start in range(0, count, EXAMPLES_AT_A_TIME):
+            end = min(start + EXAMPLES_AT_A_TIME, count)
+            yield array[start:end, layer + 1].astype(np.float64)
 
     def norms(self) -> Tensor:
         """(L,) median over examples of the median over positions of ||h_l||."""
         return torch.from_numpy(np.median(self._file.get_tensor("norms")[:, 1:], axis=0)).float()
 
-    def shifts(self, layer: int) -> np.ndarray:
-        """(2N, D) h(plain) - h(ablated) after a layer, both responses."""
-        return np.concatenate([
-            self.layer(f"hidden_{which}_response", layer)
-            - self.layer(f"hidden_{which}_response_ablated", layer) for which in ("pos", "neg")])
+    def difference(self, one: str, other: str, layer: int) -> Iterator[np.ndarray]:
+        """What array `one` has more than array `other` after a layer, in parts (n, D)."""
+        for a, b in zip(self.layer(one, layer), self.layer(other, layer), strict=True):
+            yield a - b
+
+    def shifts(self, layer: int) -> Iterator[np.ndarray]:
+        """h(plain) - h(ablated) after a layer, 2N rows for both responses, in parts (n, D)."""
+        for which in ("pos", "neg"):
+            plain = f"hidden_{which}_response"
+            yield from self.difference(plain, f"{plain}_ablated", layer)
 
     def check_model(self, lm: LanguageModel) -> None:
         """Raise UserError unless these states are of this model."""
@@ -104,10 +138,10 @@ def make(states: dict[str, StatesFile], method: str, mode: str, seed: int) -> St
         if method == "rand_tokens":
             return mean_vector(states["rand"].shifts(layer))
         if method == "gradient":
-            return first.layer("gradients", layer).mean(axis=0)
+            return mean_vector(first.layer("gradients", layer))
         if method == "caa":
-            return (first.layer("hidden_pos_response", layer)
-                    - first.layer("hidden_neg_response", layer)).mean(axis=0)
+            return mean_vector(first.difference("hidden_pos_response", "hidden_neg_response",
+                                                layer))
         size = first.info["model"]["hidden_size"]
         return torch.randn(size, generator=generator, dtype=torch.float64).numpy()
 

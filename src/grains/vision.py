@@ -15,7 +15,7 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from grains.data import Example
+from grains.data import Example, StoredPicture
 from grains.errors import UserError
 from grains.models import LanguageModel
 
@@ -27,7 +27,7 @@ def open_image(example: Example) -> Image.Image:
 
     Raises UserError, naming the example, if it is missing or broken.
     """
-    stored = example.image
+    stored = example.image.read() if isinstance(example.image, StoredPicture) else example.image
     try:
         if isinstance(stored, Image.Image):
             picture = stored
