@@ -4,12 +4,14 @@ The expected values come from separate sequences through the model's own forward
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from captum.attr import IntegratedGradients
 from reference import embeds, encoded, example, log_likelihood, relative, words
+from torch.autograd.graph import saved_tensors_hooks
 
 from grains import prompts
 from grains.attribution import (
@@ -24,7 +26,7 @@ from grains.attribution import (
     text_baseline,
 )
 from grains.errors import UserError
-from grains.replay import pack
+from grains.replay import pack, replay
 
 W = words(60, seed=1)
 PROMPT = W[:11]  # longer than the sliding window
@@ -36,6 +38,7 @@ PAIRS = {
     "longer than the window": [W[20:30], W[40:52]],
 }
 MAX_TOKENS = 200
+LOGITS = 2 * 1024 * 4096 * 4  # bytes that pieces of logits take of the memory
 
 
 def generator(seed=0):
@@ -142,6 +145,46 @@ def test_the_size_of_micro_batches_changes_nothing(family, max_tokens):
         found, expected = (attribute(family, item, settings, size, generator())[0]
                            for size in (max_tokens, MAX_TOKENS))
         assert relative(found.scores, expected.scores) <= 1e-4
+
+
+def held_for_backward(lm, item, prompts):
+    """Bytes that autograd keeps of the decoder for R prompts at once, weights apart."""
+    held = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    function = PromptFunction(lm, item, [1.0, -1.0], 10**6)
+    states = torch.cat([prompts, function.fixed.expand(len(prompts), -1, -1)], 1).requires_grad_()
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        output = replay(lm, states, function.captured.kwargs, checkpointed=function.checkpointed)
+    kept = {weight.untyped_storage().data_ptr() for weight in lm.model.parameters()}
+    del output
+    return sum(size for place, size in held.items() if place not in kept)
+
+
+def test_micro_batches_fit_the_memory(tiny):
+    """Rows are as many as fit, by what the whole decoder really keeps; below one, layers are
+    checkpointed, and the scores stay the same."""
+    item = encoded(tiny, PROMPT, PAIRS["different"])
+    prompts = embeds(tiny, PROMPT).expand(8, -1, -1)
+    a_row = held_for_backward(tiny, item, prompts) / 8
+    settings = Settings(baseline="mean", attribute="all", ig_steps=6)
+    expected = attribute(tiny, item, settings, MAX_TOKENS, generator())[0].scores
+    for rows in (0.4, 3, 7):
+        small = replace(tiny, memory=int(LOGITS + rows * 1.3 * a_row))
+        function = PromptFunction(small, item, [1.0, -1.0], 10**6)
+        assert function.checkpointed == (rows < 1)
+        if rows > 1:
+            assert 0.6 * rows <= function.rows <= 1.3 * rows
+            held = held_for_backward(small, item, prompts[:function.rows])
+            assert held <= small.memory - LOGITS
+        else:
+            assert held_for_backward(small, item, prompts[:1]) < 0.5 * a_row
+        found = attribute(small, item, settings, 10**6, generator())[0].scores
+        assert relative(found, expected) <= 1e-4
 
 
 def direct_gradient(lm, item, prompts, weights=(1.0, -1.0)):

@@ -191,9 +191,15 @@ def test_pack_by_hand():
     ]
 
 
-def test_token_log_probs_with_gradients_in_chunks(tiny, monkeypatch):
+@pytest.mark.parametrize("vocabulary_slice", [1000, 4096, 10**6])
+@pytest.mark.parametrize("bias", [False, True])
+def test_token_log_probs_with_gradients_in_pieces(tiny, monkeypatch, vocabulary_slice, bias):
     monkeypatch.setattr(replay, "LOGIT_ROWS", 3)
+    monkeypatch.setattr(replay, "VOCABULARY_SLICE", vocabulary_slice)
     generator = torch.Generator().manual_seed(0)
+    if bias:  # as wide as the logits, so that the maximum rises from slice to slice
+        monkeypatch.setattr(tiny.head, "bias", torch.nn.Parameter(
+            30 * torch.randn(len(tiny.head.weight), generator=generator), requires_grad=False))
     states = torch.randn(8, tiny.hidden_size, generator=generator, requires_grad=True)
     tokens, weights = torch.tensor(W[:8]), torch.randn(8, generator=generator)
     found = token_log_probs(tiny, states, tokens)

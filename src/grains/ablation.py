@@ -10,7 +10,7 @@ from torch import Tensor
 from grains.attribution import Targets, absent, targets
 from grains.models import LanguageModel
 from grains.prompts import Encoded
-from grains.replay import capture_pack, pack, replay, token_log_probs
+from grains.replay import capture_pack, gradient_rows, pack, replay, token_log_probs
 
 TOPS = ("pos", "neg", "abs", "rand")
 
@@ -59,11 +59,13 @@ def hidden_states(
     max_tokens: int,
     text: str = "pad",
     image: str = "mean",
+    gradients: bool = True,
 ) -> States:
     """Replay an example as it is, and once for every set of ablated prompt positions.
 
     ablated: for each further variant the prompt positions whose embeddings are replaced.
     text, image: what an ablated word or image token is replaced by (see `absent`).
+    gradients: whether the objective's gradients at every layer are wanted.
     Returns `States` with R = 1 + len(ablated) variants, the plain one first.
     """
     packed = pack(encoded.sequences())
@@ -71,7 +73,7 @@ def hidden_states(
     terms = targets(packed, len(encoded.prompt_ids), encoded.responses)
     ends = torch.stack([path[-1] for path in packed.paths])
 
-    plain = _plain(lm, encoded, captured, terms, ends)
+    plain = _plain(lm, encoded, captured, terms, ends, gradients)
     prompt = captured.embeds[0, :len(encoded.prompt_ids)]
     replacement = absent(lm, encoded, prompt, text, image)
     rows = captured.embeds.repeat(len(ablated), 1, 1)
@@ -88,8 +90,8 @@ def hidden_states(
     return States(torch.cat(last), torch.cat(log_likelihoods), plain.norms, plain.gradients)
 
 
-def _plain(lm, encoded, captured, terms, ends) -> States:
-    """The plain variant, with the gradient of the objective at every layer."""
+def _plain(lm, encoded, captured, terms, ends, with_gradients) -> States:
+    """The plain variant, with the gradient of the objective at every layer if it is wanted."""
     reader = _Reader(ends)
     outputs: list[Tensor] = []
 
@@ -97,20 +99,25 @@ def _plain(lm, encoded, captured, terms, ends) -> States:
         reader(layer, states)
         outputs.append(states)
 
-    embeds = captured.embeds.detach().clone().requires_grad_()
+    embeds = captured.embeds.detach().clone().requires_grad_(with_gradients)
     after(-1, embeds)
-    final = replay(lm, embeds, captured.kwargs, after=after)
+    final = replay(lm, embeds, captured.kwargs, after=after,
+                   checkpointed=with_gradients and gradient_rows(lm, captured)[1])
     log_likelihoods = _log_likelihoods(lm, final, terms)
-    lengths = torch.tensor([len(response) for response in encoded.responses],
-                           device=log_likelihoods.device)
-    chosen, rejected = (log_likelihoods / lengths)[0]
-    gradients = torch.autograd.grad(chosen - rejected, outputs)
-    prompt = len(encoded.prompt_ids)
+    gradients = None
+    if with_gradients:
+        lengths = torch.tensor([len(response) for response in encoded.responses],
+                               device=log_likelihoods.device)
+        chosen, rejected = (log_likelihoods / lengths)[0]
+        prompt = len(encoded.prompt_ids)
+        gradients = torch.stack([
+            gradient[0, :prompt].float().sum(0).cpu()
+            for gradient in torch.autograd.grad(chosen - rejected, outputs)])
     return States(
         reader.stacked(),
         log_likelihoods.detach().cpu(),
         torch.stack([h.detach()[0].float().norm(dim=-1).median().cpu() for h in outputs]),
-        torch.stack([g[0, :prompt].float().sum(0).cpu() for g in gradients]),
+        gradients,
     )
 
 

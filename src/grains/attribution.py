@@ -23,7 +23,16 @@ from grains import vision
 from grains.errors import UserError
 from grains.models import LanguageModel
 from grains.prompts import Encoded
-from grains.replay import Capture, Pack, capture, capture_pack, pack, replay, token_log_probs
+from grains.replay import (
+    Capture,
+    Pack,
+    capture,
+    capture_pack,
+    gradient_rows,
+    pack,
+    replay,
+    token_log_probs,
+)
 
 
 @dataclass(frozen=True)
@@ -65,9 +74,12 @@ class PromptFunction:
 
     def __init__(self, lm: LanguageModel, encoded: Encoded, weights: list[float],
                  max_tokens: int):
-        self.lm, self.max_tokens = lm, max_tokens
+        self.lm = lm
         packed = pack(encoded.sequences(without_last=True))
         self.captured: Capture = capture_pack(lm, encoded.inputs, packed)
+        # How many prompts are computed at a time.
+        fitting, self.checkpointed = gradient_rows(lm, self.captured)
+        self.rows = min(fitting, max(1, max_tokens // self.captured.embeds.shape[1]))
         length = len(encoded.prompt_ids)
         terms = targets(packed, length, encoded.responses)
         weight = torch.tensor(weights) @ terms.member
@@ -79,17 +91,13 @@ class PromptFunction:
         self.prompt = self.captured.embeds[0, :length]
         self.fixed = self.captured.embeds[:, length:]
 
-    @property
-    def rows(self) -> int:
-        """How many prompts fit in one micro-batch."""
-        return max(1, self.max_tokens // self.captured.embeds.shape[1])
-
     def _values(self, prompts: Tensor) -> Tensor:
         rows = len(prompts)
         if not len(self.nodes):  # all cancels: two answers that are the same
             return 0 * prompts.flatten(1).sum(dim=1)
         states = torch.cat([prompts, self.fixed.expand(rows, -1, -1)], dim=1)
-        states = replay(self.lm, states, self.captured.kwargs)
+        states = replay(self.lm, states, self.captured.kwargs,
+                        checkpointed=self.checkpointed and torch.is_grad_enabled())
         at = self.nodes.to(states.device)
         log_probs = token_log_probs(self.lm, states[:, at].flatten(0, 1),
                                     self.tokens.to(states.device).repeat(rows))

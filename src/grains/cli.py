@@ -75,6 +75,9 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
                        help="run code from the model's repository")
     group.add_argument("--batch_tokens", type=positive, default=2048,
                        help="positions computed at a time: the internal batch limit")
+    group.add_argument("--max_memory", type=positive_float,
+                       help="GiB that the activations of attribution may take beside the weights "
+                            "(default: 80 %% of what is free on a GPU, half of a CPU's)")
     group.add_argument("--seed", type=int, default=0, help="of everything random")
     group.add_argument("--overwrite", action="store_true",
                        help="do a run anew whose outputs exist from other settings")
@@ -134,8 +137,9 @@ def add_grid_flags(flags: argparse.ArgumentParser, chosen_by_default: bool = Fal
                        help="of mean and pca: pos, or both = pos - neg")
     group.add_argument("--layer_idxs", nargs="+", default=None if chosen_by_default else LAYERS,
                        help="decoder layers: numbers, negative numbers, ranges (10-29), all")
-    group.add_argument("--layer_mode", default="joint", choices=("each", "joint"),
-                       help="each: one configuration per layer; joint: all of them at once")
+    group.add_argument("--layer_mode", default="joint", choices=("each", "from", "joint"),
+                       help="each: one configuration per layer; from: one per layer, that layer "
+                            "and all above it; joint: all of them at once")
     group.add_argument("--alphas", nargs="+", type=finite,
                        default=None if chosen_by_default else ALPHAS, help="strengths")
     group.add_argument("--alpha_units", default="relative", choices=("relative", "absolute"),
@@ -166,6 +170,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0")
     return value
 
 
@@ -209,7 +220,7 @@ def parse_layers(items: list[str], count: int) -> list[int]:
 def load_model(args: argparse.Namespace) -> models.LanguageModel:
     runs.processes()  # of several processes every one takes a device of its own
     return models.load(args.model_name, args.dtype, args.device, args.device_map,
-                       args.trust_remote_code)
+                       args.trust_remote_code, max_memory=args.max_memory)
 
 
 def steering_examples(args: argparse.Namespace) -> list[data.Example]:
@@ -301,7 +312,9 @@ def configurations(args, lm, states: dict[str, vectors.StatesFile]
     for file in states.values():
         file.check_model(lm)
     layers = parse_layers(args.layer_idxs, len(lm.layers))
-    groups = [tuple(layers)] if args.layer_mode == "joint" else [(layer,) for layer in layers]
+    groups = {"joint": [tuple(layers)],
+              "each": [(layer,) for layer in layers],
+              "from": [tuple(range(layer, len(lm.layers))) for layer in layers]}[args.layer_mode]
     grid, files = [], {}
     for method in dict.fromkeys(args.methods):
         modes = dict.fromkeys(args.mode) if method in vectors.ABLATION_METHODS else [""]

@@ -6,9 +6,10 @@ import importlib.metadata
 import importlib.util
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ class LanguageModel:
     layers: the L decoder layers; norm: the final norm; head: hidden states -> logits.
     embed: token ids -> the embeddings that enter layer 0.
     processor: the image-text processor, or None for a text-only model.
+    memory: bytes that activations kept for a gradient may take.
     """
 
     name: str
@@ -67,6 +69,7 @@ class LanguageModel:
     head: nn.Module
     embed: nn.Module
     processor: object = None
+    memory: int = 4 * 2**30
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,6 +145,7 @@ def load(
     device_map: str | None = None,
     trust_remote_code: bool = False,
     self_check: bool = True,
+    max_memory: float | None = None,
 ) -> LanguageModel:
     """Load a model by short name, hub id or local folder.
 
@@ -149,6 +153,7 @@ def load(
         on a CPU).
     device: cpu, cuda, cuda:1, mps; None takes the accelerator where there is one.
     device_map: "auto" spreads the layers over all devices (accelerate).
+    max_memory: GiB that activations may take; None takes a share of what is free then.
     Raises UserError if the model cannot be had or does not pass the self-check.
     """
     source = resolve(name)
@@ -179,7 +184,20 @@ def load(
         raise UserError(f"model '{name}': {len(missing)} of its weights are not in its files "
                         f"({', '.join(missing[:3])}, ...) and would be random: is it whole, and "
                         "the model its config names? make it again or give another one")
-    return wrap(name, model, tokenizer, processor, self_check)
+    lm = wrap(name, model, tokenizer, processor, self_check)
+    memory = free_memory(lm.device) if max_memory is None else int(max_memory * 2**30)
+    return replace(lm, memory=memory)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes for activations: most of what an accelerator has free, half of a machine's memory.
+
+    Processes that share a machine's memory share the half.
+    """
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info(device)[0])
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return psutil.virtual_memory().available // (2 * processes)
 
 
 def without_videos(kind: type) -> type:
@@ -209,6 +227,9 @@ def wrap(name, model, tokenizer, processor=None, self_check: bool = True) -> Lan
     if missing:
         raise UserError(f"{name}: {type(model).__name__} has no decoder {', '.join(missing)} that "
                         "could be found; this architecture is not supported")
+    if not isinstance(head, nn.Linear) or not head.weight.dtype.is_floating_point:
+        raise UserError(f"{name}: its output embeddings ({type(head).__name__}) are no plain "
+                        "linear layer; this architecture is not supported")
     lm = LanguageModel(name, model, tokenizer, layers, norm, head, embed, processor)
     if self_check:
         check_replay(lm)

@@ -14,10 +14,15 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from grains.errors import UserError
 
@@ -296,6 +301,7 @@ def replay(
     start: int = 0,
     stop: int | None = None,
     after=None,
+    checkpointed: bool = False,
 ) -> Tensor:
     """Run decoder layers start to stop-1 on hidden states.
 
@@ -304,14 +310,45 @@ def replay(
         dimension of 1.
     after: called as after(layer, hidden_states) with each layer's output; what it returns (if
         not None) goes on in its place. This is where states are read and steered.
+    checkpointed: keep each layer's input alone for the backward pass, which computes the layer
+        again: a third more work, a small part of the memory.
     Returns the output (R, T, D) of layer stop-1, before the final norm.
     """
     for index in range(start, len(lm.layers) if stop is None else stop):
-        hidden_states = lm.layers[index](hidden_states, **kwargs[index])
+        layer = partial(lm.layers[index], **kwargs[index])
+        hidden_states = (checkpoint(layer, hidden_states, use_reentrant=False) if checkpointed
+                         else layer(hidden_states))
         if after is not None:
             changed = after(index, hidden_states)
             hidden_states = hidden_states if changed is None else changed
     return hidden_states
+
+
+def gradient_rows(lm: LanguageModel, captured: Capture) -> tuple[int, bool]:
+    """How many rows of a capture (of one row) can be replayed with gradients at a time.
+
+    What one row keeps for the backward pass is measured on the first layer, attention weights
+    included where they are kept; the other layers are taken to be like it. Returns the rows that
+    fit in `lm.memory`, 1 at least, and whether their layers must be checkpointed for that.
+    """
+    held: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    row = captured.embeds[:1].detach().requires_grad_()
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        output = lm.layers[0](row, **captured.kwargs[0])
+    weights = {weight.untyped_storage().data_ptr() for weight in lm.layers[0].parameters()}
+    one_layer = sum(size for place, size in held.items() if place not in weights)
+    # Beside them: a piece of the logits, twice, and what a layer's backward holds.
+    free = lm.memory - 2 * LOGIT_ROWS * VOCABULARY_SLICE * torch.float32.itemsize
+    rows = int(free // ((len(lm.layers) + 1) * one_layer))
+    if rows:
+        return rows, False
+    return max(1, int(free // (2 * one_layer + len(lm.layers) * output.nbytes))), True
 
 
 def logits(lm: LanguageModel, hidden_states: Tensor) -> Tensor:
@@ -320,36 +357,44 @@ def logits(lm: LanguageModel, hidden_states: Tensor) -> Tensor:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log P of given tokens from last hidden states, a chunk of the vocabulary rows at a time.
+    """log P of given tokens from the normed last hidden states, by slices of the vocabulary.
 
-    The gradient with respect to the hidden states is taken chunk by chunk in the forward, so no
-    (n, V) matrix outlives its chunk.
+    A softmax over the vocabulary needs no more than its running maximum, sum and, for the
+    gradient, its running mean of the head's rows (the scores' rows are rescaled when the maximum
+    rises): so a (rows, slice) piece of the logits lives in the cache, used for all, and gone.
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, targets, lm, chunk, wants_grad):
-        values, grads = [], []
-        for start in range(0, len(targets), chunk):
-            part = hidden_states[start:start + chunk].detach().requires_grad_(wants_grad)
-            with torch.set_grad_enabled(wants_grad):
-                scores = logits(lm, part)
-                picked = scores.gather(-1, targets[start:start + chunk, None])[:, 0]
-                value = picked - scores.logsumexp(-1)
-                if wants_grad:
-                    grads.append(torch.autograd.grad(value.sum(), part)[0])
-            values.append(value.detach())
+    def forward(ctx, states, targets, weight, bias, wants_grad):
+        count = len(states)
+        highest = torch.full((count,), -torch.inf, device=states.device)
+        total = torch.zeros(count, device=states.device)
+        picked = torch.zeros(count, device=states.device)
+        mean = torch.zeros_like(states, dtype=torch.float32) if wants_grad else None
+        for start in range(0, len(weight), VOCABULARY_SLICE):
+            part = weight[start:start + VOCABULARY_SLICE]
+            scores = linear(states, part, None if bias is None
+                            else bias[start:start + VOCABULARY_SLICE]).float()
+            here = (targets >= start) & (targets < start + len(part))
+            picked[here] = scores[here, targets[here] - start]
+            before, highest = highest, torch.maximum(highest, scores.amax(-1))
+            rescale = (before - highest).exp_()
+            scores.sub_(highest[:, None]).exp_()
+            total.mul_(rescale).add_(scores.sum(-1))
+            if wants_grad:
+                mean.mul_(rescale[:, None]).add_((scores.to(part.dtype) @ part).float())
         if wants_grad:
-            ctx.save_for_backward(torch.cat(grads))
-        return torch.cat(values)
+            ctx.save_for_backward(weight[targets].float() - mean / total[:, None])
+        return picked - highest - total.log()
 
     @staticmethod
     def backward(ctx, grad):
-        (by_hidden,) = ctx.saved_tensors
-        return (grad[:, None] * by_hidden).to(by_hidden.dtype), None, None, None, None
+        (by_states,) = ctx.saved_tensors
+        return grad[:, None] * by_states, None, None, None, None
 
 
-# Rows of the (rows, V) logits that exist at a time: 256 x 128k words in fp32 are 128 MiB.
-LOGIT_ROWS = 256
+# The logits that exist at a time: 1024 x 4096 in fp32 are 16 MiB, whatever the vocabulary.
+LOGIT_ROWS, VOCABULARY_SLICE = 1024, 4096
 
 
 def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -> Tensor:
@@ -359,4 +404,10 @@ def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -
     targets: (n,) token ids. Returns (n,) in fp32, differentiable.
     """
     wants_grad = torch.is_grad_enabled() and hidden_states.requires_grad
-    return _TokenLogProbs.apply(hidden_states, targets, lm, LOGIT_ROWS, wants_grad)
+    states = lm.norm(hidden_states)
+    with align_module_device(lm.head):  # brings a head that was put off to a disk
+        weight, bias = lm.head.weight, getattr(lm.head, "bias", None)
+        states, targets = states.to(weight.device), targets.to(weight.device)
+        return torch.cat([_TokenLogProbs.apply(some, wanted, weight, bias, wants_grad)
+                          for some, wanted in zip(states.split(LOGIT_ROWS),
+                                                  targets.split(LOGIT_ROWS), strict=True)])
