@@ -449,7 +449,7 @@ followed by a square of its colour that is not there, with probability
 
 ## Recipe
 
-Seed {args.seed}, {threads}; a rerun on another number of threads gives slightly other weights and
+Seed {args.seed}, {threads}; a rerun on another machine may give slightly other weights and
 figures. First the CLIP tower (96 wide, 4 layers, patches of 8 pixels in tiles of 32) learns the
 colour and the shape under every patch, {args.tower_steps} steps of 24 scenes. Then the tower is
 frozen, and projector and Llama (128 wide, 5 layers) are trained for {args.steps} steps of
