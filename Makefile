@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+PEERS := .venv-peers
+READY_PEERS := $(PEERS)/.ready
 
-.PHONY: demo demo-vlm test lint clean
+.PHONY: demo demo-vlm test lint bench clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
@@ -18,6 +20,12 @@ $(READY): requirements.txt requirements-demo.txt | $(BIN)/python
 
 $(READY_DEV): requirements-dev.txt $(READY)
 	$(BIN)/pip install -r requirements-dev.txt
+	@touch $@
+
+$(READY_PEERS): benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install torch==2.13.0
+	$(PEERS)/bin/pip install -r $<
 	@touch $@
 
 ## The three text stages on SmolLM2-135M-Instruct and the embedded questions.
@@ -34,6 +42,10 @@ test: lint
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
+
+## Every stage against plain code, peers and the machine's limit; writes benchmarks/RESULTS.md.
+bench: $(READY_DEV) $(READY_PEERS)
+	$(BIN)/python benchmarks/bench.py --peers $(PEERS)/bin/python
 
 clean:
 	rm -rf src/results src/data/llm src/data/vlm

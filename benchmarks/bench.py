@@ -1,0 +1,397 @@
+"""How fast the stages are: against plain code, against peers, against the machine's limit.
+
+Every job runs in a process of its own. What is compared alternates there, on the same work with
+the same threads, and the medians of the repetitions are reported; outputs are compared too. Plain
+code is slow, so by default it gets a part of each job's work (and ours the same part again).
+
+    python benchmarks/bench.py                  # about 20 minutes on 2 idle cores
+    python benchmarks/bench.py --part 1         # all of the work for plain code too: hours
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+
+import plain  # noqa: E402
+
+from grains import data, models, prompts, runs  # noqa: E402
+from grains.ablation import hidden_states, select  # noqa: E402
+from grains.attribution import Settings, absent, attribute  # noqa: E402
+from grains.generation import generate  # noqa: E402
+from grains.replay import pack  # noqa: E402
+from grains.scoring import Configuration, batches, score  # noqa: E402
+from grains.vectors import pca_vector  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+STEPS, K = 20, 10
+MAX_TOKENS = 2048
+# The published setting: what captum integrates, so that the numbers can be compared.
+PUBLISHED = Settings(baseline="zeros", image_baseline="zeros", attribute="all", ig_steps=STEPS)
+
+
+@dataclass
+class Job:
+    """One stage's work, done by ours and by plain code.
+
+    ours, plain: units of work -> their numbers. agree: both numbers -> what is to be reported of
+    their difference. flops: units -> the fewest floating-point operations that give the numbers.
+    """
+
+    stage: str
+    work: str
+    target: float
+    units: list
+    ours: Callable
+    plain: Callable
+    agree: Callable
+    flops: Callable
+
+
+def pairs_of(lm, dataset: str, count: int, style: str) -> list:
+    rows, source = data.load(dataset, data.default_split(dataset, 0))
+    return [prompts.encode(lm, example.pair(), style)
+            for example in data.examples(rows, source, 0, count)]
+
+
+def ablation_job(lm, dataset: str, count: int, style: str, stage: str) -> Job:
+    units = pairs_of(lm, dataset, count, style)
+
+    def ours(items):
+        results = []
+        for item in items:
+            scores = torch.from_numpy(attribute(lm, item, PUBLISHED, MAX_TOKENS, None)[0].scores)
+            candidates = item.words | item.image
+            sets = [select(scores, candidates, K, top, None) for top in ("pos", "neg")]
+            states = hidden_states(lm, item, sets, MAX_TOKENS)
+            results.append({"scores": scores.numpy(), "last": states.last,
+                            "log_likelihoods": states.log_likelihoods.numpy()})
+        return results
+
+    def by_plain_code(items):
+        results = []
+        for item in items:
+            replacement = absent(lm, item, plain.embed(lm, item.inputs)[0], "pad", "mean")
+            results.append(plain.token_ablation(lm, item, item.words | item.image, K, STEPS,
+                                                replacement))
+        return results
+
+    def agree(mine, theirs):
+        scores = max(np.abs(a["scores"] - b["scores"]).max() / np.abs(b["scores"]).max()
+                     for a, b in zip(mine, theirs, strict=True))
+        plain_row = max(np.abs(a["log_likelihoods"][0] - b["log_likelihoods"][0]).max()
+                        for a, b in zip(mine, theirs, strict=True))
+        return f"scores within {scores:.1g} of the largest, log-likelihoods within {plain_row:.1g}"
+
+    def flops(items):
+        total = 0
+        for item in items:
+            packed = pack(item.sequences())
+            shorter = len(pack(item.sequences(without_last=True)))
+            scored = sum(map(len, item.responses))
+            # forward and backward of every point; the plain pass with its gradients; two ablated
+            total += 2 * STEPS * (layer_flops(lm, shorter) + scored * head_flops(lm))
+            total += 4 * (layer_flops(lm, len(packed)) + scored * head_flops(lm))
+        return total
+
+    return Job(stage, f"{count} pairs, {STEPS} steps, k={K}, both signs", 6, units, ours,
+               by_plain_code, agree, flops)
+
+
+def mc_job(lm, grid: dict[int, int], stage: str, target: float, count: int = 100) -> Job:
+    """grid: layer -> how many configurations steer there."""
+    units = pairs_of(lm, "misconceptions", count, "qa")
+    configurations = directions(lm, units[0], [(layer,) for layer, n in grid.items()
+                                               for _ in range(n)])
+
+    def ours(items):
+        found = [None] * len(items)
+        for members in batches([item.length for item in items], MAX_TOKENS):
+            scores = score(lm, [items[i] for i in members], configurations, MAX_TOKENS)
+            for index, values in zip(members, scores, strict=True):
+                found[index] = values
+        return found
+
+    def flops(items):
+        total = 0
+        for item in items:
+            length = len(pack(item.sequences(without_last=True)))
+            above = sum(len(lm.layers) - 1 - c.layers[0] for c in configurations)
+            total += layer_flops(lm, length) * (1 + above / len(lm.layers))
+            total += (1 + len(configurations)) * sum(map(len, item.responses)) * head_flops(lm)
+        return total
+
+    layers = ", ".join(map(str, grid))
+    return Job(stage, f"base and {len(configurations)} configurations on layers {layers}, "
+               f"{count} questions x 2 choices", target, units, ours,
+               lambda items: [plain.steering_mc(lm, item, configurations) for item in items],
+               largest_difference, flops)
+
+
+def generation_job(lm, count: int = 32, new_tokens: int = 64) -> Job:
+    units = pairs_of(lm, "misconceptions", count, "chat")
+    every = tuple(range(len(lm.layers)))
+    configurations = directions(lm, units[0], [every] * 3)
+
+    def ours(items):
+        return list(zip(*generate(lm, items, configurations, new_tokens), strict=True))
+
+    def agree(mine, theirs):
+        pairs = [(a, b) for x, y in zip(mine, theirs, strict=True)
+                 for a, b in zip(x, y, strict=True)]
+        return f"{sum(a == b for a, b in pairs)} of {len(pairs)} texts the same"
+
+    def flops(items):
+        return sum((len(item.prompt_ids) + new_tokens) * 4 * layer_flops(lm, 1)
+                   + new_tokens * 4 * head_flops(lm) for item in items)
+
+    return Job("steering_generation", f"{count} prompts x base and 3 configurations, {new_tokens} "
+               "new tokens", 6, units, ours,
+               lambda items: [plain.generation(lm, item, configurations, new_tokens)
+                              for item in items], agree, flops)
+
+
+def directions(lm, item, layers: list[tuple[int, ...]]) -> list[Configuration]:
+    """Configurations with random directions, each a hundredth of the activations' norm."""
+    norms = hidden_states(lm, item, [], MAX_TOKENS).norms[1:]
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for group in layers:
+        vectors = {layer: 0.01 * norms[layer] * nn.functional.normalize(
+            torch.randn(lm.hidden_size, generator=generator), dim=-1) for layer in group}
+        made.append(Configuration("random", "", group, 0.01, vectors))
+    return made
+
+
+def largest_difference(mine, theirs) -> str:
+    worst = max(np.abs(np.asarray(a) - np.asarray(b)).max()
+                for a, b in zip(mine, theirs, strict=True))
+    return f"log-likelihoods within {worst:.1g}"
+
+
+def layer_flops(lm, length: int) -> float:
+    """Of one forward of all decoder layers on a sequence of `length` positions."""
+    weights = sum(module.weight.numel() for module in lm.layers.modules()
+                  if isinstance(module, nn.Linear))
+    config = lm.model.config.get_text_config()
+    width = config.num_attention_heads * (getattr(config, "head_dim", None)
+                                          or config.hidden_size // config.num_attention_heads)
+    return 2 * length * weights + len(lm.layers) * 2 * 2 * width * length * (length + 1) / 2
+
+
+def head_flops(lm) -> float:
+    """Of the vocabulary projection of one position."""
+    return 2 * lm.head.weight.numel()
+
+
+def matrix_rate(seconds: float = 1.0) -> float:
+    """FLOP/s of (1024 x 576) (576 x 1536) in fp32, the best of many."""
+    a, b = torch.randn(1024, 576), torch.randn(576, 1536)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * 1024 * 576 * 1536 / best
+
+
+JOBS = {
+    "token_ablation": lambda: ablation_job(
+        models.load(models.EMBEDDED), "misconceptions", 50, "qa", "token_ablation"),
+    "steering_mc": lambda: mc_job(
+        models.load(models.EMBEDDED), {14: 12, 29: 12}, "steering_mc", 10),
+    "steering_mc_late": lambda: mc_job(
+        models.load(models.EMBEDDED), {26: 12, 27: 12, 28: 12, 29: 12},
+        "steering_mc, late layers", 18),
+    "steering_generation": lambda: generation_job(models.load(models.EMBEDDED)),
+    "token_ablation_vlm": lambda: ablation_job(
+        models.load("shapes-vlm"), "shapes", 20, "chat", "token_ablation_vlm"),
+}
+
+
+def peak_memory(work: Callable) -> tuple[object, float, float]:
+    """work()'s result, its seconds, and the MiB by which memory grew at most (Linux)."""
+    process, reset = psutil.Process(), Path("/proc/self/clear_refs")
+    before = process.memory_info().rss
+    if reset.exists():
+        reset.write_text("5")  # the peak counts from now on
+    begin = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - begin
+    status = Path("/proc/self/status").read_text() if reset.exists() else "VmHWM: 0 kB"
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return result, seconds, max(0, peak - before) / 2**20
+
+
+def run_job(name: str, part: float, repeats: int) -> dict:
+    job = JOBS[name]()
+    count = max(2, round(part * len(job.units)))
+    some = job.units[:: max(1, len(job.units) // count)][:count]
+    job.ours(some[:1]), job.plain(some[:1])
+    times = {"ours": [], "plain": []}
+    for repeat in range(repeats):
+        mine, seconds, _ = peak_memory(lambda: job.ours(some))
+        times["ours"].append(seconds)
+        theirs, seconds, plain_peak = peak_memory(lambda: job.plain(some))
+        times["plain"].append(seconds)
+        print(f"{name} {repeat + 1}/{repeats}: ours {times['ours'][-1]:.1f} s, "
+              f"plain {seconds:.1f} s", file=sys.stderr, flush=True)
+    whole, peak = [], 0.0
+    for _ in range(repeats):
+        _, seconds, peak = peak_memory(lambda: job.ours(job.units))
+        whole.append(seconds)
+    rate = matrix_rate()
+    ours, by_plain = (statistics.median(times[key]) for key in ("ours", "plain"))
+    return {"stage": job.stage, "work": job.work, "target": job.target, "part": count,
+            "units": len(job.units), "ours": ours, "plain": by_plain, "ratio": by_plain / ours,
+            "times": times, "whole": statistics.median(whole), "rate": rate,
+            "limit": job.flops(job.units) / rate, "agree": job.agree(mine, theirs),
+            "ours_peak": peak, "plain_peak": plain_peak}
+
+
+def peer_rows(python: str, pairs: int, repeats: int, folder: Path) -> list[dict]:
+    """The peers' own jobs on the same pairs, and ours, alternating; outputs are compared."""
+    lm = models.load(models.EMBEDDED)
+    items = pairs_of(lm, "misconceptions", pairs, "qa")
+    (folder / "pairs.json").write_text(json.dumps([
+        {"prompt": item.text, "chosen": " " + item.example.chosen,
+         "rejected": " " + item.example.rejected, "prompt_ids": item.prompt_ids,
+         "chosen_ids": item.responses[0], "rejected_ids": item.responses[1]} for item in items]))
+
+    def attributions():
+        return [attribute(lm, item, PUBLISHED, MAX_TOKENS, None)[0].scores for item in items]
+
+    def differences():
+        """h(x y+) - h(x y-) at the last position of every pair: (N, L, D)."""
+        return np.stack([(s[0, 0] - s[0, 1]).numpy()[1:]
+                         for s in (hidden_states(lm, item, [], MAX_TOKENS, gradients=False).last
+                                   for item in items)])
+
+    ours = {
+        "captum": (attributions, f"attribution, {STEPS} steps"),
+        "inseq": (attributions, f"attribution, {STEPS} steps"),
+        "steering-vectors-mean": (lambda: differences().mean(0), "mean-difference vectors"),
+        "repeng-pca": (lambda: [pca_vector([rows]) for rows in differences().swapaxes(0, 1)],
+                       "PCA vectors"),
+    }
+    rows = []
+    for job, (work, what) in ours.items():
+        # inseq takes minutes for a pair; its seconds are counted per pair.
+        some = items if job != "inseq" else items[:4]
+        work()
+        mine, theirs, result = [], [], {}
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            work()
+            mine.append((time.perf_counter() - begin) / len(items))
+            subprocess.run(
+                [python, ROOT / "benchmarks" / "peers.py", job, "--model",
+                 models.resolve(models.EMBEDDED), "--pairs", folder / "pairs.json", "--threads",
+                 str(torch.get_num_threads()), "--repeats", "1", "--steps", str(STEPS),
+                 "--count", str(len(some)), "--output", folder / "peer.json"], check=True)
+            result = json.loads((folder / "peer.json").read_text())
+            theirs.append(result["seconds"][0] / len(some))
+        rows.append({"peer": f"{job} {result['versions'].get(job.split('-')[0], '')}",
+                     "what": what, "pairs": len(some), "ours": statistics.median(mine),
+                     "theirs": statistics.median(theirs)})
+    return rows
+
+
+def report(jobs: list[dict], peers: list[dict], repeats: int) -> str:
+    """RESULTS.md between its markers: the tables and where they were measured."""
+    head = jobs[0]
+    lines = [
+        f"Measured {time.strftime('%Y-%m-%d')} on {machine()}, {torch.get_num_threads()} threads, "
+        f"fp32, Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version}" for name, version in runs.versions().items()
+                    if name in ("torch", "transformers")) + ".",
+        "",
+        f"Ours and plain alternate on the same work in one process; medians of {repeats} "
+        f"repetitions. Matrix products (1024 x 576)(576 x 1536): {head['rate'] / 1e9:.0f} GFLOP/s.",
+        "",
+        "| stage | work | plain did | ours, s | plain, s | ratio | at least | the same? |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for job in jobs:
+        lines.append(
+            f"| {job['stage']} | {job['work']} | {job['part']} of {job['units']} | "
+            f"{job['ours']:.1f} | {job['plain']:.1f} | {job['ratio']:.1f}x | {job['target']}x | "
+            f"{job['agree']} |")
+    lines += ["", "| stage, all of its work, ours | s | the limit, s | % of the limit | "
+              "memory, MiB | plain's memory, MiB |", "|---|---|---|---|---|---|"]
+    for job in jobs:
+        lines.append(f"| {job['stage']} | {job['whole']:.1f} | {job['limit']:.1f} | "
+                     f"{job['limit'] / job['whole']:.0%} | {job['ours_peak']:.0f} | "
+                     f"{job['plain_peak']:.0f} |")
+    if peers:
+        lines += ["", "| peer | its job | pairs | peer, s a pair | ours, s a pair | ratio |",
+                  "|---|---|---|---|---|---|"]
+        for row in peers:
+            lines.append(f"| {row['peer']} | {row['what']} | {row['pairs']} | "
+                         f"{row['theirs']:.2f} | {row['ours']:.2f} | "
+                         f"{row['theirs'] / row['ours']:.1f}x |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
+    memory = psutil.virtual_memory().total / 2**30
+    name = names[0] if names else platform.processor()
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
+    parser.add_argument("--part", type=float, default=0.2, help="of the work that plain code gets")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peers", help="Python of an environment with requirements-peers.txt; "
+                        "without it the peers are left out")
+    parser.add_argument("--peer_pairs", type=int, default=16)
+    parser.add_argument("--output", default=RESULTS, type=Path)
+    parser.add_argument("--one", choices=JOBS, help=argparse.SUPPRESS)  # a job's own process
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(run_job(args.one, args.part, args.repeats)))
+        return
+    jobs = []
+    for name in args.jobs:
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", name, "--part", str(args.part), "--repeats",
+             str(args.repeats)], check=True, stdout=subprocess.PIPE, text=True)
+        jobs.append(json.loads(done.stdout.splitlines()[-1]))
+    peers = []
+    if args.peers:
+        with tempfile.TemporaryDirectory() as folder:
+            peers = peer_rows(args.peers, args.peer_pairs, args.repeats, Path(folder))
+    text = report(jobs, peers, args.repeats)
+    before, _, after = args.output.read_text().partition(BEGIN)
+    args.output.write_text(f"{before}{BEGIN}\n{text}\n{END}{after.partition(END)[2]}")
+    print(text)
+    print(f"\nresults: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
