@@ -153,6 +153,20 @@ class _Scored:
         return log_probs.view(len(picked), -1).cpu() @ self.member.T
 
 
+def rights(encoded: list[Encoded], scores: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """(questions, 1 + C) whether the preferred choice scores highest, from what `score` gives.
+
+    By how choices are compared: their log-likelihoods in sum ("sum") or per token ("token").
+    """
+    found: dict[str, list] = {"sum": [], "token": []}
+    for item, rows in zip(encoded, scores, strict=True):
+        lengths = np.array([len(response) for response in item.responses])
+        label = item.example.label
+        found["sum"].append([correct(row, label)[0] for row in rows])
+        found["token"].append([correct(row, label, lengths)[0] for row in rows])
+    return {kind: np.array(rows) for kind, rows in found.items()}
+
+
 def correct(log_likelihoods: np.ndarray, label: int, lengths: np.ndarray | None = None
             ) -> tuple[bool, float]:
     """Whether the preferred choice scores strictly highest, and by what margin.

@@ -1,0 +1,105 @@
+"""What steering costs: does the model still predict ordinary text and answer easy questions?
+
+Both are measured as steered at inference: at every position, by replay above the base pass.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from grains import data
+from grains.data import Example
+from grains.errors import UserError
+from grains.models import LanguageModel
+from grains.prompts import Encoded, encode
+from grains.scoring import Configuration, batches, rights, score
+
+NEUTRAL = data.PACKAGED / "neutral_text.jsonl"
+UNRELATED = data.PACKAGED / "unrelated.jsonl"
+
+
+def neutral_texts() -> list[str]:
+    """The embedded passages of ordinary prose."""
+    lines = NEUTRAL.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def unrelated_examples() -> list[Example]:
+    """The embedded easy questions of four choices, in the order of the file."""
+    rows, source = data.load("unrelated", "train", str(UNRELATED))
+    return [data.read(rows, source, index) for index in range(len(rows))]
+
+
+def perplexity(
+    lm: LanguageModel,
+    texts: list[str],
+    configurations: list[Configuration],
+    max_tokens: int,
+) -> np.ndarray:
+    """exp of the mean negative log-likelihood per predicted token over all texts.
+
+    A BOS that the tokenizer writes is read, not predicted; without one, the first token of a text
+    takes its place.
+
+    max_tokens: positions computed at a time. Returns (1 + C,), the base model first.
+    Raises UserError for a text of which no token is predicted, or longer than the context.
+    """
+    encoded = [continuation(lm, text) for text in texts]
+    return perplexity_of(encoded, _score_all(lm, encoded, configurations, max_tokens))
+
+
+def perplexity_of(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:
+    """(1 + C,) perplexities of texts (see `continuation`) from what `score` gives of them."""
+    return np.exp(-sum(scores)[:, 0] / sum(len(item.responses[0]) for item in encoded))
+
+
+def capability(
+    lm: LanguageModel,
+    examples: list[Example],
+    configurations: list[Configuration],
+    max_tokens: int,
+) -> dict[str, np.ndarray]:
+    """Accuracy on multiple-choice questions in the prompt style qa.
+
+    max_tokens: positions computed at a time.
+    Returns (1 + C,) accuracies, the base model first, by how choices are compared: their
+    log-likelihoods in sum ("sum") or per token ("token").
+    """
+    encoded = [encode(lm, example, "qa") for example in examples]
+    scores = _score_all(lm, encoded, configurations, max_tokens)
+    return {kind: right.mean(axis=0) for kind, right in rights(encoded, scores).items()}
+
+
+def repetition(text: str) -> float:
+    """1 - distinct-3: the share of three-word sequences that occurred before in the text.
+
+    Words are what white space separates. 0 for a text of fewer than four words.
+    """
+    words = text.split()
+    trigrams = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+
+
+def continuation(lm: LanguageModel, text: str) -> Encoded:
+    """A text as the response to its first token, so that `score` gives its log-likelihood."""
+    whole = encode(lm, Example(repr(text[:40]), text, (), 0), "plain")
+    first, *rest = whole.prompt_ids
+    if not rest:
+        raise UserError(f"text {text!r} is a single token, so nothing is predicted: use longer "
+                        "texts")
+    return Encoded(
+        whole.example, lm.tokenizer.decode([first]),
+        {key: value[:, :1] for key, value in whole.inputs.items()}, [rest],
+        whole.content[:1], whole.words[:1], whole.image[:1])
+
+
+def _score_all(lm, encoded, configurations, max_tokens) -> list[np.ndarray]:
+    """`score` of any number of questions, in their order."""
+    scores = {}
+    for members in batches([item.length for item in encoded], max_tokens):
+        batch = [encoded[index] for index in members]
+        values = score(lm, batch, configurations, max_tokens)
+        scores.update(zip(members, values, strict=True))
+    return [scores[index] for index in range(len(encoded))]

@@ -1,0 +1,136 @@
+"""What steering costs: perplexity and accuracies against every text and choice by itself."""
+
+import copy
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference import example, own_loss_log_likelihood
+from tokenizers.processors import TemplateProcessing
+
+from grains import costs, data
+from grains.errors import UserError
+from grains.scoring import Configuration
+from grains.vectors import steered
+
+TEXTS = ["The ferry was late, and the passengers waited in the hall.",
+         "Snow fell for most of Monday and left about twenty centimetres in the town.",
+         "Wash the lettuce."]
+QUESTIONS = [
+    example("What is the capital of France?", "Rome", "Paris", "the city of London", label=1),
+    example("What is the plural of box?", "boxes", "boxen", "boxies"),
+    example("What colour is fresh snow?", "red", "white", label=1),
+    example("Which animal barks?", "A small dog", "A cow", "A very old cat"),
+]
+
+
+def grid(lm, strength=1.0):
+    """One layer, the last layer, and several."""
+    generator = torch.Generator().manual_seed(0)
+    last = len(lm.layers) - 1
+    return [Configuration("some", "", layers, factor, {
+        layer: strength * factor * torch.randn(lm.hidden_size, generator=generator)
+        for layer in layers}) for layers, factor in [((3,), 1.0), ((last,), 4.0), ((0, 2), 0.3)]]
+
+
+def own_perplexity(lm, sequences):
+    """From transformers' own loss on one sequence at a time; the first token is not predicted."""
+    total = sum(own_loss_log_likelihood(lm, ids[:1], ids[1:]) for ids in sequences)
+    return np.exp(-total / sum(len(ids) - 1 for ids in sequences))
+
+
+def own_accuracies(lm):
+    """Share of QUESTIONS whose right choice scores highest, in sum and per token, by hand."""
+    by_sum, by_token = [], []
+    for item in QUESTIONS:
+        prompt = f"Q: {item.question}\nA:"
+        start = lm.tokenizer(prompt).input_ids
+        ends = [lm.tokenizer(f"{prompt} {choice}").input_ids[len(start):]
+                for choice in item.choices]
+        sums = [own_loss_log_likelihood(lm, start, end) for end in ends]
+        means = [value / len(end) for value, end in zip(sums, ends, strict=True)]
+        by_sum.append(sums.index(max(sums)) == item.label)
+        by_token.append(means.index(max(means)) == item.label)
+    return np.mean(by_sum), np.mean(by_token)
+
+
+def test_perplexity_is_that_of_every_text_alone(smollm2):
+    configurations = grid(smollm2)
+    sequences = [smollm2.tokenizer(text).input_ids for text in TEXTS]
+    assert len({len(ids) for ids in sequences}) == 3
+    found = costs.perplexity(smollm2, TEXTS, configurations, 64)
+    assert found[0] == pytest.approx(own_perplexity(smollm2, sequences), rel=1e-4)
+    for value, item in zip(found[1:], configurations, strict=True):
+        with steered(smollm2, item.vectors):
+            assert value == pytest.approx(own_perplexity(smollm2, sequences), rel=1e-3)
+        assert abs(np.log(value / found[0])) > 0.01
+
+
+def test_a_bos_is_read_and_every_token_of_the_text_predicted(smollm2):
+    tokenizer = copy.deepcopy(smollm2.tokenizer)
+    bos, number = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, number)])
+    sequences = [[number, *smollm2.tokenizer(text).input_ids] for text in TEXTS]
+    found = costs.perplexity(replace(smollm2, tokenizer=tokenizer), TEXTS, [], 64)
+    assert found == pytest.approx([own_perplexity(smollm2, sequences)], rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["", "Hello"])
+def test_a_text_of_which_nothing_is_predicted_is_refused(smollm2, text):
+    with pytest.raises(UserError, match=r"prompt tokenizes to nothing|single token"):
+        costs.perplexity(smollm2, [*TEXTS, text], [], 64)
+
+
+def test_capability_is_that_of_every_choice_alone(smollm2):
+    configurations = grid(smollm2, strength=3)[:2]
+    found = costs.capability(smollm2, QUESTIONS, configurations, 128)
+    rows = [own_accuracies(smollm2)]
+    for item in configurations:
+        with steered(smollm2, item.vectors):
+            rows.append(own_accuracies(smollm2))
+    by_sum, by_token = zip(*rows, strict=True)
+    assert found["sum"].tolist() == list(by_sum)
+    assert found["token"].tolist() == list(by_token)
+    assert by_sum != by_token and len(set(by_sum)) > 1 and len(set(by_token)) > 1
+
+
+def test_the_embedded_texts():
+    rows = [json.loads(line) for line in costs.NEUTRAL.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= 60 and len({row["topic"] for row in rows}) >= 8
+    assert all(list(row) == ["id", "topic", "text"] for row in rows)
+    for field in ("id", "text"):
+        assert len({row[field] for row in rows}) == len(rows)
+    assert all(60 <= len(row["text"].split()) <= 120 for row in rows)
+    assert costs.neutral_texts() == [row["text"] for row in rows]
+
+
+def test_the_embedded_questions():
+    rows = [json.loads(line) for line in costs.UNRELATED.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= 200 and len({row["category"] for row in rows}) >= 10
+    for field in ("id", "question"):
+        assert len({row[field].lower() for row in rows}) == len(rows)
+    for row in rows:
+        assert list(row) == ["id", "category", "question", "choices", "label"]
+        assert len({choice.strip().lower() for choice in row["choices"]}) == 4
+    labels = Counter(row["label"] for row in rows)
+    assert set(labels) == {0, 1, 2, 3} and max(labels.values()) - min(labels.values()) <= 1
+    misconceptions = Path(data.DATASETS["misconceptions"].path).read_text(encoding="utf-8")
+    others = {json.loads(line)["question"].lower() for line in misconceptions.splitlines()}
+    assert not others & {row["question"].lower() for row in rows}
+
+    examples = costs.unrelated_examples()
+    assert [(item.id, item.question, list(item.choices), item.label) for item in examples] == [
+        (row["id"], row["question"], row["choices"], row["label"]) for row in rows]
+
+
+def test_repetition():
+    assert costs.repetition("a b a b a b a") == pytest.approx(3 / 5)  # aba bab aba bab aba
+    assert costs.repetition("one two three one two three") == pytest.approx(1 / 4)
+    assert costs.repetition("no no  no\nno") == pytest.approx(1 / 2)
+    assert costs.repetition("a b c d e") == 0
+    assert [costs.repetition(text) for text in ("", "a", "a a", "a a a")] == [0, 0, 0, 0]
