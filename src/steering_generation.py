@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import textwrap
 
+if __name__ == "__main__":
+    from grains import ctrl_c
+
+    ctrl_c.begin_imports()
+
 import pandas as pd
 
 from grains import cli, data, prompts, runs

@@ -10,6 +10,11 @@ from __future__ import annotations
 
 import json
 
+if __name__ == "__main__":
+    from grains import ctrl_c
+
+    ctrl_c.begin_imports()
+
 import numpy as np
 import pandas as pd
 import torch

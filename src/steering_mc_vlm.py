@@ -3,6 +3,11 @@
 The decoder sees words and image features in one sequence, so the stage itself is the same.
 """
 
+if __name__ == "__main__":
+    from grains import ctrl_c
+
+    ctrl_c.begin_imports()
+
 import steering_mc
 from grains import cli
 

@@ -9,6 +9,12 @@ hidden states of all layers are kept, plain and ablated.
 from __future__ import annotations
 
 import json
+from pathlib import Path
+
+if __name__ == "__main__":
+    from grains import ctrl_c
+
+    ctrl_c.begin_imports()
 
 import numpy as np
 import pandas as pd
@@ -74,7 +80,14 @@ def flags(kind: cli.Kind):
 
 
 def main(kind: cli.Kind = cli.LLM) -> None:
-    args = flags(kind).parse_args()
+    run(flags(kind).parse_args())
+
+
+def run(args, lm=None) -> dict[str, Path]:
+    """Do the stage, with a model that is loaded already if there is one.
+
+    Returns the files of hidden states by their selection.
+    """
     tops = list(dict.fromkeys(args.top))
     settings = Settings(
         args.attribution, args.grad_method, args.ig_baseline,
@@ -83,7 +96,7 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     meta, hidden = cli.stage1_paths(args, tops)
 
     examples = [example.pair() for example in cli.steering_examples(args)]
-    lm = cli.load_model(args)
+    lm = lm or cli.load_model(args)
     # What cannot be read is better known now than after days; pictures do not stay in memory.
     state = runs.processes()
     for example in tqdm(examples[state.process_index::state.num_processes], "reading examples",
@@ -92,18 +105,19 @@ def main(kind: cli.Kind = cli.LLM) -> None:
 
     manifest = cli.stage1_manifest(args, lm, examples, settings)
     size = 6 * (len(lm.layers) + 1) * lm.hidden_size * 4 * len(examples) * len(tops)
-    run = runs.Run([meta, *hidden.values()], manifest | {"top": tops}, args.overwrite, 2 * size)
-    if run.finished:
-        run.state.print("nothing to do: these results are already there")
+    work = runs.Run([meta, *hidden.values()], manifest | {"top": tops}, args.overwrite, 2 * size)
+    if work.finished:
+        work.state.print("nothing to do: these results are already there")
     else:
-        for unit in run.todo(len(examples), "token ablation"):
+        for unit in work.todo(len(examples), "token ablation"):
             encoded = prompts.encode(lm, examples[unit], args.prompt_style)
-            run.save(unit, *one_example(lm, encoded, settings, tops, args, unit))
-        if run.all_done():
-            write(run, len(examples), meta, hidden, manifest)
-        run.finish()
-    if run.state.is_main_process:
+            work.save(unit, *one_example(lm, encoded, settings, tops, args, unit))
+        if work.all_done():
+            write(work, len(examples), meta, hidden, manifest)
+        work.finish()
+    if work.state.is_main_process:
         summary(meta, hidden, settings, args.top_k)
+    return hidden
 
 
 def ig_steps(text: str) -> int | None:

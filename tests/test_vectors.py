@@ -94,11 +94,29 @@ def test_gradient_caa_and_random(files):
     rand_tokens = make(opened, "rand_tokens", "", 0).vectors
     for layer in range(L):
         assert relative(rand_tokens[layer], shifts(tensors["rand"], layer).mean(0)) <= 1e-5
+    repe = make(opened, "repe", "", 0).vectors
+    for layer in range(L):
+        rows = (of["hidden_pos_response"] - of["hidden_neg_response"])[:, layer + 1]
+        assert relative(repe[layer], first_component(rows.double().numpy())) <= 1e-5
     one, same, other = (make(opened, "random", "", seed).vectors
                         for seed in (1, 1, 2))
     assert torch.equal(one, same) and relative(one, other) > 0.5
     directions = torch.nn.functional.normalize(one, dim=-1)
     assert (directions @ directions.T - torch.eye(L)).abs().max() < 0.6
+
+
+def test_shuffled_swaps_the_answers_of_whole_examples(files):
+    """One sign an example, the same at every layer, and not the same for all examples."""
+    tensors, opened = files
+    gradients = tensors["pos"]["gradients"][:, 1:].double()
+    found = [make(opened, "shuffled", "", seed).vectors.double() for seed in range(5)]
+    for vectors_of_seed in found:
+        matches = [signs for signs in itertools.product([-1.0, 1.0], repeat=N) if relative(
+            vectors_of_seed, (torch.tensor(signs).double()[:, None, None] * gradients).mean(0))
+            <= 1e-5]
+        assert len(matches) == 1
+    assert any(relative(a, b) > 0.1 and relative(a, -b) > 0.1
+               for a, b in itertools.combinations(found, 2))
 
 
 def test_norms_are_medians_over_examples(files):

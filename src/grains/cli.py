@@ -17,7 +17,7 @@ import huggingface_hub
 import torch
 import transformers
 
-from grains import data, models, runs, vectors
+from grains import ctrl_c, data, models, runs, vectors
 from grains.ablation import TOPS
 from grains.attribution import GRAD_METHODS, OBJECTIVES
 from grains.errors import UserError
@@ -131,8 +131,9 @@ def add_grid_flags(flags: argparse.ArgumentParser, chosen_by_default: bool = Fal
     group.add_argument("--methods", nargs="+", default=None if chosen_by_default else METHODS,
                        choices=vectors.METHODS,
                        help="mean, pca: of the ablation shifts; gradient: mean gradient; caa: "
-                            "mean difference of the responses' states; controls: random "
-                            "directions, rand_tokens (ablation of random tokens)")
+                            "mean difference of the responses' states; repe: its first principal "
+                            "component; controls: random directions, rand_tokens (ablation of "
+                            "random tokens), shuffled (gradients, answers swapped at random)")
     group.add_argument("--mode", nargs="+", default=["pos"], choices=vectors.MODES,
                        help="of mean and pca: pos, or both = pos - neg")
     group.add_argument("--layer_idxs", nargs="+", default=None if chosen_by_default else LAYERS,
@@ -428,6 +429,7 @@ def main(run: Callable[[], None]) -> None:
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # it logs what it then raises
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
+        ctrl_c.end_imports()
         run()
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -436,7 +438,6 @@ def main(run: Callable[[], None]) -> None:
                  "--batch_tokens, --dtype bfloat16 or --device_map auto, and run the same "
                  "command again: what is finished is kept")
     except KeyboardInterrupt:
-        print("\ninterrupted: what is finished is kept; run the same command again to go on",
-              file=sys.stderr)
+        print(f"\n{ctrl_c.INTERRUPTED}", file=sys.stderr)
         sys.exit(130)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap, permutation_test
 
 
 def accuracy_interval(correct: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
@@ -22,3 +22,27 @@ def paired_p_value(correct: np.ndarray, base: np.ndarray) -> float:
     """
     gained, lost = int((correct & ~base).sum()), int((~correct & base).sum())
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of (n,) values, seeded; NaNs for n = 0."""
+    if not len(values):
+        return float("nan"), float("nan")
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    found = bootstrap((values,), np.mean, confidence_level=confidence, method="percentile",
+                      n_resamples=4999, batch=500, rng=np.random.default_rng(0))
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def sign_flip_p_value(gains: np.ndarray) -> float:
+    """Two-sided permutation test that paired differences (n,) have mean zero, seeded.
+
+    Under the null each difference is as likely with the other sign. 1.0 where at most one differs.
+    """
+    gains = gains[gains != 0]
+    if len(gains) < 2:
+        return 1.0
+    found = permutation_test((gains,), np.mean, permutation_type="samples", vectorized=True,
+                             n_resamples=9999, batch=500, rng=np.random.default_rng(0))
+    return float(found.pvalue)

@@ -24,8 +24,8 @@ from grains.errors import UserError
 from grains.models import LanguageModel
 from grains.runs import read_header, write_tensors
 
-METHODS = ("mean", "pca", "gradient", "caa", "random", "rand_tokens")
-CONTROLS = ("random", "rand_tokens")
+METHODS = ("mean", "pca", "gradient", "caa", "repe", "random", "rand_tokens", "shuffled")
+CONTROLS = ("random", "rand_tokens", "shuffled")
 MODES = ("pos", "both")
 # Only these are made from ablation shifts, and so know the modes pos and both.
 ABLATION_METHODS = ("mean", "pca")
@@ -124,8 +124,10 @@ def make(states: dict[str, StatesFile], method: str, mode: str, seed: int) -> St
     """One steering vector a layer, from stage 1's files by their selection (pos, neg, rand).
 
     method: mean or pca of the shifts, mode pos or both = pos - neg; gradient: the mean over
-        examples of df/dh; caa: the mean of h(x y+) - h(x y-). Controls: random, directions from
-        the seed; rand_tokens, the mean shift when random tokens are ablated.
+        examples of df/dh; caa: the mean of h(x y+) - h(x y-); repe: their first principal
+        component. Controls: random, directions from the seed; rand_tokens, the mean shift when
+        random tokens are ablated; shuffled, gradient with y+ and y- swapped in every example for
+        which the seed says so.
     """
     generator = torch.Generator().manual_seed(seed)
     first = states["pos"]
@@ -139,9 +141,13 @@ def make(states: dict[str, StatesFile], method: str, mode: str, seed: int) -> St
             return mean_vector(states["rand"].shifts(layer))
         if method == "gradient":
             return mean_vector(first.layer("gradients", layer))
-        if method == "caa":
-            return mean_vector(first.difference("hidden_pos_response", "hidden_neg_response",
-                                                layer))
+        if method in ("caa", "repe"):
+            reduce = {"caa": mean_vector, "repe": pca_vector}[method]
+            return reduce(first.difference("hidden_pos_response", "hidden_neg_response", layer))
+        if method == "shuffled":
+            swaps = np.random.default_rng(seed)  # of every layer alike: f changes its sign whole
+            return mean_vector(part * swaps.choice([-1.0, 1.0], size=(len(part), 1))
+                               for part in first.layer("gradients", layer))
         size = first.info["model"]["hidden_size"]
         return torch.randn(size, generator=generator, dtype=torch.float64).numpy()
 
