@@ -26,6 +26,7 @@ $(READY_PEERS): benchmarks/requirements-peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install torch==2.13.0
 	$(PEERS)/bin/pip install -r $<
+	$(PEERS)/bin/pip install --no-deps steering-vectors==0.12.2
 	@touch $@
 
 ## The three text stages on SmolLM2-135M-Instruct and the embedded questions.

@@ -2,10 +2,10 @@
 
 Every job runs in a process of its own. What is compared alternates there, on the same work with
 the same threads, and the medians of the repetitions are reported; outputs are compared too. Plain
-code is slow, so by default it gets a part of each job's work (and ours the same part again).
+code is slow, so it gets a part of each job's work, and ours the same part and then all of it.
 
-    python benchmarks/bench.py                  # about 20 minutes on 2 idle cores
-    python benchmarks/bench.py --part 1         # all of the work for plain code too: hours
+    python benchmarks/bench.py                  # about 30 minutes on 2 idle cores
+    python benchmarks/bench.py --all            # all of the work for plain code too: hours
 """
 
 from __future__ import annotations
@@ -53,13 +53,15 @@ PUBLISHED = Settings(baseline="zeros", image_baseline="zeros", attribute="all", 
 class Job:
     """One stage's work, done by ours and by plain code.
 
-    ours, plain: units of work -> their numbers. agree: both numbers -> what is to be reported of
-    their difference. flops: units -> the fewest floating-point operations that give the numbers.
+    part: how many units plain code gets. ours, plain: units of work -> their numbers. agree: both
+    numbers -> what is to be reported of their difference. flops: units -> the fewest
+    floating-point operations that give the numbers.
     """
 
     stage: str
     work: str
     target: float
+    part: int
     units: list
     ours: Callable
     plain: Callable
@@ -73,7 +75,7 @@ def pairs_of(lm, dataset: str, count: int, style: str) -> list:
             for example in data.examples(rows, source, 0, count)]
 
 
-def ablation_job(lm, dataset: str, count: int, style: str, stage: str) -> Job:
+def ablation_job(lm, dataset: str, count: int, style: str, stage: str, part: int) -> Job:
     units = pairs_of(lm, dataset, count, style)
 
     def ours(items):
@@ -113,11 +115,12 @@ def ablation_job(lm, dataset: str, count: int, style: str, stage: str) -> Job:
             total += 4 * (layer_flops(lm, len(packed)) + scored * head_flops(lm))
         return total
 
-    return Job(stage, f"{count} pairs, {STEPS} steps, k={K}, both signs", 6, units, ours,
+    return Job(stage, f"{count} pairs, {STEPS} steps, k={K}, both signs", 6, part, units, ours,
                by_plain_code, agree, flops)
 
 
-def mc_job(lm, grid: dict[int, int], stage: str, target: float, count: int = 100) -> Job:
+def mc_job(lm, grid: dict[int, int], stage: str, target: float, part: int,
+           count: int = 100) -> Job:
     """grid: layer -> how many configurations steer there."""
     units = pairs_of(lm, "misconceptions", count, "qa")
     configurations = directions(lm, units[0], [(layer,) for layer, n in grid.items()
@@ -142,7 +145,7 @@ def mc_job(lm, grid: dict[int, int], stage: str, target: float, count: int = 100
 
     layers = ", ".join(map(str, grid))
     return Job(stage, f"base and {len(configurations)} configurations on layers {layers}, "
-               f"{count} questions x 2 choices", target, units, ours,
+               f"{count} questions x 2 choices", target, part, units, ours,
                lambda items: [plain.steering_mc(lm, item, configurations) for item in items],
                largest_difference, flops)
 
@@ -165,7 +168,7 @@ def generation_job(lm, count: int = 32, new_tokens: int = 64) -> Job:
                    + new_tokens * 4 * head_flops(lm) for item in items)
 
     return Job("steering_generation", f"{count} prompts x base and 3 configurations, {new_tokens} "
-               "new tokens", 6, units, ours,
+               "new tokens", 6, 4, units, ours,
                lambda items: [plain.generation(lm, item, configurations, new_tokens)
                               for item in items], agree, flops)
 
@@ -204,27 +207,27 @@ def head_flops(lm) -> float:
 
 
 def matrix_rate(seconds: float = 1.0) -> float:
-    """FLOP/s of (1024 x 576) (576 x 1536) in fp32, the best of many."""
+    """FLOP/s of (1024 x 576) (576 x 1536) in fp32, kept up for so long."""
     a, b = torch.randn(1024, 576), torch.randn(576, 1536)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        begin = time.perf_counter()
+    torch.mm(a, b)
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() < begin + seconds:
         torch.mm(a, b)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * 1024 * 576 * 1536 / best
+        count += 1
+    return count * 2 * 1024 * 576 * 1536 / (time.perf_counter() - begin)
 
 
 JOBS = {
     "token_ablation": lambda: ablation_job(
-        models.load(models.EMBEDDED), "misconceptions", 50, "qa", "token_ablation"),
+        models.load(models.EMBEDDED), "misconceptions", 50, "qa", "token_ablation", 2),
     "steering_mc": lambda: mc_job(
-        models.load(models.EMBEDDED), {14: 12, 29: 12}, "steering_mc", 10),
+        models.load(models.EMBEDDED), {14: 12, 29: 12}, "steering_mc", 10, 5),
     "steering_mc_late": lambda: mc_job(
         models.load(models.EMBEDDED), {26: 12, 27: 12, 28: 12, 29: 12},
-        "steering_mc, late layers", 18),
+        "steering_mc, late layers", 18, 3),
     "steering_generation": lambda: generation_job(models.load(models.EMBEDDED)),
     "token_ablation_vlm": lambda: ablation_job(
-        models.load("shapes-vlm"), "shapes", 20, "chat", "token_ablation_vlm"),
+        models.load("shapes-vlm"), "shapes", 20, "chat", "token_ablation_vlm", 6),
 }
 
 
@@ -242,40 +245,39 @@ def peak_memory(work: Callable) -> tuple[object, float, float]:
     return result, seconds, max(0, peak - before) / 2**20
 
 
-def run_job(name: str, part: float, repeats: int) -> dict:
+def run_job(name: str, everything: bool, repeats: int) -> dict:
     job = JOBS[name]()
-    count = max(2, round(part * len(job.units)))
+    count = len(job.units) if everything else job.part
     some = job.units[:: max(1, len(job.units) // count)][:count]
     job.ours(some[:1]), job.plain(some[:1])
-    times = {"ours": [], "plain": []}
+    times, rates = {"ours": [], "plain": []}, []
     for repeat in range(repeats):
+        rates.append(matrix_rate())
         mine, seconds, _ = peak_memory(lambda: job.ours(some))
         times["ours"].append(seconds)
         theirs, seconds, plain_peak = peak_memory(lambda: job.plain(some))
         times["plain"].append(seconds)
         print(f"{name} {repeat + 1}/{repeats}: ours {times['ours'][-1]:.1f} s, "
               f"plain {seconds:.1f} s", file=sys.stderr, flush=True)
-    whole, peak = [], 0.0
-    for _ in range(repeats):
-        _, seconds, peak = peak_memory(lambda: job.ours(job.units))
-        whole.append(seconds)
-    rate = matrix_rate()
+    _, whole, peak = peak_memory(lambda: job.ours(job.units))
+    rates.append(matrix_rate())
+    rate = statistics.median(rates)
     ours, by_plain = (statistics.median(times[key]) for key in ("ours", "plain"))
     return {"stage": job.stage, "work": job.work, "target": job.target, "part": count,
             "units": len(job.units), "ours": ours, "plain": by_plain, "ratio": by_plain / ours,
-            "times": times, "whole": statistics.median(whole), "rate": rate,
+            "times": times, "whole": whole, "rate": rate,
             "limit": job.flops(job.units) / rate, "agree": job.agree(mine, theirs),
             "ours_peak": peak, "plain_peak": plain_peak}
 
 
-def peer_rows(python: str, pairs: int, repeats: int, folder: Path) -> list[dict]:
+def peer_rows(python: str, count: int, repeats: int, folder: Path) -> list[dict]:
     """The peers' own jobs on the same pairs, and ours, alternating; outputs are compared."""
     lm = models.load(models.EMBEDDED)
-    items = pairs_of(lm, "misconceptions", pairs, "qa")
-    (folder / "pairs.json").write_text(json.dumps([
+    items = pairs_of(lm, "misconceptions", count, "qa")
+    pairs = [
         {"prompt": item.text, "chosen": " " + item.example.chosen,
          "rejected": " " + item.example.rejected, "prompt_ids": item.prompt_ids,
-         "chosen_ids": item.responses[0], "rejected_ids": item.responses[1]} for item in items]))
+         "chosen_ids": item.responses[0], "rejected_ids": item.responses[1]} for item in items]
 
     def attributions():
         return [attribute(lm, item, PUBLISHED, MAX_TOKENS, None)[0].scores for item in items]
@@ -295,8 +297,8 @@ def peer_rows(python: str, pairs: int, repeats: int, folder: Path) -> list[dict]
     }
     rows = []
     for job, (work, what) in ours.items():
-        # inseq takes minutes for a pair; its seconds are counted per pair.
-        some = items if job != "inseq" else items[:4]
+        some = range(len(items)) if job != "inseq" else range(4)  # it is slow
+        (folder / "pairs.json").write_text(json.dumps([pairs[index] for index in some]))
         work()
         mine, theirs, result = [], [], {}
         for _ in range(repeats):
@@ -307,10 +309,11 @@ def peer_rows(python: str, pairs: int, repeats: int, folder: Path) -> list[dict]
                 [python, ROOT / "benchmarks" / "peers.py", job, "--model",
                  models.resolve(models.EMBEDDED), "--pairs", folder / "pairs.json", "--threads",
                  str(torch.get_num_threads()), "--repeats", "1", "--steps", str(STEPS),
-                 "--count", str(len(some)), "--output", folder / "peer.json"], check=True)
+                 "--output", folder / "peer.json"], check=True)
             result = json.loads((folder / "peer.json").read_text())
             theirs.append(result["seconds"][0] / len(some))
-        rows.append({"peer": f"{job} {result['versions'].get(job.split('-')[0], '')}",
+        package, release = next(iter(result["versions"].items()))
+        rows.append({"peer": f"{package} {release}",
                      "what": what, "pairs": len(some), "ours": statistics.median(mine),
                      "theirs": statistics.median(theirs)})
     return rows
@@ -328,7 +331,7 @@ def report(jobs: list[dict], peers: list[dict], repeats: int) -> str:
         f"Ours and plain alternate on the same work in one process; medians of {repeats} "
         f"repetitions. Matrix products (1024 x 576)(576 x 1536): {head['rate'] / 1e9:.0f} GFLOP/s.",
         "",
-        "| stage | work | plain did | ours, s | plain, s | ratio | at least | the same? |",
+        "| stage | work | compared on | ours, s | plain, s | ratio | at least | the same? |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for job in jobs:
@@ -336,7 +339,7 @@ def report(jobs: list[dict], peers: list[dict], repeats: int) -> str:
             f"| {job['stage']} | {job['work']} | {job['part']} of {job['units']} | "
             f"{job['ours']:.1f} | {job['plain']:.1f} | {job['ratio']:.1f}x | {job['target']}x | "
             f"{job['agree']} |")
-    lines += ["", "| stage, all of its work, ours | s | the limit, s | % of the limit | "
+    lines += ["", "| ours, all of the work, once | s | the limit, s | % of the limit | "
               "memory, MiB | plain's memory, MiB |", "|---|---|---|---|---|---|"]
     for job in jobs:
         lines.append(f"| {job['stage']} | {job['whole']:.1f} | {job['limit']:.1f} | "
@@ -365,7 +368,7 @@ def main() -> None:
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
-    parser.add_argument("--part", type=float, default=0.2, help="of the work that plain code gets")
+    parser.add_argument("--all", action="store_true", help="give plain code all of the work")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", help="Python of an environment with requirements-peers.txt; "
                         "without it the peers are left out")
@@ -374,13 +377,13 @@ def main() -> None:
     parser.add_argument("--one", choices=JOBS, help=argparse.SUPPRESS)  # a job's own process
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(run_job(args.one, args.part, args.repeats)))
+        print(json.dumps(run_job(args.one, args.all, args.repeats)))
         return
     jobs = []
     for name in args.jobs:
         done = subprocess.run(
-            [sys.executable, __file__, "--one", name, "--part", str(args.part), "--repeats",
-             str(args.repeats)], check=True, stdout=subprocess.PIPE, text=True)
+            [sys.executable, __file__, "--one", name, "--repeats", str(args.repeats),
+             *(["--all"] if args.all else [])], check=True, stdout=subprocess.PIPE, text=True)
         jobs.append(json.loads(done.stdout.splitlines()[-1]))
     peers = []
     if args.peers:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils import align_module_device
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -121,11 +122,8 @@ class LanguageModel:
 
     def identity(self) -> dict:
         """What ties an artifact to this model: name, layers, hidden size, and a few weights."""
-        weight = self.norm.weight
-        if weight.device.type == "meta":  # offloaded to disk: there is nothing to read cheaply
-            mark = "offloaded"
-        else:
-            mark = f"{weight.detach().double().sum().item():.9e}"
+        with align_module_device(self.norm):  # brings a norm that was put off to a disk
+            mark = f"{self.norm.weight.detach().double().sum().item():.9e}"
         return {"model": self.name, "num_layers": len(self.layers),
                 "hidden_size": self.hidden_size, "vocab_size": self.head.weight.shape[0],
                 "final_norm_sum": mark}

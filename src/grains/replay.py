@@ -102,7 +102,7 @@ class Capture:
 
 
 def _rows(value: Tensor, index: Tensor) -> Tensor:
-    return value if value.shape[0] == 1 else value[index]
+    return value if value.shape[0] == 1 else value[index.to(value.device)]
 
 
 def _map_kwargs(kwargs: list[dict], change) -> list[dict]:
@@ -346,7 +346,7 @@ def gradient_rows(lm: LanguageModel, captured: Capture) -> tuple[int, bool]:
     # Beside them: a piece of the logits, twice, and what a layer's backward holds.
     free = lm.memory - 2 * LOGIT_ROWS * VOCABULARY_SLICE * torch.float32.itemsize
     rows = int(free // ((len(lm.layers) + 1) * one_layer))
-    if rows:
+    if rows > 0:
         return rows, False
     return max(1, int(free // (2 * one_layer + len(lm.layers) * output.nbytes))), True
 
