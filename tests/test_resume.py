@@ -3,12 +3,15 @@ was not; so does one that several processes share."""
 
 from __future__ import annotations
 
-import re
+import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ pytest_plugins = ("command_line",)
 
 SRC = Path(__file__).parents[1].absolute() / "src"
 SAMPLES = 4
+STAGES = {"token_ablation": SAMPLES, "steering_mc": 4, "steering_generation": 3}  # their units
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def script(common, stage1):
                     "--batch_tokens", 200]  # several batches
         if name == "steering_generation":
             more += ["--layer_idxs", 1, "--num_prompts", 6, "--max_new_tokens", 60,
-                     "--temperature", 0.8]
+                     "--temperature", 0.8, "--batch_tokens", 80]
         return [f"{name}.py", *common, *more]
 
     return arguments
@@ -98,7 +102,7 @@ def wait_for_parts(folder: Path, count: int, process) -> None:
     ("token_ablation", [1, *[2] * SAMPLES, 2, 3, 4, 5]),
     # The two vectors are written with the outputs.
     ("steering_mc", [2, 3, 4, 6, 4, 5, 6, 7]),
-    ("steering_generation", [2, 2, 2, 3]),
+    ("steering_generation", [2, 2, 2, 2, 3]),
 ])
 def test_killed_after_a_write(commands, script, whole, tmp_path, name, kills):
     for count in kills:
@@ -110,20 +114,63 @@ def test_killed_after_a_write(commands, script, whole, tmp_path, name, kills):
     assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.lock"))
 
 
-@pytest.mark.parametrize("name, moments", [
-    ("token_ablation", [0, 1, 2, 3]), ("steering_mc", [1, 2]), ("steering_generation", [1])])
-def test_killed_at_any_moment(commands, script, whole, tmp_path, name, moments):
-    for count in moments:
-        process = commands.start(*script(name, tmp_path))
-        if count:
-            wait_for_parts(tmp_path, count, process)
-        else:
-            time.sleep(0.2)
-        process.kill()
-        process.wait()
-    result = commands.run(*script(name, tmp_path)).ok()
-    assert contents(tmp_path) == whole(name)
-    assert "nothing to do" in result.out or re.search(r"\d/\d", result.err)
+# The phases of a run, as its files show them.
+START, PARTS, MERGE, END = range(4)
+
+
+def opened(folder: Path) -> list[int] | None:
+    """What changes when a process opens the run in a folder."""
+    with suppress(FileNotFoundError):
+        return [path.stat().st_mtime_ns for path in folder.glob("*.parts/manifest.json")]
+
+
+def phase(folder: Path, units: int, before: list[int]) -> int:
+    """How far a process is, when it found `opened(folder) == before`."""
+    if list(folder.glob("*.manifest.json")):
+        return END
+    if opened(folder) == before:
+        return START
+    return MERGE if len(list(folder.glob("*.parts/0*"))) == units else PARTS
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_killed_ten_times(commands, script, whole, tmp_path, name):
+    """SIGKILL at random moments in every phase of a run, each time in what the last one left."""
+    folder, kept, units = tmp_path / "run", tmp_path / "kept", STAGES[name]
+    process, begins = commands.start(*script(name, folder)), {}
+    while process.running():
+        begins.setdefault(phase(folder, units, []), time.monotonic())
+    edges = [*(begins[number] for number in (START, PARTS, MERGE, END)), time.monotonic()]
+    lasts = [end - begin for begin, end in pairwise(edges)]
+    chance = random.Random(name)
+
+    def killed_in(wanted: int) -> bool:
+        """Whether the kill fell in that phase; else everything is put back."""
+        shutil.copytree(folder, kept, dirs_exist_ok=True)
+        before = opened(folder)
+        last = lasts[START if phase(folder, units, before) == wanted else wanted]
+        process = commands.start(*script(name, folder))
+        while process.running() and phase(folder, units, before) < wanted:
+            time.sleep(0.0005)
+        time.sleep(chance.uniform(0, last))
+        if process.running():
+            process.kill()
+        hit = process.wait().code == -signal.SIGKILL and phase(folder, units, before) == wanted
+        if not hit:
+            shutil.rmtree(folder)
+            shutil.copytree(kept, folder)
+        shutil.rmtree(kept)
+        return hit
+
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for wanted in (START, START, PARTS, PARTS, PARTS, MERGE, MERGE, MERGE, END, END):
+        assert any(killed_in(wanted) for _ in range(50))
+        assert contents(folder).items() <= whole(name).items()  # what is there is whole
+    commands.run(*script(name, folder)).ok()
+    assert contents(folder) == whole(name)
+    assert not [path for path in folder.iterdir()
+                if path.name.startswith(".") or path.suffix in (".parts", ".lock")]
 
 
 def test_finished_parts_are_not_done_again(commands, script, tmp_path):
@@ -155,7 +202,7 @@ def test_overwriting_is_taken_up_again(commands, script, whole, tmp_path):
     assert contents(tmp_path) == whole("token_ablation")
 
 
-@pytest.mark.parametrize("name", ["token_ablation", "steering_mc", "steering_generation"])
+@pytest.mark.parametrize("name", STAGES)
 def test_the_seed_decides(commands, script, whole, tmp_path, name):
     commands.run(*script(name, tmp_path / "same")).ok()
     assert contents(tmp_path / "same") == whole(name)
@@ -186,7 +233,7 @@ def together(commands):
     return start
 
 
-@pytest.mark.parametrize("name", ["token_ablation", "steering_mc", "steering_generation"])
+@pytest.mark.parametrize("name", STAGES)
 def test_two_processes(together, script, whole, tmp_path, name):
     for _ in range(2):
         first, second = [process.wait().ok() for process in together(*script(name, tmp_path))]

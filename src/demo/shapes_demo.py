@@ -72,8 +72,7 @@ def main() -> None:
     table, best = captions(lm, configurations, grid, args)
     runs.write_table(folder / "captions.csv", table)
 
-    about_circles = [item for item in asked if "circle" in item[0]["question"]]
-    picture(lm, about_circles[:SHOWN], best, args, folder / "demo.png")
+    picture(lm, asked, best, args, folder / "demo.png")
     print("\nPointing game: the top image token lies on the object asked about")
     print(pointing.to_string(index=False))
     print("\nCaptions of test scenes; configuration chosen on validation scenes")
@@ -209,12 +208,28 @@ def caption_rates(lm, configurations, flawed, squares, what) -> list[dict]:
     return rates
 
 
-def picture(lm, shown, best, args, path: Path) -> None:
-    """Scenes, the attribution of their question over them and in its words, and captions."""
+def picture(lm, asked, best, args, path: Path) -> None:
+    """The first scenes in which the base model names a square that is not there: the attribution
+    of a question about their circle, over the picture and in its words, and both captions."""
+    rows = [(row, encoded, shapes.caption([(thing["colour"], thing["shape"])
+                                           for thing in json.loads(row["objects"])]))
+            for row, encoded in asked if "circle" in row["question"]]
+    described = [prompts.encode(lm, Example(row["id"], shapes.CAPTION_REQUEST, ("a",), 0,
+                                            image=row["image"]), "chat") for row, _, _ in rows]
+    captions = zip(*generate(lm, described, [best], 32), strict=True)
+    shown = [(*row, *said) for row, said in zip(rows, captions, strict=True)
+             if "square" in said[0] and "square" not in row[2]][:SHOWN]
+    if not shown:
+        print("no picture: in none of these scenes does the base model name a false square")
+        return
     with figures.style("light"):
-        figure = Figure(figsize=(8, 1.75 * len(shown)), layout="constrained")
-        panels = figure.subplots(len(shown), 3, width_ratios=(1, 1, 2.6), squeeze=False)
-        for (row, encoded), (scene, heat, text) in zip(shown, panels, strict=True):
+        figure = Figure(figsize=(9, 1.8 * len(shown)), layout="constrained")
+        panels = figure.subplots(len(shown), 3, width_ratios=(1, 1, 3.4), squeeze=False)
+        for axes, title in zip(panels[0], ("scene", "attribution", "question and captions"),
+                               strict=True):
+            axes.set_title(title)
+        for (row, encoded, true, base, steered), (scene, heat, text) in zip(shown, panels,
+                                                                            strict=True):
             image, on_image = vision.open_image(encoded.example), encoded.image.numpy()
             # The picture as in the pointing game, its words kept; the words with all moving.
             of_image, of_words = (
@@ -226,17 +241,10 @@ def picture(lm, shown, best, args, path: Path) -> None:
             figures.draw_heat(heat, image, over, np.abs(over).max())
             tokens = lm.tokenizer.convert_ids_to_tokens(encoded.prompt_ids)
             question = np.flatnonzero(encoded.content.numpy())
-            caption = prompts.encode(lm, Example(row["id"], shapes.CAPTION_REQUEST, ("a",), 0,
-                                                 image=row["image"]), "chat")
-            base, steered = (texts[0] for texts in generate(lm, [caption], [best], 32))
-            true = shapes.caption([(t["colour"], t["shape"]) for t in json.loads(row["objects"])])
             figures.draw_words(text, [(
                 figures.words([tokens[i] for i in question], of_words[question]),
                 f"answer: {row['chosen']}\n\nin the picture: {true}\nbase caption: {base}\n"
                 f"steered caption: {steered}")])
-        panels[0, 0].set_title("scene")
-        panels[0, 1].set_title("attribution")
-        panels[0, 2].set_title("question (blue: for the right answer) and captions")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 

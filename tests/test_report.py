@@ -1,0 +1,803 @@
+"""The report: its numbers are those of the tables, texts come out as they went in, missing parts
+are said to be missing, and a file that is not what its name says is a user's mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from matplotlib.figure import Figure
+from PIL import Image
+
+import report
+import steering_generation
+import steering_mc
+from grains import data, figures, runs
+from grains.errors import UserError
+from grains.scoring import Configuration
+
+pytest_plugins = ("command_line",)
+
+MODEL = {"model": "small", "dtype": "float32", "num_layers": 4, "hidden_size": 8,
+         "final_norm_sum": "1.0", "vocab_size": 99}
+VERSIONS = {"grains": "0.1.0", "torch": "2.0"}
+STEM = "things_small_n2_seed0"
+NASTY = r'Is 1 < 2 & "quoted" <script>alert(1)</script> {{ 7*7 }} $\frac$?'
+SCRIPTS = "Ελληνικά 日本語 العربية 👩‍🚀"
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page, as far as these tests ask."""
+
+    VOID = ("meta", "img", "source", "br", "link", "input")
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[tuple[str, dict]] = []
+        self.elements: list[SimpleNamespace] = []
+        self.feed(text)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        element = SimpleNamespace(tag=tag, text="", attributes=dict(attributes))
+        self.elements.append(element)
+        if tag not in ("span", "ins", "del", "a"):
+            self.handle_data(" ")
+        if tag not in self.VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop().tag == tag
+
+    def handle_data(self, text):
+        for element in self.open:
+            element.text += text
+
+    def all(self, tag: str, css_class: str = "") -> list[SimpleNamespace]:
+        return [e for e in self.elements if e.tag == tag
+                and css_class in e.attributes.get("class", "")]
+
+    @property
+    def text(self) -> str:
+        return plain(self.all("main")[0].text)
+
+    def tables(self) -> dict[str, dict[str, list[str]]]:
+        """caption -> row header -> cells."""
+        found, rows = {}, {}
+        for element in self.elements:
+            if element.tag == "caption":
+                rows = found.setdefault(plain(element.text), {})
+            elif element.tag == "th" and element.attributes["scope"] == "row":
+                cells = rows.setdefault(plain(element.text), [])
+            elif element.tag == "td":
+                cells.append(plain(element.text))
+        return found
+
+
+def plain(text: str) -> str:
+    """White space as one space, no-break spaces and the minus sign as typed."""
+    return re.sub(r"\s+", " ", text.replace("\N{MINUS SIGN}", "-")).strip()
+
+
+def page_of(*folders, output="report.html", count=6) -> Page:
+    return Page(report.build(list(folders), folders[0] / output, count)[0])
+
+
+# --- results as the scripts write them ---
+
+
+def configuration(name: str) -> Configuration:
+    """'mean pos@0.1' steers layers 1 and 2, 'pca pos@0.1@3' layer 3; 'base' none."""
+    if name == "base":
+        return steering_mc.BASE
+    method, alpha, *layer = name.split("@")
+    method, _, mode = method.partition(" ")
+    return Configuration(method, mode, (int(layer[0]),) if layer else (1, 2), float(alpha))
+
+
+def write_evaluation(folder: Path, right: dict[str, list[bool]], *, best="", stem=STEM, flags=None,
+                     extra=None, evaluate_on="held_out") -> pd.DataFrame:
+    """Stage 2's files, made by its own functions from which questions are answered right.
+
+    right: 'base' first, then configurations as `configuration` reads them -> right or wrong for
+    each question by the sum; per token every fifth question (0, 5, ...) is wrong for all.
+    extra: column -> values of the configurations.
+    """
+    part = "test" if evaluate_on == "held_out" else "all"
+    parts = {part: [data.Example(f"q{i}", f"question {i}", ("yes", "no"), 0)
+                    for i in range(len(right["base"]))]}
+    answers = np.array(list(right.values()))
+    if evaluate_on == "held_out":
+        parts["validation"] = [data.Example(f"v{i}", f"other {i}", ("yes", "no"), 0)
+                               for i in range(4)]
+        answers = np.concatenate([answers, np.ones((len(answers), 4), bool)], axis=1)
+    encoded = [SimpleNamespace(example=example, responses=[[1], [1, 2]])
+               for examples in parts.values() for example in examples]
+    # Of one and of two tokens: -3 and -4 in sum are -3 and -2 per token.
+    scores = [np.where(column[:, None], [[-3.0, -8.0 if i % 5 else -4.0]], [[-5.0, -4.0]])
+              for i, column in enumerate(answers.T)]
+    configurations = [configuration(name) for name in right]
+    questions = steering_mc.question_table(parts, encoded, configurations, scores)
+    grid = steering_mc.grid_table(questions, configurations, SimpleNamespace(
+        alpha_units="relative", evaluate_on=evaluate_on))
+    for column, values in (extra or {}).items():
+        grid[column] = [values[list(right).index(name)] for name in map(
+            {configuration(name).label: name for name in right}.get, grid.configuration)]
+    place = folder / "steering"
+    runs.write_table(place / f"{stem}_grid.csv", grid)
+    runs.write_table(place / f"{stem}_questions.csv", questions)
+    runs.write_json(place / f"{stem}_grid.manifest.json", {
+        "stage": "steering_mc", "model": MODEL, "data": {"name": "things", "path": None},
+        "flags": {"methods": ["mean", "random"], "score": "token", "seed": 0} | (flags or {}),
+        "versions": VERSIONS})
+    if best:
+        runs.write_json(place / f"{stem}_chosen.json", {
+            "configuration": configuration(best).label, "controls": ["random"]})
+    return grid
+
+
+def some(right: int, count: int = 40, first: int = 0) -> list[bool]:
+    """`right` of `count` questions, from number `first` on."""
+    return [first <= i < first + right for i in range(count)]
+
+
+def attribution_rows(identity="a", tokens=("Q", ":", "Ġis", "Ġit", "?"),
+                     scores=((0, 0, 1.5, -0.75, 0.25),), selected=None, **changes) -> list[dict]:
+    """One example's rows of stage 1, in its columns."""
+    selected = selected or {"pos": [[2]], "neg": [[3]]}
+    return [{
+        "id": identity, "top": top, "question": "is it?", "chosen": "yes it is",
+        "rejected": "no it is not", "f": 2.0, "f_ablated": 2.0 - len(top),
+        "log_likelihood_pos": -3.0, "log_likelihood_neg": -5.0,
+        "log_likelihood_pos_ablated": -4.0, "log_likelihood_neg_ablated": -5.0, "k": 1,
+        "selected_positions": json.dumps(positions), "selected_tokens": "[]",
+        "f_change_along_path": 1.0, "completeness_error": 0.01,
+        "completeness_error_relative": 0.01, "completeness_error_relative_worst": 0.0123,
+        "gradients_computed": 17, "tokens": json.dumps(tokens), "attributions": json.dumps(scores),
+        **changes} for top, positions in selected.items()]
+
+
+def write_attributions(folder: Path, rows: list[dict], given: dict | None = None, name="words"):
+    path = folder / "token_attribution" / f"{name}.csv"
+    runs.write_table(path, pd.DataFrame(rows))
+    runs.write_json(path.with_suffix(".manifest.json"), {
+        "stage": "token_ablation", "model": MODEL, "seed": 5, "settings": {"top_k": 1},
+        "data": {"name": "things", "path": None, "split": "train", "num_samples": 2,
+                 **(given or {})},
+        "versions": VERSIONS})
+    return path
+
+
+def write_generations(folder: Path, texts: list[tuple[str, str]], question="what is it?"):
+    configuration = Configuration("mean", "pos", (1,), 0.5)
+    example = data.Example("g", question, ("the truth",), 0)
+    path = folder / "steering_generation" / "texts.csv"
+    runs.write_table(path, pd.DataFrame([
+        steering_generation.row(i, example, configuration, "chat", *pair)
+        for i, pair in enumerate(texts)]))
+    runs.write_json(path.with_suffix(".manifest.json"), {
+        "stage": "steering_generation", "model": MODEL, "data": {"name": "things"},
+        "flags": {"seed": 0}, "max_new_tokens": 9, "versions": VERSIONS})
+    return path
+
+
+def picture_results(folder: Path, size=(24, 12)) -> dict:
+    """Stage 1 of two examples with pictures, and the data they came from.
+
+    Their image tokens show the left half, the right half, and the whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", size, colour).save(folder / f"{name}.png")
+        rows.append({"id": name, "image": f"{name}.png", "prompt": f"what is {name}?",
+                     "chosen": colour, "rejected": "grey"})
+    source = tiny.write_jsonl(folder / "pictures.jsonl", rows)
+    order = [e.id for e in data.examples(*data.load("things", "train", str(source)), 5)]
+    half = size[0] // 2
+    table = [row for name in order for row in attribution_rows(
+        name, ("<image>",) * 3 + ("Ġwhat",), ((2.0, -4.0, -0.5, 1.0),),
+        {"pos": [[0]], "neg": [[1]]},
+        positive_share_image=2 / 3, positive_share_text=1 / 3, negative_share_image=1.0,
+        negative_share_text=0.0, image_positions="[0, 1, 2]", image_boxes=json.dumps(
+            [[0, 0, half, size[1]], [half, 0, size[0], size[1]], [0, 0, *size]]))]
+    write_attributions(folder, table, {"path": str(source), "ids": order})
+    return {"source": source, "order": order}
+
+
+BUDGETS = (0.02, 0.05, 0.1)
+
+
+def write_front(folder: Path, rows: list[dict], stem=STEM):
+    """rows: method, gain of each budget (None: no configuration is that cheap), p."""
+    lines = []
+    for row in rows:
+        for score in ("token", "sum"):
+            for budget, gain in zip(BUDGETS, row["gains"], strict=True):
+                line = {"dataset": "things", "method": row["method"], "mode": row.get("mode", ""),
+                        "is_control": row["method"] == "random", "score": score,
+                        "max_ppl_increase": budget, "base_accuracy": 0.4, "seeds": 3,
+                        "configuration": f"{row['method']} @ 1-2 x {budget}"}
+                shown = np.nan if gain is None else gain / (1 if score == "token" else 2)
+                lines.append(line | {
+                    "accuracy": 0.4 + shown, "accuracy_low": 0.3 + shown,
+                    "accuracy_high": 0.5 + shown, "gain": shown, "gain_low": shown - 0.04,
+                    "gain_high": shown + 0.05, "p_value": row["p"],
+                    "perplexity_increase": budget * 0.9, "unrelated_change": -0.012})
+    table = pd.DataFrame(lines)
+    runs.write_table(folder / "steering" / f"{stem}_front.csv", table)
+    return table
+
+
+def write_everything(folder: Path) -> Path:
+    """Results of all stages, with single layers, prices, a front, pictures and awkward texts."""
+    right = {"base": some(16)}
+    for i, method in enumerate(("mean pos", "mean both", "gradient", "random")):
+        right |= {f"{method}@{alpha}": some(22 + round(40 * alpha) - 3 * i) for alpha in (0.1, 0.2)}
+    right |= {f"{method}@{alpha}@{layer}": some(12 + 2 * layer + round(20 * alpha))
+              for method in ("pca pos", "random") for alpha in (0.1, 0.2) for layer in range(4)}
+    count = len(right)
+    write_evaluation(folder, right, best="mean pos@0.2", extra={
+        "perplexity_increase": [0.03 * i for i in range(count)],
+        "unrelated_accuracy": [0.55] * count, "worse_token": [0.02] * count,
+        "worse_sum": [0.01] * count})
+    write_front(folder, [{"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08), "p": 0.01},
+                         {"method": "gradient", "gains": (None, 0.02, 0.05), "p": 0.2},
+                         {"method": "random", "gains": (0.0, -0.01, 0.01), "p": 0.9}])
+    write_attributions(folder, [
+        *attribution_rows("first"),
+        *attribution_rows(NASTY, question=NASTY, chosen=SCRIPTS, rejected=NASTY,
+                          tokens=("Ġ<b>", "Ġ" + "w" * 90, "ðŁĺ", "Ģ"),
+                          scores=((0.1, -0.2, 0.3, 0.4),), selected={"pos": [[2, 3]]})])
+    write_generations(folder, [(f"It is {NASTY}", f"It was {SCRIPTS} " + "long" * 60),
+                               ("the same", "the same")], question=NASTY)
+    picture_results(folder / "pictures")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """Results of all stages, where their report lies, its text and its page."""
+    place = tmp_path_factory.mktemp("everything")
+    folder, output = write_everything(place / "Größe #1 100%"), place / "reports" / "new" / "r.html"
+    text = report.build([folder], output, 6)[0]
+    return folder, output, text, Page(text)
+
+
+# --- numbers ---
+
+
+CHOSEN = "Base, the chosen configuration and its controls"
+
+
+def wilson(right: int, count: int) -> str:
+    z, p = 1.959963984540054, right / count
+    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (p * (1 - p) / count + z * z / (4 * count * count)) ** 0.5
+    return f"{100 * p:.1f} % [{100 * (middle - half):.1f}, {100 * (middle + half):.1f}]"
+
+
+def test_main_table_by_hand(tmp_path):
+    # Per token 0, 5, 10, ... are wrong: 4 of the 16, 6 of the 30, 4 of the 20.
+    write_evaluation(tmp_path, {"base": some(16), "mean pos@0.1": some(16),
+                                "mean pos@0.2": some(30), "random@0.2": some(20),
+                                "random@0.1": some(40)}, best="mean pos@0.2")
+    page = page_of(tmp_path)
+    assert page.tables()[CHOSEN] == {
+        "base": [wilson(12, 40), "", wilson(16, 40), ""],
+        "steered (chosen) mean pos @ 1-2 x 0.2":
+            [wilson(24, 40), f"{2 / 2 ** 12:.2g}", wilson(30, 40), f"{2 / 2 ** 14:.2g}"],
+        "control: random random @ 1-2 x 0.2":
+            [wilson(16, 40), f"{2 / 2 ** 4:.2g}", wilson(20, 40), f"{2 / 2 ** 4:.2g}"]}
+    assert ("On 40 test questions, steering with mean pos @ 1-2 x 0.2 changes per-token accuracy "
+            f"from 30.0 % to 60.0 % (p = {2 / 2 ** 12:.2g}) and summed accuracy from 40.0 % to "
+            f"75.0 % (p = {2 / 2 ** 14:.2g}): both gains are more than chance explains."
+            ) in page.text
+    # 8 questions right per token when steered and not under the control, none the other way.
+    assert ("The control at the same layers and strength, random, reaches 40.0 % (per-token); the "
+            f"difference of +20.0 points between steering and it is more than chance explains "
+            f"(p = {2 / 2 ** 8:.2g}).") in page.text
+    assert set(page.tables()["All configurations, test questions"]) == {
+        "base", "mean pos @ 1-2 x 0.1", "mean pos @ 1-2 x 0.2", "random @ 1-2 x 0.1 (control)",
+        "random @ 1-2 x 0.2 (control)"}
+    assert "4 validation questions" in page.text
+
+
+@pytest.mark.parametrize(("base", "steered", "says"), [
+    (some(16), some(18), "neither difference can be told from chance"),
+    (some(30), some(16), "both losses are more than chance explains"),
+    # summed 16 to 21 gained, p = 2 / 2 ** 6; per token 20 is not, p = 2 / 2 ** 5
+    (some(16), some(22), "the per-token difference cannot be told from chance, and the summed "
+                         "gain is more than chance explains"),
+    # as many right, others: no gain whatever p
+    (some(16), some(16, first=20), "neither difference can be told from chance"),
+])
+def test_verdicts(tmp_path, base, steered, says):
+    write_evaluation(tmp_path, {"base": base, "mean pos@0.1": steered}, best="mean pos@0.1")
+    assert f": {says}." in page_of(tmp_path).text
+
+
+def test_a_control_that_gains_as_much_is_said(tmp_path):
+    write_evaluation(tmp_path, {"base": some(16), "mean pos@0.2": some(30),
+                                "random@0.2": some(10), "rand_tokens@0.2": some(30, first=1)},
+                     best="mean pos@0.2")
+    assert ("The strongest control at the same layers and strength, rand_tokens, reaches 60.0 % "
+            "(per-token); the difference of +0.0 points between steering and it cannot be told "
+            "from chance (p = 1).") in page_of(tmp_path).text
+
+
+def test_tiny_p_values_and_included_steering_examples(tmp_path):
+    write_evaluation(tmp_path, {"base": some(0), "mean pos@0.2": some(40)}, best="mean pos@0.2",
+                     evaluate_on="all")
+    text = page_of(tmp_path).text
+    assert "from 0.0 % to 100.0 % (p < 0.0001)" in text
+    assert "The steering examples are among these questions" in text
+
+
+def test_several_seeds_are_averaged(tmp_path):
+    parts = []
+    for seed, (base, steered) in enumerate([(16, 30), (20, 21), (12, 18)]):
+        write_evaluation(tmp_path, {"base": some(base), "mean pos@0.1": some(steered)},
+                         best="mean pos@0.1")
+        path = tmp_path / "steering" / f"{STEM}_grid.csv"
+        parts.append(pd.read_csv(path, keep_default_na=False).assign(seed=seed, dataset="things"))
+    pd.concat(parts).to_csv(path, index=False)
+    page = page_of(tmp_path)
+    assert ("On 40 test questions and on average over 3 seeds, steering with mean pos @ 1-2 x 0.1 "
+            "changes per-token accuracy from 30.8 % to 45.0 %, a difference that can be told from "
+            "chance (p < 0.05) in 1 of 3 seeds and summed accuracy from 40.0 % to 57.5 %, a "
+            "difference that can be told from chance (p < 0.05) in 2 of 3 seeds.") in page.text
+    assert page.tables()[CHOSEN]["base, seed 1"][2] == wilson(20, 40)
+    averaged = page.tables()["All configurations, test questions; means over 3 seeds"]
+    assert averaged["base"][2].startswith("40.0 % ")
+    assert averaged["mean pos @ 1-2 x 0.1"][3] == "\N{EN DASH}"  # no mean of p-values
+
+
+def test_prices_stand_in_the_tables(everything):
+    folder, *_, page = everything
+    grid = pd.read_csv(folder / "steering" / f"{STEM}_grid.csv", keep_default_na=False)
+    row = grid[(grid.configuration == "mean pos @ 1-2 x 0.2") & (grid.part == "test")].iloc[0]
+    cells = page.tables()[CHOSEN]["steered (chosen) mean pos @ 1-2 x 0.2"]
+    assert cells[4:] == [f"{100 * row.perplexity_increase:+.1f} %", "55.0 %", "2.0 %", "1.0 %"]
+
+
+def test_front_table_and_sentence(tmp_path):
+    front = write_front(tmp_path, [
+        {"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08), "p": 0.2},
+        {"method": "gradient", "gains": (None, 0.02, 0.05), "p": 0.01},
+        {"method": "random", "gains": (-0.01, 0.04, 0.0), "p": 0.9}])
+    page = page_of(tmp_path)
+    for score, title in (("token", "per-token"), ("sum", "summed")):
+        table = next(rows for caption, rows in page.tables().items()
+                     if caption.startswith(f"Gain in {title} accuracy"))
+        assert list(table) == ["mean pos", "gradient", "random (control)"]
+        assert table["gradient"][0] == "none"
+        for row in front[(front.score == score) & front.gain.notna()].itertuples():
+            name = {"mean": "mean pos", "random": "random (control)"}.get(row.method, row.method)
+            place = BUDGETS.index(row.max_ppl_increase)
+            assert table[name][place] == (
+                f"{100 * row.gain:+.1f} [{100 * row.gain_low:.1f}, {100 * row.gain_high:.1f}] "
+                f"p = {row.p_value}")
+            prices = page.tables()[f"Configurations and prices, {title}"][name]
+            place -= 3 - len(prices) // 5
+            value, low, high = (100 * row.accuracy, 100 * row.accuracy_low, 100 * row.accuracy_high)
+            assert prices[5 * place:5 * place + 5] == [
+                f"{100 * row.max_ppl_increase:+.1f} %", row.configuration,
+                f"{value:.1f} % [{low:.1f}, {high:.1f}]",
+                f"{100 * row.perplexity_increase:+.1f} %", "-1.2"]
+    assert ("By per-token accuracy, the lowest price at which a gain can be told from chance is "
+            "perplexity up by at most 5 %: gradient gains +2.0 points (p = 0.01); the best control "
+            "there, random, gains +4.0 (p = 0.9).") in page.text
+
+
+def test_a_front_without_gains(tmp_path):
+    write_front(tmp_path, [{"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08), "p": 0.2},
+                           {"method": "random", "gains": (0.02, 0.2, 0.3), "p": 0.001}])
+    assert ("By summed accuracy, no method gains more than chance explains at any of these prices."
+            ) in page_of(tmp_path).text
+
+
+def test_transfer_and_configurations_tried_on_validation_alone(tmp_path):
+    """As the experiment writes: prices on validation, some configurations on test questions, also
+    on those of another data set."""
+    grid = write_evaluation(tmp_path, {"base": some(16), "mean pos@0.1": some(30),
+                                       "mean pos@0.2": some(20)}).drop(
+        columns=["includes_steering_examples", "alpha_units"])
+    grid = grid.assign(dataset="things", evaluated_on="things", seed=0)
+    priced = grid.part == "validation"
+    grid.loc[priced, "perplexity_increase"] = [0, 0.03, 0.08]
+    of_test = grid[~priced & (grid.configuration != "mean pos @ 1-2 x 0.1")]
+    pd.concat([grid[priced], of_test, of_test.assign(evaluated_on="others")]).to_csv(
+        tmp_path / "steering" / f"{STEM}_grid.csv", index=False)
+    front = write_front(tmp_path, [{"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08),
+                                    "p": 0.01}]).assign(evaluated_on="things")
+    pd.concat([front, front.assign(evaluated_on="others")]).to_csv(
+        tmp_path / "steering" / f"{STEM}_front.csv", index=False)
+    page = page_of(tmp_path)
+    assert [plain(e.text) for e in page.all("h3")][1:3] == [
+        "Multiple choice: things", "Multiple choice: things, tested on others"]
+    every = page.tables()["All configurations, validation questions"]
+    assert every["mean pos @ 1-2 x 0.2"][4] == "+8.0 %" and len(every) == 3
+    assert sum("may rise" in e.text for e in page.all("caption")) == 4
+
+
+# --- figures ---
+
+
+def drawn(axes) -> dict[str, tuple[list, list]]:
+    """label -> the values and the ends of the error bars."""
+    return {item.get_label(): (list(item.lines[0].get_ydata()),
+                               [segment[:, 1].tolist() for segment in
+                                item.lines[2][0].get_segments()])
+            for item in axes.containers}
+
+
+def test_accuracy_figure_draws_the_table(tmp_path):
+    grid = write_evaluation(tmp_path, {"base": some(16), "mean pos@0.2": some(30),
+                                       "mean pos@0.1": some(20), "random@0.1": some(15)})
+    axes = Figure().subplots()
+    figures.draw_accuracy(axes, grid[grid.part == "test"], "sum")
+    table = grid[grid.part == "test"].set_index("configuration")
+    found = drawn(axes)
+    assert set(found) == {"mean pos", "random"}
+    values, bars = found["mean pos"]
+    rows = table.loc[["mean pos @ 1-2 x 0.1", "mean pos @ 1-2 x 0.2"]]
+    assert values == pytest.approx(rows.accuracy_sum.tolist())
+    assert np.array(bars) == pytest.approx(rows[["accuracy_sum_low", "accuracy_sum_high"]].values)
+    base = next(line for line in axes.lines if line.get_label() == "base")
+    assert base.get_ydata()[0] == pytest.approx(16 / 40)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.1", "0.2"]
+
+
+def test_front_figure_leaves_out_what_is_not_there(tmp_path):
+    front = write_front(tmp_path, [
+        {"method": "gradient", "gains": (None, 0.02, 0.05), "p": 0.01},
+        {"method": "random", "gains": (-0.01, 0.04, 0.0), "p": 0.9}])
+    axes = Figure().subplots()
+    figures.draw_front(axes, front[front.score == "token"])
+    found = drawn(axes)
+    assert found["gradient"][0] == pytest.approx([0.02, 0.05])
+    assert found["random"][1][1] == pytest.approx([0.0, 0.09])
+
+
+def test_layers_figure_is_the_gain(tmp_path):
+    right = {"base": some(16)} | {f"pca pos@{alpha}@{layer}": some(10 + layer + round(50 * alpha))
+                                  for alpha in (0.1, 0.2) for layer in (3, 0, 11)}
+    grid = write_evaluation(tmp_path, right)
+    figure = Figure()
+    image = figures.draw_layers(figure.subplots(), grid[grid.part == "test"], "sum", 0.5)
+    expected = [[(10 + layer + 50 * alpha - 16) / 40 for alpha in (0.1, 0.2)]
+                for layer in (0, 3, 11)]
+    assert np.asarray(image.get_array()) == pytest.approx(np.array(expected))
+    page = page_of(tmp_path)
+    alt = next(e.attributes["alt"] for e in page.all("img")
+               if "single layers" in e.attributes["alt"])
+    assert "layers 0 to 11" in alt
+    assert "Largest: +30.0 points with pca pos @ 11 x 0.2" in plain(alt)
+
+
+@pytest.mark.parametrize("boxes", [
+    [[0, 0, 4, 3], [4, 0, 8, 3], None, [2, 1, 6, 6]],
+    [[0, 0, 8, 6], [0.4, 0.4, 3.6, 2.6], [7, 5, 8, 6], None],
+])
+def test_heat_map_pixel_by_pixel(boxes):
+    scores = [1.0, -2.5, 100.0, 0.75]
+    expected = np.zeros((6, 8))
+    for y in range(6):
+        for x in range(8):
+            for box, score in zip(boxes, scores, strict=True):
+                if box and box[0] <= x + 0.5 < box[2] and box[1] <= y + 0.5 < box[3]:
+                    expected[y, x] += score
+    assert np.array_equal(figures.heat_map(boxes, scores, (8, 6)), expected)
+
+
+@pytest.mark.parametrize("text", [
+    "Do cats land on their feet?", f"naïve {SCRIPTS}: 3 €", "line one\n\n  line two 🙂🙂",
+])
+def test_words_of_a_byte_level_tokenizer(tokenizer, text):
+    ids = tokenizer(text)["input_ids"]
+    scores = np.random.default_rng(0).normal(size=len(ids))
+    found = figures.words(tokenizer.convert_ids_to_tokens(ids), scores)
+    assert "".join(word.text for word in found) == text
+    assert [i for word in found for i in word.positions] == list(range(len(ids)))
+    for word in found:
+        assert word.score == pytest.approx(scores[list(word.positions)].sum())
+        assert tokenizer.decode(ids[word.positions[0]:word.positions[-1] + 1]) == word.text
+
+
+def test_words_of_sentencepiece():
+    tokens = ["▁a", "▁caf", "é", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "日", "<0x0A>"]
+    found = figures.words(tokens, range(9))
+    assert [(word.text, word.score) for word in found] == [
+        (" a", 0), (" caf", 1), ("é", 2), ("😀", 3 + 4 + 5 + 6), ("日", 7), ("\n", 8)]
+
+
+# --- words and pictures on the page ---
+
+
+def test_words_have_sign_strength_and_marks(tmp_path):
+    write_attributions(tmp_path, attribution_rows())
+    page = page_of(tmp_path)
+    words = [e for e in page.all("span") if "title" in e.attributes]
+    # "Q" and ":" of the template have no attribution and stand at the end
+    assert [(plain(e.text), e.attributes["class"], e.attributes["title"], e.attributes["style"])
+            for e in words] == [
+        ("is (ablated: pos)", "pos cut-pos", "+1.50", "--s:1.000"),
+        ("it (ablated: neg)", "neg cut-neg", "\N{MINUS SIGN}0.75", "--s:0.500"),
+        ("?", "pos", "+0.25", "--s:0.167")]
+    assert [plain(e.text) for e in page.all("p", "words")] == [
+        "is (ablated: pos) it (ablated: neg)?"]
+    assert "is +1.50 (ablated: pos); it -0.75 (ablated: neg); ? +0.25" in page.text
+    assert "preferred yes it is dispreferred no it is not" in page.text
+    assert "f +2.00; with tokens ablated: -1.00 (1 pos), -1.00 (1 neg)" in page.text
+    assert "completeness error 1.2 % (17 gradients)" in page.text
+    assert page.tables()["Mean f before and after the selected tokens are ablated"] == {
+        top: ["+2.00", "-1.00", "-3.00", "1 of 1"] for top in ("pos", "neg")}
+
+
+def test_each_response_on_its_own(tmp_path):
+    write_attributions(tmp_path, attribution_rows(
+        scores=((0, 0, 1, 2, 3), (0, 0, -3, 0.5, 0)), selected={"pos": [[4], [3]]}))
+    lines = page_of(tmp_path).all("p", "words")
+    assert [plain(line.text) for line in lines] == ["is it? (ablated: pos)",
+                                                    "is it (ablated: pos)"]
+
+
+def test_texts_come_out_as_they_went_in(everything):
+    page = everything[-1]
+    assert not page.all("script") and not page.all("b")
+    answers = [e.text for e in page.all("dd") if e.attributes.get("dir") == "auto"]
+    assert SCRIPTS in answers and NASTY in answers
+    assert plain(NASTY) in [plain(e.text) for e in page.all("h4")]
+    # the two halves of an emoji are one word, with the sum of their attributions
+    emoji = next(e for e in page.all("span") if "😀" in e.text and "title" in e.attributes)
+    assert emoji.attributes["title"] == "+0.70"
+
+
+def test_pictures_are_read_again(tmp_path):
+    given = picture_results(tmp_path)
+    text, pngs = report.build([tmp_path], tmp_path / "report.html", 6)
+    page = Page(text)
+    first = given["order"][0]
+    alt = next(e.attributes["alt"] for e in page.all("img") if first in e.attributes["alt"])
+    assert alt == (f"Picture of example {first}, plain and with its heat-map: attribution for the "
+                   "preferred answer strongest at the left and against the preferred answer "
+                   "strongest at the right; outlined: 1 patches ablated as pos and 1 patches "
+                   "ablated as neg.")
+    with Image.open(io.BytesIO(pngs[f"things_small_heat_{first}.png"])) as png:
+        pixels = np.asarray(png.convert("RGBA"), int)
+    height, width = pixels.shape[:2]
+    plain_side, left, right = (pixels[height // 2, round(width * x)] for x in (0.25, 0.62, 0.88))
+    assert plain_side[:3].argmax() == (0 if first == "a" else 2)  # the picture itself: red or blue
+    assert left[2] > left[0] + 20 and right[0] > right[2] + 60  # for: blue, against: orange
+    assert "66.7 % of the positive and 100.0 % of the negative attribution" in page.text
+    # of one scale with the picture, of which two tokens show the right half: -4 - 0.5
+    word = next(e for e in page.all("span") if "title" in e.attributes)
+    assert word.attributes["style"] == f"--s:{1 / 4.5:.3f}"
+    assert "full colour at ±4.50" in page.text and "picture, 3 tokens" in page.text
+
+
+@pytest.mark.parametrize("change", ["gone", "other rows", "picture gone", "no manifest"])
+def test_pictures_that_are_not_there_any_more(tmp_path, change):
+    given = picture_results(tmp_path)
+    first = given["order"][0]
+    expected = "The pictures are not shown, their data cannot be read again: "
+    if change == "gone":
+        given["source"].unlink()
+        expected += f"data file '{given['source']}' does not exist"
+    elif change == "other rows":
+        rows = given["source"].read_text().replace('"id": "a"', '"id": "c"')
+        given["source"].write_text(rows)
+        expected += f"{given['source']} has other examples now than in this run"
+    elif change == "picture gone":
+        (tmp_path / f"{first}.png").unlink()
+        expected = f"example {first}: its picture '{tmp_path / first}.png' does not exist"
+    else:
+        (tmp_path / "token_attribution" / "words.manifest.json").unlink()
+        expected += "no manifest says where they are"
+    page = page_of(tmp_path)
+    assert expected in page.text
+    assert len(page.all("img")) == (1 if change == "picture gone" else 0)
+
+
+def test_image_tokens_whose_places_are_not_known(tmp_path):
+    picture_results(tmp_path)
+    path = tmp_path / "token_attribution" / "words.csv"
+    with_cell("image_boxes", "[null, null, null]")(path)
+    page = page_of(tmp_path)
+    assert page.text.count("It is not known where in the picture") == 2 and not page.all("img")
+
+
+# --- generations ---
+
+
+@pytest.mark.parametrize(("base", "steered"), [
+    ("the cat sat on the mat", "the dog sat on a mat today"),
+    ("", "all of it is new"),
+    ("gone", ""),
+    ("same  words\n\nkept", "same words kept"),
+    (f"{SCRIPTS} a", f"b {SCRIPTS}"),
+])
+def test_differences_rebuild_both_texts(base, steered):
+    sides = report.word_difference(base, steered)
+    for text, side in zip((base, steered), sides, strict=True):
+        assert "".join(run for run, _ in side) == text
+        assert all(run == run.strip() for run, differs in side if differs)
+    kept = ["".join(run for run, differs in side if not differs).split() for side in sides]
+    assert kept[0] == kept[1]
+    assert set(base.split()) & set(steered.split()) == set(kept[0])
+
+
+def test_generations_side_by_side(tmp_path):
+    write_generations(tmp_path, [("it is a cat", "it is one dog"), ("fine", "fine")])
+    page = page_of(tmp_path)
+    assert "mean pos @ 1 x 0.5 changes 1 of 2 texts" in page.text
+    marked = [(e.tag, e.text) for e in page.elements if e.tag in ("ins", "del")][2:]
+    assert marked == [("del", "a cat"), ("ins", "one dog")]  # the first two are the legend's
+    assert "reference: the truth (g)" in page.text
+    assert page.text.count("the same") == 1
+
+
+# --- the page as a whole ---
+
+
+def test_the_page_stands_alone_and_its_links_lead_to_the_files(everything):
+    folder, output, text, page = everything
+    assert not page.all("link") and "url(" not in text and "@import" not in text
+    for element in page.all("img") + page.all("source"):
+        sources = [element.attributes.get(name) for name in ("src", "srcset")]
+        assert all(source.startswith("data:image/png;base64,") for source in sources if source)
+    links = [e.attributes["href"] for e in page.all("a")]
+    files = {(output.parent / unquote(urlparse(link).path)).resolve() for link in links
+             if link[0] != "#"}
+    assert files == {path for path in folder.rglob("*") if path.suffix in (".csv", ".json")
+                     and path.parent.name != "pictures"}
+    anchors = {e.attributes["id"] for e in page.elements if "id" in e.attributes}
+    assert {link[1:] for link in links if link[0] == "#"} <= anchors
+
+
+def test_headings_tables_and_pictures_are_named(everything):
+    page = everything[-1]
+    levels = [int(e.tag[1]) for e in page.elements if re.fullmatch("h[1-6]", e.tag)]
+    assert levels[0] == 1 and all(b <= a + 1 for a, b in pairwise(levels))
+    assert all(e.attributes.get("scope") in ("row", "col") and plain(e.text)
+               for e in page.all("th"))
+    alts = [e.attributes["alt"] for e in page.all("img")]
+    assert len(alts) >= 6 and len(set(alts)) == len(alts) and min(map(len, alts)) > 40
+    assert page.all("html")[0].attributes["lang"] == "en"
+
+
+def test_two_models_make_two_sections(tmp_path):
+    write_attributions(tmp_path / "one", attribution_rows())
+    path = write_attributions(tmp_path / "two", attribution_rows(question="other"))
+    manifest = path.with_suffix(".manifest.json")
+    manifest.write_text(manifest.read_text().replace('"small"', '"large"'))
+    page = page_of(tmp_path / "one", tmp_path / "two", tmp_path)  # the last is found already
+    assert [e.text for e in page.all("h2")] == ["things · small", "things · large"]
+
+
+def test_missing_stages_are_named(tmp_path):
+    write_attributions(tmp_path / "first", attribution_rows())
+    text = page_of(tmp_path / "first").text
+    assert "run steering_mc.py" in text and "run steering_generation.py" in text
+    write_generations(tmp_path / "last", [("a", "b")])
+    assert "run token_ablation.py" in page_of(tmp_path / "last").text
+    write_evaluation(tmp_path / "mc", {"base": some(3), "mean pos@0.1": some(4)})
+    (tmp_path / "mc" / "steering" / f"{STEM}_questions.csv").unlink()
+    (tmp_path / "mc" / "steering" / f"{STEM}_grid.manifest.json").unlink()
+    text = page_of(tmp_path / "mc").text
+    assert "No configuration of these results is chosen" in text
+    assert "No manifest lies beside" in text
+
+
+# --- mistakes ---
+
+
+def without(column):
+    return lambda path: pd.read_csv(path, dtype=str).drop(columns=column).to_csv(path, index=False)
+
+
+def with_cell(column, value):
+    return lambda path: pd.read_csv(path, dtype=str).assign(**{column: value}).to_csv(
+        path, index=False)
+
+
+@pytest.mark.parametrize(("file", "spoil", "expected"), [
+    (f"steering/{STEM}_grid.csv", without("accuracy_token"), "column accuracy_token missing"),
+    (f"steering/{STEM}_grid.csv", with_cell("alpha", "strong"), "column alpha: expected numbers"),
+    (f"steering/{STEM}_grid.csv", with_cell("perplexity_increase", "x"), "column perplexity_incre"),
+    (f"steering/{STEM}_questions.csv", without("correct_sum"), "column correct_sum missing"),
+    (f"steering/{STEM}_front.csv", without(["gain", "seeds"]), "columns seeds, gain missing"),
+    (f"steering/{STEM}_chosen.json", lambda path: path.write_text('{"conf'), "cannot be read"),
+    (f"steering/{STEM}_grid.manifest.json", lambda path: path.write_text("[1]"), "JSON object"),
+    (f"steering/{STEM}_chosen.json", lambda path: path.write_text("[1]"), "JSON object"),
+    ("token_attribution/words.csv", without("tokens"), "column tokens missing"),
+    ("token_attribution/words.csv", with_cell("tokens", "[1"), "column tokens: expected a JSON"),
+    ("token_attribution/words.csv", with_cell("attributions", "[[1]]"), "1 scores for 5 tokens"),
+    ("steering_generation/texts.csv", without("steered"), "column steered missing"),
+    ("steering_generation/texts.csv", lambda path: path.write_bytes(b"\xff\x00\x80"), "as a CSV"),
+    ("steering_generation/texts.csv", lambda path: path.write_text(""), "as a CSV"),
+    ("token_attribution/words.csv", lambda path: path.write_text(path.read_text().split("\n")[0]),
+     "no rows"),
+])
+def test_files_that_are_not_what_their_names_say(tmp_path, file, spoil, expected):
+    write_evaluation(tmp_path, {"base": some(3), "mean pos@0.1": some(4)}, best="mean pos@0.1",
+                     extra={"perplexity_increase": [0.0, 0.1]})
+    write_front(tmp_path, [{"method": "gradient", "gains": (0.0, 0.0, 0.0), "p": 1.0}])
+    write_attributions(tmp_path, attribution_rows())
+    write_generations(tmp_path, [("a", "b")])
+    path = tmp_path / file
+    for other in set(tmp_path.iterdir()) - {path.parent}:
+        shutil.rmtree(other)
+    spoil(path)
+    with pytest.raises(UserError) as error:
+        page_of(tmp_path)
+    assert str(path) in str(error.value) and expected in str(error.value)
+
+
+def test_a_grid_without_base(tmp_path):
+    table = write_evaluation(tmp_path, {"base": some(3), "mean pos@0.1": some(4)})
+    path = tmp_path / "steering" / f"{STEM}_grid.csv"
+    table[table.method != "base"].to_csv(path, index=False)
+    with pytest.raises(UserError, match="no row of the base model"):
+        page_of(tmp_path)
+
+
+def test_nothing_to_report(commands, tmp_path):
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    message = commands.run("report.py", tmp_path).error()
+    assert f"'{tmp_path}' holds no results" in message and "run_token_ablation.sh" in message
+    assert "is not a folder" in commands.run("report.py", tmp_path / "nowhere").error()
+    assert list(tmp_path.iterdir()) == [tmp_path / "notes.csv"]
+
+
+def test_the_stages_and_then_the_report(commands, tmp_path):
+    model = tiny.save_model(tmp_path / "tiny")
+    questions = tiny.write_jsonl(tmp_path / "questions.jsonl", tiny.question_rows())
+    common = ["--model_name", model, "--dataset_name", "questions", "--dataset_path", questions,
+              "--num_samples", 4, "--top_k", 3]
+    evaluated = ["--hidden_states_path", tmp_path / "states_pos.safetensors",
+                 "--steering_vectors_dir", tmp_path / "vectors", "--num_validation", 5]
+    out = tmp_path / "out"
+    commands.run("token_ablation.py", *common, "--ig_steps", 4, "--output_path_meta",
+                 out / "attributions.csv", "--output_path_hidden",
+                 tmp_path / "states.safetensors").ok()
+    commands.run("steering_mc.py", *common, *evaluated, "--methods", "mean", "random",
+                 "--alphas", 0.1, 0.4, "--layer_idxs", "all", "--layer_mode", "each",
+                 "--output_dir", out).ok()
+    commands.run("steering_generation.py", *common, *evaluated, "--methods", "mean", "--alphas",
+                 0.4, "--layer_idxs", 1, "--num_prompts", 3, "--max_new_tokens", 5,
+                 "--generation_style", "qa", "--output_dir", out / "texts").ok()
+    said = commands.run("report.py", out, "--num_examples", 2).ok().out
+    assert f"report:  {out / 'report.html'}" in said and f"{out / 'report_figures'} (" in said
+    pngs = list((out / "report_figures").glob("*.png"))
+    assert f"({len(pngs)} PNG files)" in said
+    for path in pngs:
+        with Image.open(path) as png:
+            png.load()
+
+    page = Page((out / "report.html").read_text())
+    assert [e.text for e in page.all("h2")] == ["questions · tiny"]
+    grid = pd.read_csv(next(out.glob("*_grid.csv")), keep_default_na=False)
+    table = page.tables()["All configurations, test questions"]
+    for row in grid[grid.part == "test"].itertuples():
+        name = row.configuration + " (control)" * (row.method == "random")
+        for cell, kind in ((0, "token"), (2, "sum")):
+            value, low, high = (100 * getattr(row, f"accuracy_{kind}{end}")
+                                for end in ("", "_low", "_high"))
+            assert table[name][cell] == f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+    assert "of 4 examples" in page.text and "The first 2 of 3 prompts" in page.text
+    rows = pd.read_csv(out / "attributions.csv").drop_duplicates("id")
+    for question, line in zip(rows.question, page.all("p", "words"), strict=False):
+        assert question in re.sub(r" \(ablated: [a-z, ]+\)", "", plain(line.text))
