@@ -168,7 +168,7 @@ def generation_job(lm, count: int = 32, new_tokens: int = 64) -> Job:
                    + new_tokens * 4 * head_flops(lm) for item in items)
 
     return Job("steering_generation", f"{count} prompts x base and 3 configurations, {new_tokens} "
-               "new tokens", 6, 4, units, ours,
+               "new tokens", 6, 8, units, ours,
                lambda items: [plain.generation(lm, item, configurations, new_tokens)
                               for item in items], agree, flops)
 
@@ -232,9 +232,8 @@ JOBS = {
 
 
 def peak_memory(work: Callable) -> tuple[object, float, float]:
-    """work()'s result, its seconds, and the MiB by which memory grew at most (Linux)."""
-    process, reset = psutil.Process(), Path("/proc/self/clear_refs")
-    before = process.memory_info().rss
+    """work()'s result, its seconds, and the most memory of the process meanwhile, MiB (Linux)."""
+    reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")  # the peak counts from now on
     begin = time.perf_counter()
@@ -242,11 +241,12 @@ def peak_memory(work: Callable) -> tuple[object, float, float]:
     seconds = time.perf_counter() - begin
     status = Path("/proc/self/status").read_text() if reset.exists() else "VmHWM: 0 kB"
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return result, seconds, max(0, peak - before) / 2**20
+    return result, seconds, peak / 2**20
 
 
 def run_job(name: str, everything: bool, repeats: int) -> dict:
     job = JOBS[name]()
+    loaded = psutil.Process().memory_info().rss / 2**20
     count = len(job.units) if everything else job.part
     some = job.units[:: max(1, len(job.units) // count)][:count]
     job.ours(some[:1]), job.plain(some[:1])
@@ -267,7 +267,7 @@ def run_job(name: str, everything: bool, repeats: int) -> dict:
             "units": len(job.units), "ours": ours, "plain": by_plain, "ratio": by_plain / ours,
             "times": times, "whole": whole, "rate": rate,
             "limit": job.flops(job.units) / rate, "agree": job.agree(mine, theirs),
-            "ours_peak": peak, "plain_peak": plain_peak}
+            "ours_peak": peak - loaded, "plain_peak": plain_peak - loaded}
 
 
 def peer_rows(python: str, count: int, repeats: int, folder: Path) -> list[dict]:
@@ -297,7 +297,7 @@ def peer_rows(python: str, count: int, repeats: int, folder: Path) -> list[dict]
     }
     rows = []
     for job, (work, what) in ours.items():
-        some = range(len(items)) if job != "inseq" else range(4)  # it is slow
+        some = range(len(items)) if job != "inseq" else range(2)  # it is slow
         (folder / "pairs.json").write_text(json.dumps([pairs[index] for index in some]))
         work()
         mine, theirs, result = [], [], {}
@@ -319,32 +319,35 @@ def peer_rows(python: str, count: int, repeats: int, folder: Path) -> list[dict]
     return rows
 
 
-def report(jobs: list[dict], peers: list[dict], repeats: int) -> str:
+def report(jobs: list[dict], peers: list[dict]) -> str:
     """RESULTS.md between its markers: the tables and where they were measured."""
-    head = jobs[0]
+    rates = [job["rate"] / 1e9 for job in jobs]
     lines = [
         f"Measured {time.strftime('%Y-%m-%d')} on {machine()}, {torch.get_num_threads()} threads, "
         f"fp32, Python {platform.python_version()}, "
         + ", ".join(f"{name} {version}" for name, version in runs.versions().items()
                     if name in ("torch", "transformers")) + ".",
         "",
-        f"Ours and plain alternate on the same work in one process; medians of {repeats} "
-        f"repetitions. Matrix products (1024 x 576)(576 x 1536): {head['rate'] / 1e9:.0f} GFLOP/s.",
+        "Ours and plain alternate on the same work in one process; medians. Matrix products "
+        "(1024 x 576)(576 x 1536), measured beside each job: "
+        f"{min(rates):.0f} to {max(rates):.0f} GFLOP/s.",
         "",
         "| stage | work | compared on | ours, s | plain, s | ratio | at least | the same? |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for job in jobs:
         lines.append(
-            f"| {job['stage']} | {job['work']} | {job['part']} of {job['units']} | "
+            f"| {job['stage']} | {job['work']} | {job['part']} of {job['units']}, "
+            f"{len(job['times']['ours'])} times | "
             f"{job['ours']:.1f} | {job['plain']:.1f} | {job['ratio']:.1f}x | {job['target']}x | "
             f"{job['agree']} |")
     lines += ["", "| ours, all of the work, once | s | the limit, s | % of the limit | "
-              "memory, MiB | plain's memory, MiB |", "|---|---|---|---|---|---|"]
+              "memory beside the model, MiB | plain's, MiB |", "|---|---|---|---|---|---|"]
     for job in jobs:
         lines.append(f"| {job['stage']} | {job['whole']:.1f} | {job['limit']:.1f} | "
-                     f"{job['limit'] / job['whole']:.0%} | {job['ours_peak']:.0f} | "
-                     f"{job['plain_peak']:.0f} |")
+                     f"{job['limit'] / job['whole']:.0%} | "
+                     + " | ".join("not measured" if job[peak] is None else f"{job[peak]:.0f}"
+                                  for peak in ("ours_peak", "plain_peak")) + " |")
     if peers:
         lines += ["", "| peer | its job | pairs | peer, s a pair | ours, s a pair | ratio |",
                   "|---|---|---|---|---|---|"]
@@ -367,33 +370,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
+    parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=JOBS)
     parser.add_argument("--all", action="store_true", help="give plain code all of the work")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", help="Python of an environment with requirements-peers.txt; "
                         "without it the peers are left out")
-    parser.add_argument("--peer_pairs", type=int, default=16)
+    parser.add_argument("--peer_pairs", type=int, default=6)
     parser.add_argument("--output", default=RESULTS, type=Path)
     parser.add_argument("--one", choices=JOBS, help=argparse.SUPPRESS)  # a job's own process
     args = parser.parse_args()
     if args.one:
         print(json.dumps(run_job(args.one, args.all, args.repeats)))
         return
-    jobs = []
+    kept = args.output.with_suffix(".json")  # so that a part can be measured anew
+    found = json.loads(kept.read_text()) if kept.exists() else {"jobs": {}, "peers": []}
     for name in args.jobs:
         done = subprocess.run(
             [sys.executable, __file__, "--one", name, "--repeats", str(args.repeats),
              *(["--all"] if args.all else [])], check=True, stdout=subprocess.PIPE, text=True)
-        jobs.append(json.loads(done.stdout.splitlines()[-1]))
-    peers = []
+        found["jobs"][name] = json.loads(done.stdout.splitlines()[-1])
+        write(found, kept, args.output)
     if args.peers:
         with tempfile.TemporaryDirectory() as folder:
-            peers = peer_rows(args.peers, args.peer_pairs, args.repeats, Path(folder))
-    text = report(jobs, peers, args.repeats)
-    before, _, after = args.output.read_text().partition(BEGIN)
-    args.output.write_text(f"{before}{BEGIN}\n{text}\n{END}{after.partition(END)[2]}")
-    print(text)
-    print(f"\nresults: {args.output}")
+            found["peers"] = peer_rows(args.peers, args.peer_pairs, args.repeats, Path(folder))
+        write(found, kept, args.output)
+    print(f"results: {args.output}")
+
+
+def write(found: dict, kept: Path, output: Path) -> None:
+    kept.write_text(json.dumps(found, indent=1) + "\n")
+    before, _, after = output.read_text().partition(BEGIN)
+    jobs = [found["jobs"][name] for name in JOBS if name in found["jobs"]]
+    text = report(jobs, found["peers"])
+    output.write_text(f"{before}{BEGIN}\n{text}\n{END}{after.partition(END)[2]}")
 
 
 if __name__ == "__main__":

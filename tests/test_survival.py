@@ -13,7 +13,10 @@ import time
 from itertools import count
 from pathlib import Path
 
+import pandas as pd
 import pytest
+
+from grains import runs
 
 pytest_plugins = ("command_line",)
 
@@ -211,3 +214,14 @@ def test_interrupted_while_it_imports(commands, script, library):
     out, err = process.communicate()
     assert process.returncode == 130 and not out
     assert len(err.strip().splitlines()) == 1 and err.strip().startswith("interrupted: ")
+
+
+def test_a_table_with_any_text_reads_back(tmp_path):
+    texts = ["a\rb", "\r", "a,b", 'say "x"', "a\nb", "a\r\nb", "", "1.5", "ü 😀"]
+    rows = [{"text": text, "number": index + 0.5} for index, text in enumerate(texts)]
+    runs.write_table(tmp_path / "a.csv", pd.DataFrame(rows))
+    runs.write_rows(tmp_path / "b.csv", ([row] for row in rows))
+    for name in ("a.csv", "b.csv"):
+        found = pd.read_csv(tmp_path / name, keep_default_na=False)
+        assert found.text.tolist() == texts and found.number.tolist() == [
+            row["number"] for row in rows]

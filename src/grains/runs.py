@@ -8,6 +8,7 @@ and several processes share the units by doing every n-th.
 
 from __future__ import annotations
 
+import csv
 import glob
 import hashlib
 import importlib.metadata
@@ -135,8 +136,12 @@ def write_json(path: Path, content: dict) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
+# All text is quoted: the default leaves a lone carriage return bare, which then ends a row.
+CSV = {"index": False, "quoting": csv.QUOTE_NONNUMERIC}
+
+
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    write_whole(path, lambda temporary: table.to_csv(temporary, index=False))
+    write_whole(path, lambda temporary: table.to_csv(temporary, **CSV))
 
 
 def write_rows(path: Path, parts: Iterable[list[dict]]) -> None:
@@ -144,7 +149,7 @@ def write_rows(path: Path, parts: Iterable[list[dict]]) -> None:
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="") as file:
             for index, rows in enumerate(parts):
-                pd.DataFrame(rows).to_csv(file, index=False, header=not index)
+                pd.DataFrame(rows).to_csv(file, header=not index, **CSV)
 
     write_whole(path, write)
 
