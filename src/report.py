@@ -138,12 +138,14 @@ class Section:
 
 
 def find(folders: list[Path]) -> list[Section]:
-    """The results in folders, a section for each model and data set.
+    """The results in folders, a section for each model and data set, or experiment.
 
+    Of an experiment's many stage-1 tables the first of each data set is taken.
     Raises UserError for a folder without any.
     """
     sections: dict[tuple[str, str], Section] = {}
     seen: set[Path] = set()
+    shown: set[tuple] = set()
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"'{folder}' is not a folder: give one with results, such as "
@@ -162,6 +164,11 @@ def find(folders: list[Path]) -> list[Section]:
             stem = path.with_name(re.sub("_(grid|questions|front)$", "", path.stem))
             model, name = subject(manifest_of(path))
             key = (model or "", name or stem.name)
+            if path.parent.name.endswith("_parts"):  # of an experiment, many times alike
+                key = ("", path.parent.name.removesuffix("_parts"))
+                if (key, name) in shown:
+                    continue
+                shown.add((key, name))
             section = sections.setdefault(key, Section(*key))
             if kind == "attribution":
                 section.attributions.append(path)
@@ -398,7 +405,8 @@ def view(section: Section, folder: Path, drawn: Figures, count: int) -> dict:
         "anchor": re.sub(r"[^\w-]+", "-", name),
         "known": any(manifest_of(path) for path in tables),
         "run": what_was_run([manifest_of(path) for path in tables],
-                            ", ".join(dict.fromkeys(examples))),
+                            ", ".join(dict.fromkeys(examples)),
+                            [seed for item in evaluations for seed in item["seeds"]]),
         "evaluations": evaluations, "attributions": attributions,
         "generations": [generation_view(path, count) for path in section.generations],
         "files": [(f"{path.parent.name}/{path.name}",
@@ -411,7 +419,7 @@ LEFT_OUT = ("ids", "questions", "fingerprint", "validation", "test", "all", "pro
             "final_norm_sum", "batch_tokens")
 
 
-def what_was_run(manifests: list[dict], examples: str) -> list[tuple[str, list]]:
+def what_was_run(manifests: list[dict], examples: str, seeds: list) -> list[tuple[str, list]]:
     """Terms and their (name, value) pairs, as far as the manifests say; what is said twice stands
     once."""
     lines: dict[tuple, None] = {}
@@ -428,12 +436,14 @@ def what_was_run(manifests: list[dict], examples: str) -> list[tuple[str, list]]
 
     for manifest in manifests:
         say("Model", {"model": None} | part(manifest, "model"))
-    # Only stage 1 says how many examples were taken from which split.
-    given = {name: value for manifest in reversed(manifests)
-             for name, value in part(manifest, "data").items() if value is not None}
-    if "num_samples" in given:
-        given.setdefault("split", data.default_split(given.get("name", ""), 0))
-    say("Data", {"name": None, "split": None} | given)
+    given: dict[str, dict] = {}  # only stage 1 says how many examples were taken, and whence
+    for manifest in reversed(manifests):
+        found = {key: value for key, value in part(manifest, "data").items() if value is not None}
+        given.setdefault(found.get("name", ""), {}).update(found)
+    for name, found in given.items():
+        if "num_samples" in found:
+            found.setdefault("split", data.default_split(name, 0))
+        say("Data", {"name": None, "split": None} | found)
     say("Examples", {"": examples or None})
     for manifest in manifests:
         say("Attribution", part(manifest, "settings"))
@@ -442,9 +452,9 @@ def what_was_run(manifests: list[dict], examples: str) -> list[tuple[str, list]]
                                                           "temperature")}
         say({"steering_mc": "Multiple choice", "steering_generation": "Generation"}.get(
             manifest.get("stage"), "Steering"), part(manifest, "flags") | decoding)
-    seeds = [manifest.get("seed", part(manifest, "flags").get("seed")) for manifest in manifests]
-    say("Seed", {"": ", ".join(map(str, dict.fromkeys(seeds))) if any(
-        seed is not None for seed in seeds) else None})
+    seeds += [manifest.get("seed", part(manifest, "flags").get("seed")) for manifest in manifests]
+    known = dict.fromkeys(str(seed) for seed in seeds if seed is not None)
+    say("Seed", {"": ", ".join(sorted(known)) or None})
     for manifest in manifests:
         say("Versions", part(manifest, "versions"))
     return [(term, list(pairs)) for term, pairs in lines]
@@ -485,7 +495,9 @@ def evaluation_views(stem: Path, files: dict[str, Path], named: str, drawn: Figu
     for title, tables in blocks.items():
         name = prefix if len(blocks) == 1 else f"{prefix}_{title}"
         item = dict.fromkeys(("summary", "figures", "omitted", "layers", "every", "front", "cost"))
-        item |= {"title": title if [*blocks] != [named] else "", "stem": stem.name, "counts": {}}
+        item |= {"title": title if [*blocks] != [named] else "", "stem": stem.name, "counts": {},
+                 "seeds": [seed for seed in dict.fromkeys(tables["grid"].seed) if seed]
+                 if "grid" in tables else []}
         if "grid" in tables:
             item |= grid_view(files["grid"], tables["grid"], best, asked, score, drawn, name)
         if "front" in tables:
@@ -516,7 +528,7 @@ def grid_view(path, grid, best, asked, score, drawn, name) -> dict:
     groups = list(dict.fromkeys([*steered.layers[steered.configuration == best], *steered.layers]))
     shown = groups if len(groups) <= MAX_LAYER_GROUPS else groups[:1]
     single = steered[steered.layers.str.fullmatch(r"\d+")]
-    label = f"{part} questions" + f"; means over {len(seeds)} seeds" * (len(seeds) > 1)
+    label = f"{part} questions" + f" (means over {len(seeds)} seeds)" * (len(seeds) > 1)
     cost = "perplexity_increase" in mean and steered.perplexity_increase.notna().any()
     return {
         "counts": counts, "label": label, "extras": extras(mean),

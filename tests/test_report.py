@@ -26,6 +26,7 @@ import steering_mc
 from grains import data, figures, runs
 from grains.errors import UserError
 from grains.scoring import Configuration
+from grains.vectors import METHODS
 
 pytest_plugins = ("command_line",)
 
@@ -359,7 +360,8 @@ def test_several_seeds_are_averaged(tmp_path):
             "chance (p < 0.05) in 1 of 3 seeds and summed accuracy from 40.0 % to 57.5 %, a "
             "difference that can be told from chance (p < 0.05) in 2 of 3 seeds.") in page.text
     assert page.tables()[CHOSEN]["base, seed 1"][2] == wilson(20, 40)
-    averaged = page.tables()["All configurations, test questions; means over 3 seeds"]
+    assert "Seed 0, 1, 2 " in page.text
+    averaged = page.tables()["All configurations, test questions (means over 3 seeds)"]
     assert averaged["base"][2].startswith("40.0 % ")
     assert averaged["mean pos @ 1-2 x 0.1"][3] == "\N{EN DASH}"  # no mean of p-values
 
@@ -441,6 +443,11 @@ def drawn(axes) -> dict[str, tuple[list, list]]:
                                [segment[:, 1].tolist() for segment in
                                 item.lines[2][0].get_segments()])
             for item in axes.containers}
+
+
+def test_every_method_has_a_look_of_its_own():
+    assert set(figures.METHODS) == set(METHODS)
+    assert len({marker for _, marker in figures.METHODS.values()}) == len(METHODS)
 
 
 def test_accuracy_figure_draws_the_table(tmp_path):
@@ -685,6 +692,22 @@ def test_two_models_make_two_sections(tmp_path):
     manifest.write_text(manifest.read_text().replace('"small"', '"large"'))
     page = page_of(tmp_path / "one", tmp_path / "two", tmp_path)  # the last is found already
     assert [e.text for e in page.all("h2")] == ["things · small", "things · large"]
+
+
+def test_an_experiment_has_its_stage_1_beside_it(tmp_path):
+    write_front(tmp_path, [{"method": "mean", "mode": "pos", "gains": (0.0, 0.1, 0.1), "p": 1.0}],
+                stem="both")
+    for name, seed in (("things", 0), ("things", 1), ("others", 0)):
+        path = write_attributions(tmp_path, attribution_rows(), {"name": name}, f"{name}_{seed}")
+        for file in (path, path.with_suffix(".manifest.json")):
+            place = tmp_path / "steering" / "both_parts" / file.name
+            place.parent.mkdir(exist_ok=True)
+            file.rename(place)
+    page = page_of(tmp_path)
+    assert [e.text for e in page.all("h2")] == ["both"]
+    assert "others_0.csv" in page.text and "things_0.csv" in page.text
+    assert "things_1.csv" not in page.text
+    assert "name others split train" in page.text and "name things split train" in page.text
 
 
 def test_missing_stages_are_named(tmp_path):

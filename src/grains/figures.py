@@ -33,7 +33,8 @@ DIVERGING = LinearSegmentedColormap.from_list(
     "orange_blue", ["#8c4004", "#d9822b", "#f4f2ee", "#4a90c9", "#174f8a"])
 # Each colour stands out from white and from near-black (3:1); markers tell the methods apart too.
 METHODS = {"mean": ("#0072b2", "o"), "pca": ("#d55e00", "s"), "gradient": ("#009e73", "^"),
-           "caa": ("#bf6a9a", "D"), "random": ("#808080", "x"), "rand_tokens": ("#808080", "+")}
+           "caa": ("#bf6a9a", "D"), "repe": ("#a07000", "v"), "random": ("#808080", "x"),
+           "rand_tokens": ("#808080", "+"), "shuffled": ("#808080", "1")}
 SCORES = {"token": "per-token", "sum": "summed"}
 # How the tokens of a selection are outlined.
 OUTLINES = {"pos": "solid", "neg": (0, (2, 1.2)), "abs": "solid", "rand": (0, (0.8, 1.2))}
@@ -271,8 +272,8 @@ def draw_cost(axes: Axes, grid: pd.DataFrame, score: str) -> None:
 
 
 def _look(method: str) -> tuple[str, str]:
-    """Colour and marker; a method that is not known here has those of any other."""
-    return METHODS.get(method, ("#808080" if method in CONTROLS else "#a07000", "v"))
+    """Colour and marker; of a method that is not known here a grey dot."""
+    return METHODS.get(method, ("#808080", "."))
 
 
 def _gain_axis(axes: Axes) -> None:
