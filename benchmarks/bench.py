@@ -4,7 +4,7 @@ Every job runs in a process of its own. What is compared alternates there, on th
 the same threads, and the medians of the repetitions are reported; outputs are compared too. Plain
 code is slow, so it gets a part of each job's work, and ours the same part and then all of it.
 
-    python benchmarks/bench.py                  # about 30 minutes on 2 idle cores
+    python benchmarks/bench.py                  # about 40 minutes on 2 idle cores
     python benchmarks/bench.py --all            # all of the work for plain code too: hours
 """
 
@@ -33,9 +33,9 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 import plain  # noqa: E402
 
-from grains import data, models, prompts, runs  # noqa: E402
+from grains import costs, data, models, prompts, runs  # noqa: E402
 from grains.ablation import hidden_states, select  # noqa: E402
-from grains.attribution import Settings, absent, attribute  # noqa: E402
+from grains.attribution import PromptFunction, Settings, absent, attribute  # noqa: E402
 from grains.generation import generate  # noqa: E402
 from grains.replay import pack  # noqa: E402
 from grains.scoring import Configuration, batches, score  # noqa: E402
@@ -43,8 +43,9 @@ from grains.vectors import pca_vector  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-STEPS, K = 20, 10
+STEPS, K, REPEATS = 20, 10, 3
 MAX_TOKENS = 2048
+LONG_PROMPT, BUDGET_GIB = 2900, 2.0
 # The published setting: what captum integrates, so that the numbers can be compared.
 PUBLISHED = Settings(baseline="zeros", image_baseline="zeros", attribute="all", ig_steps=STEPS)
 
@@ -53,15 +54,16 @@ PUBLISHED = Settings(baseline="zeros", image_baseline="zeros", attribute="all", 
 class Job:
     """One stage's work, done by ours and by plain code.
 
-    part: how many units plain code gets. ours, plain: units of work -> their numbers. agree: both
-    numbers -> what is to be reported of their difference. flops: units -> the fewest
-    floating-point operations that give the numbers.
+    part: how many units plain code gets, `repeats` times. ours, plain: units of work -> their
+    numbers. agree: both numbers -> what is to be reported of their difference. flops: units -> the
+    fewest floating-point operations that give the numbers.
     """
 
     stage: str
     work: str
     target: float
     part: int
+    repeats: int
     units: list
     ours: Callable
     plain: Callable
@@ -115,8 +117,8 @@ def ablation_job(lm, dataset: str, count: int, style: str, stage: str, part: int
             total += 4 * (layer_flops(lm, len(packed)) + scored * head_flops(lm))
         return total
 
-    return Job(stage, f"{count} pairs, {STEPS} steps, k={K}, both signs", 6, part, units, ours,
-               by_plain_code, agree, flops)
+    return Job(stage, f"{count} pairs, {STEPS} steps, k={K}, both signs", 6, part, REPEATS, units,
+               ours, by_plain_code, agree, flops)
 
 
 def mc_job(lm, grid: dict[int, int], stage: str, target: float, part: int,
@@ -145,7 +147,7 @@ def mc_job(lm, grid: dict[int, int], stage: str, target: float, part: int,
 
     layers = ", ".join(map(str, grid))
     return Job(stage, f"base and {len(configurations)} configurations on layers {layers}, "
-               f"{count} questions x 2 choices", target, part, units, ours,
+               f"{count} questions x 2 choices", target, part, REPEATS, units, ours,
                lambda items: [plain.steering_mc(lm, item, configurations) for item in items],
                largest_difference, flops)
 
@@ -167,8 +169,9 @@ def generation_job(lm, count: int = 32, new_tokens: int = 64) -> Job:
         return sum((len(item.prompt_ids) + new_tokens) * 4 * layer_flops(lm, 1)
                    + new_tokens * 4 * head_flops(lm) for item in items)
 
+    # The ratio depends on how many prompts share a batch: plain code gets all of them, once.
     return Job("steering_generation", f"{count} prompts x base and 3 configurations, {new_tokens} "
-               "new tokens", 6, 8, units, ours,
+               "new tokens", 6, count, 1, units, ours,
                lambda items: [plain.generation(lm, item, configurations, new_tokens)
                               for item in items], agree, flops)
 
@@ -217,6 +220,7 @@ def matrix_rate(seconds: float = 1.0) -> float:
     return count * 2 * 1024 * 576 * 1536 / (time.perf_counter() - begin)
 
 
+LONG = "long_prompt"
 JOBS = {
     "token_ablation": lambda: ablation_job(
         models.load(models.EMBEDDED), "misconceptions", 50, "qa", "token_ablation", 2),
@@ -244,20 +248,36 @@ def peak_memory(work: Callable) -> tuple[object, float, float]:
     return result, seconds, peak / 2**20
 
 
-def run_job(name: str, everything: bool, repeats: int) -> dict:
+def long_prompt() -> dict:
+    """Attribution of a prompt of LONG_PROMPT tokens within a memory budget of BUDGET_GIB."""
+    lm = models.load(models.EMBEDDED, max_memory=BUDGET_GIB)
+    ids = lm.tokenizer(" ".join(costs.neutral_texts())).input_ids[:LONG_PROMPT]
+    item = prompts.encode(lm, data.Example("long", lm.tokenizer.decode(ids),
+                                           (" It is so.", " It is not so."), 0), "plain")
+    unlimited = STEPS * LONG_PROMPT  # so that memory alone decides how many rows there are
+    function = PromptFunction(lm, item, [1.0, -1.0], unlimited)
+    loaded = psutil.Process().memory_info().rss / 2**20
+    found, seconds, peak = peak_memory(
+        lambda: attribute(lm, item, PUBLISHED, unlimited, None)[0])
+    return {"tokens": len(item.prompt_ids), "rows": function.rows,
+            "checkpointed": function.checkpointed, "seconds": seconds, "peak": peak - loaded,
+            "finite": bool(np.isfinite(found.scores).all())}
+
+
+def run_job(name: str, everything: bool) -> dict:
     job = JOBS[name]()
     loaded = psutil.Process().memory_info().rss / 2**20
     count = len(job.units) if everything else job.part
     some = job.units[:: max(1, len(job.units) // count)][:count]
     job.ours(some[:1]), job.plain(some[:1])
     times, rates = {"ours": [], "plain": []}, []
-    for repeat in range(repeats):
+    for repeat in range(job.repeats):
         rates.append(matrix_rate())
         mine, seconds, _ = peak_memory(lambda: job.ours(some))
         times["ours"].append(seconds)
         theirs, seconds, plain_peak = peak_memory(lambda: job.plain(some))
         times["plain"].append(seconds)
-        print(f"{name} {repeat + 1}/{repeats}: ours {times['ours'][-1]:.1f} s, "
+        print(f"{name} {repeat + 1}/{job.repeats}: ours {times['ours'][-1]:.1f} s, "
               f"plain {seconds:.1f} s", file=sys.stderr, flush=True)
     _, whole, peak = peak_memory(lambda: job.ours(job.units))
     rates.append(matrix_rate())
@@ -270,7 +290,7 @@ def run_job(name: str, everything: bool, repeats: int) -> dict:
             "ours_peak": peak - loaded, "plain_peak": plain_peak - loaded}
 
 
-def peer_rows(python: str, count: int, repeats: int, folder: Path) -> list[dict]:
+def peer_rows(python: str, count: int, folder: Path) -> list[dict]:
     """The peers' own jobs on the same pairs, and ours, alternating; outputs are compared."""
     lm = models.load(models.EMBEDDED)
     items = pairs_of(lm, "misconceptions", count, "qa")
@@ -301,7 +321,7 @@ def peer_rows(python: str, count: int, repeats: int, folder: Path) -> list[dict]
         (folder / "pairs.json").write_text(json.dumps([pairs[index] for index in some]))
         work()
         mine, theirs, result = [], [], {}
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             begin = time.perf_counter()
             work()
             mine.append((time.perf_counter() - begin) / len(items))
@@ -319,7 +339,7 @@ def peer_rows(python: str, count: int, repeats: int, folder: Path) -> list[dict]
     return rows
 
 
-def report(jobs: list[dict], peers: list[dict]) -> str:
+def report(jobs: list[dict], long: dict | None, peers: list[dict]) -> str:
     """RESULTS.md between its markers: the tables and where they were measured."""
     rates = [job["rate"] / 1e9 for job in jobs]
     lines = [
@@ -346,8 +366,13 @@ def report(jobs: list[dict], peers: list[dict]) -> str:
     for job in jobs:
         lines.append(f"| {job['stage']} | {job['whole']:.1f} | {job['limit']:.1f} | "
                      f"{job['limit'] / job['whole']:.0%} | "
-                     + " | ".join("not measured" if job[peak] is None else f"{job[peak]:.0f}"
-                                  for peak in ("ours_peak", "plain_peak")) + " |")
+                     f"{job['ours_peak']:.0f} | {job['plain_peak']:.0f} |")
+    if long:
+        lines += ["", f"Attribution of a prompt of {long['tokens']} tokens, {STEPS} points, with "
+                  f"`--max_memory {BUDGET_GIB:g}`: {long['rows']} row(s) of the batch at a time, "
+                  f"layers {'' if long['checkpointed'] else 'not '}checkpointed, "
+                  f"{long['seconds']:.0f} s, at most {long['peak'] / 1024:.2f} GiB beside the "
+                  f"model; every score {'finite' if long['finite'] else 'NOT FINITE'}."]
     if peers:
         lines += ["", "| peer | its job | pairs | peer, s a pair | ours, s a pair | ratio |",
                   "|---|---|---|---|---|---|"]
@@ -370,29 +395,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=JOBS)
+    parser.add_argument("--jobs", nargs="*", default=[*JOBS, LONG], choices=[*JOBS, LONG])
     parser.add_argument("--all", action="store_true", help="give plain code all of the work")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", help="Python of an environment with requirements-peers.txt; "
                         "without it the peers are left out")
-    parser.add_argument("--peer_pairs", type=int, default=6)
+    parser.add_argument("--peer_pairs", type=int, default=4)
     parser.add_argument("--output", default=RESULTS, type=Path)
-    parser.add_argument("--one", choices=JOBS, help=argparse.SUPPRESS)  # a job's own process
+    # A job's own process.
+    parser.add_argument("--one", choices=[*JOBS, LONG], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(run_job(args.one, args.all, args.repeats)))
+        print(json.dumps(long_prompt() if args.one == LONG else run_job(args.one, args.all)))
         return
     kept = args.output.with_suffix(".json")  # so that a part can be measured anew
     found = json.loads(kept.read_text()) if kept.exists() else {"jobs": {}, "peers": []}
     for name in args.jobs:
         done = subprocess.run(
-            [sys.executable, __file__, "--one", name, "--repeats", str(args.repeats),
-             *(["--all"] if args.all else [])], check=True, stdout=subprocess.PIPE, text=True)
+            [sys.executable, __file__, "--one", name, *(["--all"] if args.all else [])],
+            check=True, stdout=subprocess.PIPE, text=True)
         found["jobs"][name] = json.loads(done.stdout.splitlines()[-1])
         write(found, kept, args.output)
     if args.peers:
         with tempfile.TemporaryDirectory() as folder:
-            found["peers"] = peer_rows(args.peers, args.peer_pairs, args.repeats, Path(folder))
+            found["peers"] = peer_rows(args.peers, args.peer_pairs, Path(folder))
         write(found, kept, args.output)
     print(f"results: {args.output}")
 
@@ -401,7 +426,7 @@ def write(found: dict, kept: Path, output: Path) -> None:
     kept.write_text(json.dumps(found, indent=1) + "\n")
     before, _, after = output.read_text().partition(BEGIN)
     jobs = [found["jobs"][name] for name in JOBS if name in found["jobs"]]
-    text = report(jobs, found["peers"])
+    text = report(jobs, found["jobs"].get(LONG), found["peers"])
     output.write_text(f"{before}{BEGIN}\n{text}\n{END}{after.partition(END)[2]}")
 
 

@@ -399,3 +399,8 @@ def test_encoded_sequences_without_their_last_token(family):
     assert item.sequences() == [[*SHORT, 7, 8], [*SHORT, 9]]
     assert item.sequences(without_last=True) == [[*SHORT, 7], SHORT]
     assert item.length == 6
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_embedded_model_passes_the_self_check_in_lower_precision(dtype):
+    assert models.load(models.EMBEDDED, dtype=dtype).dtype == models.DTYPES[dtype]

