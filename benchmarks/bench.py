@@ -257,10 +257,10 @@ def long_prompt() -> dict:
     unlimited = STEPS * LONG_PROMPT  # so that memory alone decides how many rows there are
     function = PromptFunction(lm, item, [1.0, -1.0], unlimited)
     loaded = psutil.Process().memory_info().rss / 2**20
-    found, seconds, peak = peak_memory(
+    found, _, peak = peak_memory(
         lambda: attribute(lm, item, PUBLISHED, unlimited, None)[0])
     return {"tokens": len(item.prompt_ids), "rows": function.rows,
-            "checkpointed": function.checkpointed, "seconds": seconds, "peak": peak - loaded,
+            "checkpointed": function.checkpointed, "peak": peak - loaded,
             "finite": bool(np.isfinite(found.scores).all())}
 
 
@@ -371,8 +371,8 @@ def report(jobs: list[dict], long: dict | None, peers: list[dict]) -> str:
         lines += ["", f"Attribution of a prompt of {long['tokens']} tokens, {STEPS} points, with "
                   f"`--max_memory {BUDGET_GIB:g}`: {long['rows']} row(s) of the batch at a time, "
                   f"layers {'' if long['checkpointed'] else 'not '}checkpointed, "
-                  f"{long['seconds']:.0f} s, at most {long['peak'] / 1024:.2f} GiB beside the "
-                  f"model; every score {'finite' if long['finite'] else 'NOT FINITE'}."]
+                  f"at most {long['peak'] / 1024:.2f} GiB beside the model; every score "
+                  f"{'finite' if long['finite'] else 'NOT FINITE'}."]
     if peers:
         lines += ["", "| peer | its job | pairs | peer, s a pair | ours, s a pair | ratio |",
                   "|---|---|---|---|---|---|"]

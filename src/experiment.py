@@ -1,17 +1,24 @@
 """Experiment: what steering gains on held-out questions, at what price, beside controls.
 
 For every data set and seed: steering, validation and test questions that share none; stage 1 on the
-steering examples; the vectors of every method at a grid of strengths. Gain and price (perplexity of
-neutral text, accuracy on unrelated questions) are measured on validation; for every price allowed
-the best configuration of each method is taken, and reported on test questions, and on those of the
-other data sets (transfer). Controls go through the same choice: random directions, the ablation of
-random tokens, gradients whose chosen and rejected answers are swapped at random.
+steering examples; the vectors of every method. Each is tried at the strengths that cost it the
+prices allowed, a rise of the perplexity of neutral text; the best affordable one on validation
+questions is reported on test questions, and on those of the other data sets (transfer). Controls go
+through the same choice: random directions, the ablation of random tokens, gradients whose chosen
+and rejected answers are swapped at random. LoRA trained on the same examples stands beside them.
+
+No text that sets a strength reports a price: of the neutral passages and of the unrelated questions
+some are for choosing, others for the report.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import shlex
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 
 if __name__ == "__main__":
     from grains import ctrl_c
@@ -23,35 +30,43 @@ import pandas as pd
 import torch
 
 import token_ablation
-from grains import cli, costs, data, prompts, runs, stats
+from grains import cli, costs, data, lora, prompts, runs, stats
 from grains.errors import UserError
+from grains.generation import generate
 from grains.prompts import Encoded
-from grains.scoring import Configuration, batches, rights, score
+from grains.scoring import Configuration, Direction, batches, margins, score
 from grains.vectors import CONTROLS, METHODS, StatesFile
 
 SCORES = ("token", "sum")
 BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
-STRENGTHS = [0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05]
+# Strengths are set a little under a price, as other text will cost a little more or less.
+CAUTION = 0.95
+# Strengths tried for their price are doubled from the first: of vectors, of an adapter's scale.
+FIRST_STRENGTH, FIRST_SCALE, DOUBLINGS = 0.005, 0.0625, 7
+CHOOSING, REPORTED = slice(0, None, 8), slice(1, None, 4)  # of the neutral passages
+CHOOSING_UNRELATED, REPORTED_UNRELATED = slice(0, None, 2), slice(1, None, 2)
 
 
 def flags(kind: cli.Kind):
-    parser = cli.parser(__doc__, kind)
-    cli.add_model_flags(parser)
-    cli.add_data_flags(parser)
-    cli.add_stage1_flags(parser)
-    cli.add_vector_flags(parser)
-    cli.add_grid_flags(parser)
-    cli.add_evaluation_flags(parser)
-    parser.set_defaults(methods=[*METHODS], mode=["pos", "both"], alphas=STRENGTHS)
+    parser = cli.evaluation_parser(__doc__, kind)
+    parser.set_defaults(methods=[*METHODS], alphas=None)
     group = parser.add_argument_group("experiment")
     group.add_argument("--datasets", nargs="+", metavar="NAME[=PATH]",
                        help="several data sets, in place of --dataset_name and --dataset_path")
     group.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],
                        help="each draws its own steering, validation and test questions")
-    group.add_argument("--max_ppl_increase", nargs="+", type=cli.not_negative, default=BUDGETS,
-                       help="prices allowed: how much the perplexity of neutral text may rise")
+    group.add_argument("--max_ppl_increase", nargs="+", type=cli.positive_float, default=BUDGETS,
+                       help="prices allowed: how much the perplexity of neutral text may rise; "
+                            "strengths are set by them unless --alphas gives some")
     group.add_argument("--max_unrelated_loss", type=cli.not_negative, default=0.02,
-                       help="accuracy on unrelated questions that may be lost")
+                       help="accuracy on unrelated questions that may be lost; results are given "
+                            "with and without this limit")
+    group.add_argument("--lora", default="none", choices=("none", *lora.OBJECTIVES),
+                       help="beside the vectors, train LoRA on the same examples")
+    group.add_argument("--num_generations", type=cli.positive, default=8,
+                       help="test questions answered freely, for repetition and length")
+    group.add_argument("--max_new_tokens", type=cli.positive, default=32, help="of those answers")
+    group.add_argument("--document", help="Markdown file the tables are also written into")
     return parser
 
 
@@ -62,38 +77,90 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     datasets = dict((*name.split("=", 1), None)[:2] for name in named)
     lm = cli.load_model(args)
     stem = "_".join(["+".join(map(runs.slug, datasets)), runs.slug(args.model_name),
-                     f"n{args.num_samples}", f"k{args.top_k}"])
+                     f"n{args.num_samples}", args.attribution, args.grad_method,
+                     f"k{args.top_k}", args.layer_mode, "+".join(args.layer_idxs)])
     folder = cli.output_dir(args, "experiment")
     args.parts_dir = folder / f"{stem}_parts"
     args.steering_vectors_dir = args.steering_vectors_dir or args.parts_dir
-    grids, answers = [], []
+    grids, answers, texts = [], [], []
     for seed in args.seeds:
         studies = [study(lm, kind, args, name, path, seed) for name, path in datasets.items()]
         for one in studies:
-            validated = validate(lm, one, args)
+            configurations = priced(lm, one, args)
+            validated, _ = evaluate(lm, one, one, "validation", configurations, args)
             chosen = choose(validated, args)
-            tested = [test(lm, one, other, chosen, args) for other in studies]
-            grids += [validated, *(table for table, _ in tested)]
-            answers += [(chosen, table) for _, table in tested]
+            labels = set(chosen.configuration)
+            configurations = [item for item in configurations if item.label in labels]
+            own, questions = evaluate(lm, one, one, "test", configurations, args)
+            written = generations(lm, one, configurations, args)
+            own = own.merge(written.groupby("configuration")[["repetition", "words"]].mean(),
+                            on="configuration")
+            prices = own.set_index("configuration")[["perplexity_increase", "unrelated_change"]]
+            chosen[prices.columns] = prices.loc[chosen.configuration].to_numpy()
+            grids += [validated, own]
+            answers.append((chosen, questions))
+            texts.append(written)
+            for other in studies:
+                if other is not one:
+                    grid, questions = evaluate(lm, one, other, "test", configurations, args)
+                    grids.append(grid)
+                    answers.append((chosen, questions))
     if not runs.processes().is_main_process:
         return
     grid, table = pd.concat(grids), front(answers)
     runs.write_table(folder / f"{stem}_grid.csv", grid)
     runs.write_table(folder / f"{stem}_front.csv", table)
-    report(table, args)
+    runs.write_table(folder / f"{stem}_generations.csv", pd.concat(texts))
+    found = summaries(table)
+    for title, cells in found:
+        print(f"\n{title}\n{cells.to_string()}")
+    if args.document:
+        document(Path(args.document), stem, found)
+        print(f"\ntables:              {args.document}")
     print(f"every configuration: {folder / f'{stem}_grid.csv'}")
     print(f"gain over price:     {folder / f'{stem}_front.csv'}")
+    print(f"free answers:        {folder / f'{stem}_generations.csv'}")
+
+
+@dataclass(frozen=True)
+class Tuned(Configuration):
+    """The model with LoRA in place of vectors; its strength is the adapter's scale."""
+
+    adapter: dict[str, torch.Tensor] = field(compare=False, repr=False, default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} x {self.alpha:g}"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What `Direction` is to `Configuration`, for LoRA."""
+
+    adapter: dict[str, torch.Tensor] = field(compare=False, repr=False)
+    method: str = "lora"
+
+    def at(self, alpha: float, units: str = "relative") -> Tuned:
+        return Tuned(self.method, "", (), alpha, adapter=self.adapter)
 
 
 @dataclass(frozen=True)
 class Study:
-    """One data set with one seed: its questions, and the configurations made from its examples."""
+    """One data set with one seed: its questions, and what its steering examples gave.
+
+    used: keys of the questions that steer or choose, so that no test may ask them.
+    """
 
     dataset: str
     seed: int
     parts: dict[str, list[data.Example]]
-    configurations: list[Configuration]
+    used: frozenset[str]
+    directions: list[Direction | Lora]
     manifest: dict
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}_seed{self.seed}"
 
 
 def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
@@ -113,48 +180,135 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
     states = {top: StatesFile(file) for top, file in token_ablation.run(stage1, lm).items()}
     args.dataset_name, args.dataset_path, args.seed = name, path, seed
     parts = cli.evaluation_parts(args, states)
-    configurations, made = cli.configurations(args, lm, states)
+    directions, made = cli.directions(args, lm, states)
     if runs.processes().is_main_process:
         for file, vectors in made.items():
             vectors.save(file)
     manifest = cli.evaluation_manifest(args, "experiment", lm, states, parts)
-    return Study(name, seed, parts, configurations, manifest)
+    if args.lora != "none":
+        directions.append(Lora(trained(lm, args, cli.steering_examples(args), manifest)))
+    used = {*states["pos"].info["data"]["questions"],
+            *map(data.question_key, parts["validation"])}
+    return Study(name, seed, parts, frozenset(used), directions, manifest)
 
 
-def validate(lm, one: Study, args) -> pd.DataFrame:
-    """Gain on validation questions and price of every configuration."""
-    questions = encode(lm, one.parts["validation"], args)
-    neutral = [costs.continuation(lm, text) for text in costs.neutral_texts()]
-    unrelated = [prompts.encode(lm, item, "qa") for item in costs.unrelated_examples()]
-    items = [*questions, *neutral, *unrelated]
-    scores = scores_of(lm, items, one.configurations, args, one,
-                       f"{one.dataset}_seed{one.seed}_validation")
-    of_questions = scores[:len(questions)]
-    of_neutral = scores[len(questions):len(questions) + len(neutral)]
-    table = grid_rows(one, one, "validation", [None, *one.configurations],
-                      rights(questions, of_questions))
-    perplexity = costs.perplexity_of(neutral, of_neutral)
-    kept = {kind: right.mean(axis=0) for kind, right
-            in rights(unrelated, scores[-len(unrelated):]).items()}
-    return table.assign(
-        perplexity=perplexity, perplexity_increase=perplexity / perplexity[0] - 1,
-        unrelated_accuracy=kept["token"], unrelated_change=kept["token"] - kept["token"][0],
-        unrelated_accuracy_sum=kept["sum"], unrelated_change_sum=kept["sum"] - kept["sum"][0])
+def trained(lm, args, examples: list[data.Example], manifest: dict) -> dict[str, torch.Tensor]:
+    """LoRA's adapter, trained on the steering examples, or as it was trained before."""
+    path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_lora.safetensors"
+    manifest = manifest | {"lora": {"objective": args.lora, **lora.DEFAULTS},
+                           "peft": version("peft")}
+    work = runs.Run([path], manifest, args.overwrite)
+    if not work.finished:
+        for _ in work.todo(1, f"LoRA ({args.lora})"):
+            pairs = [prompts.encode(lm, example.pair(), args.prompt_style)
+                     for example in examples]
+            adapter = lora.train(lm, pairs, args.lora, seed=args.seed,
+                                 max_tokens=args.batch_tokens)
+            work.save(0, adapter, [])
+        if work.all_done():
+            lora.save(path, next(work.units(1))[0], manifest)
+        work.finish()
+    return lora.load(path)[0]
+
+
+def priced(lm, one: Study, args) -> list[Configuration]:
+    """Every direction at the strengths that cost the prices allowed (or at --alphas)."""
+    if args.alphas:
+        return [direction.at(alpha, args.alpha_units) for direction in one.directions
+                for alpha in args.alphas]
+    texts = [costs.continuation(lm, text) for text in costs.neutral_texts()[CHOOSING]]
+    targets = np.log1p(CAUTION * np.sort(args.max_ppl_increase))
+    curves = [[(0.0, 0.0)] for _ in one.directions]
+    for doubling in range(DOUBLINGS):
+        left = [index for index, curve in enumerate(curves) if curve[-1][1] < targets[-1]]
+        if not left:
+            break
+        tried = [one.directions[index].at(
+            (FIRST_SCALE if isinstance(one.directions[index], Lora) else FIRST_STRENGTH)
+            * 2 ** doubling, args.alpha_units) for index in left]
+        scores = scores_of(lm, texts, tried, args, one, f"price{doubling}")
+        losses = np.log(costs.perplexity_of(texts, scores))
+        for index, item, loss in zip(left, tried, losses[1:], strict=True):
+            curves[index].append((item.alpha, loss - losses[0]))
+    return [direction.at(alpha, args.alpha_units)
+            for direction, curve in zip(one.directions, curves, strict=True)
+            for alpha in strengths(curve, targets)]
+
+
+def strengths(curve: list[tuple[float, float]], targets) -> list[float]:
+    """Where a curve of (strength, rise of the loss) reaches each target.
+
+    The curve begins at (0, 0). Between its points a rise goes with the square of the strength. A
+    target that is never reached gives the largest strength tried.
+    """
+    found = []
+    for target in targets:
+        reached = [index for index, (_, rise) in enumerate(curve) if rise >= target]
+        if not reached:
+            found.append(curve[-1][0])
+            continue
+        (weaker, below), (stronger, above) = curve[reached[0] - 1:reached[0] + 1]
+        share = (target - below) / (above - below)
+        found.append(np.sqrt(weaker ** 2 + (stronger ** 2 - weaker ** 2) * share))
+    return list(dict.fromkeys(float(f"{alpha:.3g}") for alpha in found))
+
+
+def evaluate(lm, one: Study, other: Study, part: str, configurations, args
+             ) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Configurations of one study on the questions of it or another; on its own with their price.
+
+    Returns a row for each configuration, and a row for each configuration and question.
+    """
+    examples = other.parts[part]
+    if part == "test":
+        examples = [example for example in examples
+                    if data.question_key(example) not in one.used]
+    neutral, unrelated = [], []
+    if other is one:
+        texts, questions = ((CHOOSING, CHOOSING_UNRELATED) if part == "validation" else
+                            (REPORTED, REPORTED_UNRELATED))
+        neutral = [costs.continuation(lm, text) for text in costs.neutral_texts()[texts]]
+        unrelated = [prompts.encode(lm, item, "qa")
+                     for item in costs.unrelated_examples()[questions]]
+    asked = encode(lm, examples, args)
+    scores = iter(scores_of(lm, [*asked, *neutral, *unrelated], configurations, args, one,
+                            f"{part}_{other.dataset}"))
+    leads, of_neutral, of_unrelated = (list(itertools.islice(scores, len(items)))
+                                       for items in (asked, neutral, unrelated))
+    leads = margins(asked, leads)
+    every = [None, *configurations]
+    table = grid_rows(one, other, part, every, leads)
+    if other is one:
+        perplexity = costs.perplexity_of(neutral, of_neutral)
+        kept = {kind: (lead > 0).mean(axis=0)
+                for kind, lead in margins(unrelated, of_unrelated).items()}
+        table = table.assign(
+            perplexity=perplexity, perplexity_increase=perplexity / perplexity[0] - 1,
+            unrelated_accuracy=kept["token"], unrelated_change=kept["token"] - kept["token"][0],
+            unrelated_accuracy_sum=kept["sum"],
+            unrelated_change_sum=kept["sum"] - kept["sum"][0])
+    return table, pd.concat([
+        pd.DataFrame({"dataset": one.dataset, "evaluated_on": other.dataset, "seed": one.seed,
+                      "configuration": item.label if item else "base",
+                      "id": [example.id for example in examples],
+                      **{kind: leads[kind][:, index] > 0 for kind in SCORES}})
+        for index, item in enumerate(every)])
 
 
 def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
-    """For every method, mode, score and price: the configuration best on validation at that price.
+    """For every method, mode, score, price and limit: the configuration best on validation.
 
-    The base model is one of the choices: where no configuration is affordable and better, the row
-    says base.
+    Once whatever happens to unrelated questions, once within --max_unrelated_loss. The base model
+    is one of the choices: where no configuration is affordable and better, the row says base.
     """
     base, steered = validated.iloc[0], validated.iloc[1:]
+    lost = -steered[["unrelated_change", "unrelated_change_sum"]].min(axis=1)
     rows = []
     for (method, mode), table in steered.groupby(["method", "mode"], sort=False):
-        for kind, budget in itertools.product(SCORES, args.max_ppl_increase):
-            lost = -table[["unrelated_change", "unrelated_change_sum"]].min(axis=1)
+        for kind, budget, limit in itertools.product(
+                SCORES, args.max_ppl_increase, (np.inf, args.max_unrelated_loss)):
             affordable = table[(table.perplexity_increase <= budget)
-                               & (lost <= args.max_unrelated_loss + 1e-9)]
+                               & (lost[table.index] <= limit + 1e-9)]
             best = affordable.sort_values([f"accuracy_{kind}", "perplexity_increase"],
                                           ascending=[False, True]).head(1)
             if not len(best) or best[f"accuracy_{kind}"].iloc[0] <= base[f"accuracy_{kind}"]:
@@ -162,37 +316,43 @@ def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
             found = best.iloc[0]
             rows.append({
                 "method": method, "mode": mode, "score": kind, "max_ppl_increase": budget,
-                "configuration": found.configuration, "alpha": found.alpha,
-                "perplexity_increase": found.perplexity_increase,
-                "unrelated_change": found.unrelated_change,
+                "max_unrelated_loss": limit, "configuration": found.configuration,
                 "validation_gain": found[f"accuracy_{kind}"] - base[f"accuracy_{kind}"]})
     return pd.DataFrame(rows)
 
 
-def test(lm, one: Study, other: Study, chosen: pd.DataFrame, args
-         ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The chosen configurations of one study on the test questions of it or another.
+def generations(lm, one: Study, configurations, args) -> pd.DataFrame:
+    """Free answers to a few test questions, base and steered, how long and how repetitive."""
+    asked = encode(lm, one.parts["test"][:args.num_generations], args)
+    path = args.parts_dir / f"{one.name}_generations.csv"
+    manifest = one.manifest | {"configurations": [item.label for item in configurations],
+                               "items": data.fingerprint([item.example for item in asked]),
+                               "max_new_tokens": args.max_new_tokens}
+    work = runs.Run([path], manifest, args.overwrite)
+    if not work.finished:
+        for _ in work.todo(1, f"{one.name} free answers"):
+            steered, tuned = by_kind(configurations)
+            texts = generate(lm, asked, steered, args.max_new_tokens)
+            for item in tuned:
+                with lora.adapted(lm, item.adapter, item.alpha):
+                    texts += generate(lm, asked, [], args.max_new_tokens)
+            labels = ["base", *(item.label for item in configurations)]
+            work.save(0, {}, [
+                {"dataset": one.dataset, "seed": one.seed, "id": item.example.id,
+                 "question": item.example.question, "configuration": label, "text": text,
+                 "repetition": costs.repetition(text), "words": len(text.split())}
+                for label, answers in zip(labels, texts, strict=True)
+                for item, text in zip(asked, answers, strict=True)])
+        if work.all_done():
+            runs.write_rows(path, (rows for _, rows in work.units(1)))
+        work.finish()
+    return pd.read_csv(path, keep_default_na=False)
 
-    Returns a row for each configuration, and a row for each configuration and question.
-    """
-    labels = set(chosen.configuration)
-    configurations = [item for item in one.configurations if item.label in labels]
-    used = {data.question_key(example) for part in ("validation",) for example in one.parts[part]}
-    examples = [example for example in other.parts["test"]
-                if data.question_key(example) not in used]
-    items = encode(lm, examples, args)
-    scores = scores_of(lm, items, configurations, args, one,
-                       f"{one.dataset}_seed{one.seed}_test_{other.dataset}")
-    right = rights(items, scores)
-    every = [None, *configurations]
-    rows = grid_rows(one, other, "test", every, right)
-    questions = pd.concat([
-        pd.DataFrame({"dataset": one.dataset, "evaluated_on": other.dataset, "seed": one.seed,
-                      "configuration": item.label if item else "base",
-                      "id": [example.id for example in examples],
-                      **{kind: right[kind][:, index] for kind in SCORES}})
-        for index, item in enumerate(every)])
-    return rows, questions
+
+def by_kind(configurations) -> tuple[list[Configuration], list[Tuned]]:
+    """Those that steer, and LoRA's, which come behind them."""
+    steered = [item for item in configurations if not isinstance(item, Tuned)]
+    return steered, configurations[len(steered):]
 
 
 def encode(lm, examples: list[data.Example], args) -> list[Encoded]:
@@ -201,17 +361,24 @@ def encode(lm, examples: list[data.Example], args) -> list[Encoded]:
     return [prompts.encode(lm, example, args.prompt_style) for example in examples]
 
 
-def scores_of(lm, items: list[Encoded], configurations, args, one: Study, name: str
+def scores_of(lm, items: list[Encoded], configurations, args, one: Study, what: str
               ) -> list[np.ndarray]:
     """(1 + C, choices) log-likelihoods of every item, kept in a file and taken up from there."""
+    name = f"{one.name}_{what}"
     path = args.parts_dir / f"{name}_scores.safetensors"
     groups = batches([item.length for item in items], args.batch_tokens)
     manifest = one.manifest | {"configurations": [item.label for item in configurations],
                                "items": data.fingerprint([item.example for item in items])}
     work = runs.Run([path], manifest, args.overwrite)
     if not work.finished:
+        steered, tuned = by_kind(configurations)
         for unit in work.todo(len(groups), name):
-            found = score(lm, [items[i] for i in groups[unit]], configurations, args.batch_tokens)
+            batch = [items[i] for i in groups[unit]]
+            found = score(lm, batch, steered, args.batch_tokens)
+            for item in tuned:
+                with lora.adapted(lm, item.adapter, item.alpha):
+                    alone = score(lm, batch, [], args.batch_tokens)
+                found = [np.concatenate(both) for both in zip(found, alone, strict=True)]
             work.save(unit, {str(i): torch.from_numpy(values) for i, values
                              in zip(groups[unit], found, strict=True)}, [])
         if work.all_done():
@@ -222,19 +389,20 @@ def scores_of(lm, items: list[Encoded], configurations, args, one: Study, name: 
     return [tensors[str(index)].numpy() for index in range(len(items))]
 
 
-def grid_rows(one: Study, other: Study, part: str, configurations, right) -> pd.DataFrame:
+def grid_rows(one: Study, other: Study, part: str, configurations, leads) -> pd.DataFrame:
     rows = []
     for index, item in enumerate(configurations):
         row = {"dataset": one.dataset, "evaluated_on": other.dataset, "seed": one.seed,
                "part": part, "configuration": item.label if item else "base",
                "method": item.method if item else "base", "mode": item.mode if item else "",
                "layers": " ".join(map(str, item.layers)) if item else "",
-               "alpha": item.alpha if item else 0.0, "questions": len(right["sum"])}
+               "alpha": item.alpha if item else 0.0, "questions": len(leads["sum"])}
         for kind in SCORES:
-            here, base = right[kind][:, index], right[kind][:, 0]
+            here, base = leads[kind][:, index] > 0, leads[kind][:, 0] > 0
             accuracy, low, high = stats.accuracy_interval(here)
             row |= {f"accuracy_{kind}": accuracy, f"accuracy_{kind}_low": low,
                     f"accuracy_{kind}_high": high,
+                    f"margin_{kind}": leads[kind][:, index].mean(),
                     f"p_value_{kind}": stats.paired_p_value(here, base),
                     f"worse_{kind}": (base & ~here).sum() / max(base.sum(), 1)}
         rows.append(row)
@@ -242,7 +410,7 @@ def grid_rows(one: Study, other: Study, part: str, configurations, right) -> pd.
 
 
 def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
-    """A row per data set, method, score and price: test accuracy and gain over all seeds.
+    """A row per data set, method, score, price and limit: test accuracy and gain over all seeds.
 
     A question that several seeds test counts once, with its mean over them; intervals are
     bootstrapped over questions, the p-value flips the signs of their gains.
@@ -255,12 +423,14 @@ def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
             parts.append(pd.DataFrame({
                 "dataset": here.dataset, "evaluated_on": here.evaluated_on, "seed": here.seed,
                 "method": row.method, "mode": row.mode, "score": row.score,
-                "max_ppl_increase": row.max_ppl_increase, "configuration": row.configuration,
+                "max_ppl_increase": row.max_ppl_increase,
+                "max_unrelated_loss": row.max_unrelated_loss, "configuration": row.configuration,
                 "perplexity_increase": row.perplexity_increase,
                 "unrelated_change": row.unrelated_change,
                 "right": here[row.score].astype(float), "was": base[row.score].astype(float)}))
     every = pd.concat(parts).reset_index()
-    keys = ["dataset", "evaluated_on", "method", "mode", "score", "max_ppl_increase"]
+    keys = ["dataset", "evaluated_on", "method", "mode", "score", "max_ppl_increase",
+            "max_unrelated_loss"]
     rows = []
     for names, table in every.groupby(keys, sort=False):
         by_question = table.groupby("id")[["right", "was"]].mean()
@@ -283,19 +453,61 @@ def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def report(table: pd.DataFrame, args) -> None:
-    """Print the gains on each data set's own test questions at every price."""
+def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Titles and tables: gains on each data set's own test questions at every price, and on the
+    others' questions."""
+    found = []
     own = table[table.dataset == table.evaluated_on]
-    for (dataset, kind), rows in own.groupby(["dataset", "score"], sort=False):
-        print(f"\n{dataset}: gain in {kind} accuracy on test questions (base "
-              f"{rows.base_accuracy.iloc[0]:.1%}), by the rise of perplexity allowed")
-        cells = rows.assign(
-            name=(rows.method + " " + rows["mode"]).str.strip(),
-            cell=[f"{100 * r.gain:+.1f} [{100 * r.gain_low:+.1f}, {100 * r.gain_high:+.1f}]"
-                  for r in rows.itertuples()])
-        print(cells.pivot(index="name", columns="max_ppl_increase", values="cell")
-              .reindex(cells.name.unique()).rename(columns=lambda b: f"+{b:.0%}").to_string())
-    print()
+    for (dataset, kind, limit), rows in own.groupby(["dataset", "score", "max_unrelated_loss"],
+                                                    sort=False):
+        kept = ("whatever happens to unrelated questions" if np.isinf(limit) else
+                f"losing at most {limit:.0%} of unrelated questions on validation")
+        found.append((
+            f"{dataset}: gain in {kind} accuracy in points, {rows.questions.max()} test questions, "
+            f"base {rows.base_accuracy.iloc[0]:.1%}, {rows.seeds.max()} seeds; {kept}; by the rise "
+            "of perplexity allowed", pivot(rows, "max_ppl_increase", "+{:.0%}")))
+        found.append(("the same: measured rise of perplexity / change on unrelated questions",
+                      pivot(rows, "max_ppl_increase", "+{:.0%}", prices)))
+    away = table[(table.dataset != table.evaluated_on) & np.isinf(table.max_unrelated_loss)]
+    for (dataset, kind, budget), rows in away.groupby(["dataset", "score", "max_ppl_increase"],
+                                                      sort=False):
+        found.append((f"{dataset}'s vectors at +{budget:.0%} on other data sets: gain in {kind} "
+                      "accuracy in points", pivot(rows, "evaluated_on", "{}")))
+    return found
+
+
+def gains(row) -> str:
+    return f"{100 * row.gain:+.1f} [{100 * row.gain_low:+.1f}, {100 * row.gain_high:+.1f}]"
+
+
+def prices(row) -> str:
+    return f"{row.perplexity_increase:+.1%} / {100 * row.unrelated_change:+.1f}"
+
+
+def pivot(rows: pd.DataFrame, by: str, header: str, cell=gains) -> pd.DataFrame:
+    """A line for each method, a column for each value of `by`."""
+    cells = rows.assign(method=(rows.method + " " + rows["mode"]).str.strip(),
+                        cell=[cell(row) for row in rows.itertuples()])
+    return (cells.pivot(index="method", columns=by, values="cell")
+            .reindex(cells.method.unique()).rename(columns=header.format).rename_axis(columns=None))
+
+
+def document(path: Path, stem: str, found: list[tuple[str, pd.DataFrame]]) -> None:
+    """Write the tables into a Markdown file, in place of what the same experiment wrote there."""
+    begin, end = f"<!-- {stem}: begin -->", f"<!-- {stem}: end -->"
+    lines = [begin, "```", "python " + shlex.join(map(str, [Path(sys.argv[0]).name,
+                                                           *sys.argv[1:]])), "```"]
+    for title, table in found:
+        rows = [["", *table.columns], ["---"] * (1 + len(table.columns)),
+                *([name, *cells] for name, cells in zip(table.index, table.to_numpy(),
+                                                        strict=True))]
+        lines += ["", f"**{title}**", "", *("| " + " | ".join(map(str, row)) + " |"
+                                            for row in rows)]
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, _, after = text.partition(begin)
+    after = after.partition(end)[2] or "\n"
+    runs.write_whole(path, lambda file: file.write_text(
+        before + "\n".join([*lines, end]) + after, encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -26,13 +26,7 @@ GENERATION_BATCHES = 8
 
 
 def flags(kind: cli.Kind):
-    parser = cli.parser(__doc__, kind)
-    cli.add_model_flags(parser)
-    cli.add_data_flags(parser)
-    cli.add_stage1_flags(parser)
-    cli.add_vector_flags(parser)
-    cli.add_grid_flags(parser, chosen_by_default=True)
-    cli.add_evaluation_flags(parser)
+    parser = cli.evaluation_parser(__doc__, kind, chosen_by_default=True)
     group = parser.add_argument_group("generation")
     group.add_argument("--num_prompts", type=cli.positive, default=32, help="test questions used")
     group.add_argument("--generation_style", choices=prompts.STYLES,

@@ -27,19 +27,8 @@ from grains.vectors import CONTROLS
 BASE = Configuration("base", "", (), 0.0)
 
 
-def flags(kind: cli.Kind):
-    parser = cli.parser(__doc__, kind)
-    cli.add_model_flags(parser)
-    cli.add_data_flags(parser)
-    cli.add_stage1_flags(parser)
-    cli.add_vector_flags(parser)
-    cli.add_grid_flags(parser)
-    cli.add_evaluation_flags(parser)
-    return parser
-
-
 def main(kind: cli.Kind = cli.LLM) -> None:
-    args = flags(kind).parse_args()
+    args = cli.evaluation_parser(__doc__, kind).parse_args()
     states = cli.hidden_states_files(args)
     parts = cli.evaluation_parts(args, states)
     lm = cli.load_model(args)

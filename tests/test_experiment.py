@@ -6,12 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from pytest import approx
 
+import experiment
 from grains import costs, models
 
 pytest_plugins = ("command_line",)
 
-SEEDS, ALPHAS, BUDGETS = (0, 1), (0.02, 0.3), (0.01, 1000.0)
+SEEDS, ALPHAS, BUDGETS, LIMIT = (0, 1), (0.02, 0.3), (0.01, 1000.0), 0.015
+METHODS = ("mean", "gradient", "random", "shuffled", "lora")
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +30,8 @@ def made(commands, tmp_path_factory):
     command = ["experiment.py", "--model_name", model, "--datasets", f"first={first}",
                f"second={second}", "--num_samples", 3, "--num_validation", 4, "--top_k", 3,
                "--methods", "mean", "gradient", "random", "shuffled", "--mode", "pos", "--alphas",
-               *ALPHAS, "--seeds", *SEEDS, "--max_ppl_increase", *BUDGETS,
-               "--max_unrelated_loss", 1, "--output_dir", folder]
+               *ALPHAS, "--seeds", *SEEDS, "--max_ppl_increase", *BUDGETS, "--lora", "dpo",
+               "--max_unrelated_loss", LIMIT, "--max_new_tokens", 4, "--output_dir", folder]
     return command, commands.run(*command).ok(), folder, model
 
 
@@ -56,20 +59,74 @@ def test_prices_are_the_librarys(made):
     lm = models.load(str(made[3]))
     validated = grid[grid.part == "validation"]
     base = validated[validated.method == "base"]
-    expected = costs.perplexity(lm, costs.neutral_texts(), [], 4096)[0]
-    assert base.perplexity.to_numpy() == pytest.approx(expected, rel=1e-4)
-    assert (base.perplexity_increase == 0).all() and (base.unrelated_change == 0).all()
-    kept = costs.capability(lm, costs.unrelated_examples(), [], 4096)
-    assert base.unrelated_accuracy.to_numpy() == pytest.approx(kept["token"][0])
-    changed = validated[validated.alpha == max(ALPHAS)]
-    assert (changed.perplexity_increase.abs() > 0.001).all()
+    texts, questions = costs.neutral_texts(), costs.unrelated_examples()
+    tested = grid[(grid.part == "test") & (grid.dataset == grid.evaluated_on)]
+    for rows, passages, asked in (
+            (base, texts[::8], questions[::2]),
+            (tested[tested.method == "base"], texts[1::4], questions[1::2])):
+        expected = costs.perplexity(lm, passages, [], 4096)[0]
+        assert rows.perplexity.to_numpy() == approx(expected, rel=1e-4)
+        assert (rows.perplexity_increase == 0).all() and (rows.unrelated_change == 0).all()
+        kept = costs.capability(lm, asked, [], 4096)
+        assert rows.unrelated_accuracy.to_numpy() == approx(kept["token"][0])
+    changed = validated[(validated.alpha == max(ALPHAS)) & (validated.method != "lora")]
+    assert len(changed) and (changed.perplexity_increase.abs() > 0.001).all()
+
+
+def test_answers_are_those_of_the_configurations(made):
+    grid = tables(made[2])[0]
+    (path,) = made[2].glob("*_generations.csv")
+    written = pd.read_csv(path, keep_default_na=False)
+    tested = grid[(grid.part == "test") & (grid.dataset == grid.evaluated_on)]
+    for row in tested.itertuples():
+        mine = written[(written.dataset == row.dataset) & (written.seed == row.seed)
+                       & (written.configuration == row.configuration)]
+        assert len(mine) == 7
+        assert row.words == approx(mine.text.str.split().str.len().mean())
+        assert row.repetition == approx(mine.repetition.mean())
+    other = grid[grid.dataset != grid.evaluated_on]
+    assert len(other) and other.words.isna().all() and other.perplexity.isna().all()
+
+
+def test_strengths_follow_the_square_between_what_was_tried():
+    curve = [(0.0, 0.0), (1.0, 0.1), (2.0, 0.7)]
+    # 0.025 is a quarter of 0.1; 0.3 is a third of the way from 1 to 4; 9 is never reached
+    assert experiment.strengths(curve, [0.025, 0.3, 9.0]) == [0.5, approx(2 ** 0.5, abs=5e-3), 2.0]
+    assert experiment.strengths([(0.0, 0.0), (1.0, -0.1), (2.0, 0.2)], [0.1]) == [
+        approx(3 ** 0.5, abs=5e-3)]
+
+
+def test_strengths_are_set_by_the_price(made, commands, tmp_path):
+    command = [str(item) for item in made[0]]
+    place = command.index("--alphas")
+    command = [*command[:place], *command[place + 1 + len(ALPHAS):]]
+    for flag, values in (("--max_ppl_increase", ["0.01", "0.04"]), ("--seeds", ["0"]),
+                         ("--lora", ["none"]), ("--output_dir", [str(tmp_path)])):
+        place = command.index(flag)
+        after = next((i for i in range(place + 1, len(command)) if command[i][:2] == "--"),
+                     len(command))
+        command[place + 1:after] = values
+    commands.run(*command).ok()
+    grid = tables(tmp_path)[0]
+    validated = grid[(grid.part == "validation") & (grid.method != "base")]
+    strongest = experiment.FIRST_STRENGTH * 2 ** (experiment.DOUBLINGS - 1)
+    reached = 0
+    for _, rows in validated.groupby(["dataset", "method"]):
+        # A price that even the strongest does not cost stands last, for all that it costs.
+        paid = rows[rows.alpha < strongest].perplexity_increase.to_numpy()
+        assert paid == approx([0.0095, 0.038][:len(paid)], rel=0.15)
+        assert len(paid) == 2 or rows.alpha.iloc[-1] == approx(strongest)
+        assert (rows[rows.alpha == strongest].perplexity_increase < 0.038).all()
+        reached += len(paid)
+    assert reached >= 2
 
 
 def test_the_front_follows_from_the_grid(made):
     """What is chosen is affordable and best on validation; its test accuracy is the grid's."""
     grid, front = tables(made[2])
     own = front[front.dataset == front.evaluated_on]
-    assert len(own) == 2 * 4 * 2 * len(BUDGETS) and len(front) == 2 * len(own)
+    # of data sets, methods, scores, prices and limits
+    assert len(own) == 2 * len(METHODS) * 2 * len(BUDGETS) * 2 and len(front) == 2 * len(own)
     for row in own.itertuples():
         gains, accuracies = [], []
         for seed, label in zip(SEEDS, (row.configuration.split("; ") * 2)[:2], strict=True):
@@ -78,7 +135,8 @@ def test_the_front_follows_from_the_grid(made):
             validated = of_seed[of_seed.part == "validation"].set_index("configuration")
             tested = of_seed[of_seed.part == "test"].set_index("configuration")
             column = f"accuracy_{row.score}"
-            mine = validated[(validated.method == row.method)
+            lost = -validated[["unrelated_change", "unrelated_change_sum"]].min(axis=1)
+            mine = validated[(validated.method == row.method) & (lost <= row.max_unrelated_loss)
                              & (validated.perplexity_increase <= row.max_ppl_increase)]
             best = max([validated[column]["base"], *mine[column]])
             assert validated[column][label] == best
@@ -87,8 +145,8 @@ def test_the_front_follows_from_the_grid(made):
         assert row.is_control == (row.method in ("random", "shuffled"))
         assert row.gain_low <= row.gain <= row.gain_high
         # A question that both seeds test counts once, so the mean over seeds is not exact.
-        assert row.gain == pytest.approx(np.mean(gains), abs=0.15)
-        assert row.accuracy - row.base_accuracy == pytest.approx(row.gain, abs=1e-9)
+        assert row.gain == approx(np.mean(gains), abs=0.15)
+        assert row.accuracy - row.base_accuracy == approx(row.gain, abs=1e-9)
 
 
 def test_what_is_done_is_not_done_again(made, commands):

@@ -13,6 +13,8 @@ import pytest
 from test_report import write_everything
 
 import report
+from grains import figures
+from grains.vectors import METHODS
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -137,6 +139,15 @@ def contrast(one, two) -> float:
 
     dark, light = sorted((luminance(one), luminance(two)))
     return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#15171a"])
+def test_every_method_stands_out_from_the_ground(ground):
+    """3:1, as WCAG asks of what is drawn."""
+    behind = [int(ground[i:i + 2], 16) for i in (1, 3, 5)]
+    for method in [*METHODS, "lora"]:
+        colour = figures.look(method)[0]
+        assert contrast([int(colour[i:i + 2], 16) for i in (1, 3, 5)], behind) >= 3, method
 
 
 def test_the_probe_sees_faults(tmp_path):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from grains.stats import accuracy_interval, paired_p_value
+from grains.stats import accuracy_interval, holm, paired_p_value
 
 
 def answers(right, wrong):
@@ -63,3 +63,15 @@ def test_accuracies_may_be_equal_and_answers_not():
     correct, base = pairs(6, 6)
     assert correct.mean() == base.mean()
     assert paired_p_value(correct, base) == 1.0
+
+
+@pytest.mark.parametrize(("p_values", "corrected"), [
+    # 4 x 0.005, 3 x 0.01, then 2 x 0.03 and 0.04, which may not be less than the one before
+    ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+    ([0.2, 0.9, 0.6], [0.6, 1.0, 1.0]),
+    ([0.02, 0.02], [0.04, 0.04]),
+    ([0.3], [0.3]),
+    ([], []),
+])
+def test_holm_by_hand(p_values, corrected):
+    assert holm(np.array(p_values)) == pytest.approx(np.array(corrected))

@@ -43,18 +43,13 @@ SHOWN = 3
 
 
 def flags():
-    parser = cli.parser(__doc__, cli.VLM)
-    cli.add_model_flags(parser)
-    cli.add_data_flags(parser)
-    cli.add_stage1_flags(parser)
-    cli.add_vector_flags(parser)
-    cli.add_grid_flags(parser)
-    cli.add_evaluation_flags(parser)
+    parser = cli.evaluation_parser(__doc__, cli.VLM)
     group = parser.add_argument_group("demo")
     group.add_argument("--num_questions", type=cli.positive, default=120,
                        help="yes/no questions of the pointing game")
     group.add_argument("--num_scenes", type=cli.positive, default=200,
-                       help="test scenes of each kind that are captioned")
+                       help="validation scenes of each kind that are captioned; twice as many "
+                            "test scenes are")
     return parser
 
 
@@ -153,28 +148,44 @@ def captions(lm, configurations, grid, args) -> tuple[pd.DataFrame, object]:
     base = rates[0]
     # Of those that mend enough the one that costs least; of none, the one that mends most.
     few = [(cost(rate, base), item.label) for item, rate in zip(finalists, rates[1:], strict=True)
-           if rate["false squares"] <= FEWER * base["false squares"]]
-    most = [(rate["false squares"], item.label)
+           if np.mean(rate["false squares"]) <= FEWER * np.mean(base["false squares"])]
+    most = [(np.mean(rate["false squares"]), item.label)
             for item, rate in zip(finalists, rates[1:], strict=True)]
     best = by_label[min(few or most)[1]]
     controls = [item for item in configurations if item.method in CONTROLS
                 and (item.layers, item.alpha) == (best.layers, best.alpha)]
 
-    test = scenes_of("test", args.num_scenes)
-    rates = caption_rates(lm, [best, *controls], *test, "captions of test scenes")
+    flawed, squares = scenes_of("captions", 2 * args.num_scenes)
+    rates = caption_rates(lm, [best, *controls], flawed, squares, "captions of test scenes")
+    preferred = preferences(lm, [best, *controls], flawed, args.batch_tokens)
     names = ["base", "steered (chosen)", *("control" for _ in controls)]
     labels = ["", best.label, *(item.label for item in controls)]
-    on_test = grid[grid.part == "test"].set_index("configuration")
     return pd.DataFrame([
-        {"": name, "configuration": label,
-         "preference accuracy": f"{on_test.accuracy_sum[label or 'base']:.1%}",
-         **{key: f"{value:.1%}" for key, value in rate.items()}}
-        for name, label, rate in zip(names, labels, rates, strict=True)]), best
+        {"": name, "configuration": label, "preference accuracy": f"{wins.mean():.1%}",
+         "preference interval": interval(wins),
+         **{key: f"{np.mean(values):.1%}" for key, values in rate.items()},
+         "false squares interval": interval(rate["false squares"])}
+        for name, label, wins, rate in zip(names, labels, preferred, rates, strict=True)]), best
+
+
+def interval(values) -> str:
+    _, low, high = stats.accuracy_interval(np.array(values))
+    return f"{low:.1%} to {high:.1%}"
+
+
+def preferences(lm, configurations, scenes, max_tokens: int) -> np.ndarray:
+    """(1 + C, scenes) whether the true caption is likelier than the one with a false square."""
+    encoded = [prompts.encode(lm, example(row), "chat")
+               for row in shapes.preference_rows("captions", scenes)]
+    scores = [values for start in tqdm(range(0, len(encoded), BATCH), desc="preferences")
+              for values in score(lm, encoded[start:start + BATCH], configurations, max_tokens)]
+    return np.array([values[:, 0] > values[:, 1] for values in scores]).T
 
 
 def cost(rate: dict, base: dict) -> float:
     """Objects and real squares that are no longer named: the sum of both shares lost."""
-    return sum(base[kind] - rate[kind] for kind in ("objects named", "squares named"))
+    return sum(np.mean(base[kind]) - np.mean(rate[kind])
+               for kind in ("objects named", "squares named"))
 
 
 def has_square(scene) -> bool:
@@ -182,7 +193,7 @@ def has_square(scene) -> bool:
 
 
 def caption_rates(lm, configurations, flawed, squares, what) -> list[dict]:
-    """For base and each configuration: false squares, objects and real squares named.
+    """For base and each configuration (n,) booleans: false squares, objects and squares named.
 
     flawed: scenes with a circle and no square; squares: scenes with a square.
     """
@@ -201,9 +212,9 @@ def caption_rates(lm, configurations, flawed, squares, what) -> list[dict]:
         there = [(pair, pair in names) for scene, names in zip(scenes, named, strict=True)
                  for pair in scene.pairs]
         rates.append({
-            "false squares": float(np.mean(["square" in text for text in texts[:len(flawed)]])),
-            "objects named": float(np.mean([hit for _, hit in there])),
-            "squares named": float(np.mean([hit for pair, hit in there if pair[1] == "square"])),
+            "false squares": ["square" in text for text in texts[:len(flawed)]],
+            "objects named": [hit for _, hit in there],
+            "squares named": [hit for pair, hit in there if pair[1] == "square"],
         })
     return rates
 

@@ -22,7 +22,7 @@ from grains.ablation import TOPS
 from grains.attribution import GRAD_METHODS, OBJECTIVES
 from grains.errors import UserError
 from grains.prompts import STYLES
-from grains.scoring import Configuration, layer_ranges
+from grains.scoring import Configuration, Direction, layer_ranges
 
 SRC = Path(__file__).resolve().parent.parent
 
@@ -58,6 +58,19 @@ def parser(description: str, kind: Kind) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=description, formatter_class=HelpFormatter)
     flags.set_defaults(kind=kind)
+    return flags
+
+
+def evaluation_parser(description: str, kind: Kind, chosen_by_default: bool = False
+                      ) -> argparse.ArgumentParser:
+    """The flags of every script that tries steering vectors (see `add_grid_flags`)."""
+    flags = parser(description, kind)
+    add_model_flags(flags)
+    add_data_flags(flags)
+    add_stage1_flags(flags)
+    add_vector_flags(flags)
+    add_grid_flags(flags, chosen_by_default)
+    add_evaluation_flags(flags)
     return flags
 
 
@@ -307,16 +320,16 @@ def hidden_states_files(args) -> dict[str, vectors.StatesFile]:
     return files
 
 
-def configurations(args, lm, states: dict[str, vectors.StatesFile]
-                   ) -> tuple[list[Configuration], dict[Path, vectors.SteeringVectors]]:
-    """The grid (methods x modes x layers x strengths), and the vectors by the files for them."""
+def directions(args, lm, states: dict[str, vectors.StatesFile]
+               ) -> tuple[list[Direction], dict[Path, vectors.SteeringVectors]]:
+    """The grid without strengths (methods x modes x layers), and the vectors by their files."""
     for file in states.values():
         file.check_model(lm)
     layers = parse_layers(args.layer_idxs, len(lm.layers))
     groups = {"joint": [tuple(layers)],
               "each": [(layer,) for layer in layers],
               "from": [tuple(range(layer, len(lm.layers))) for layer in layers]}[args.layer_mode]
-    grid, files = [], {}
+    found, files = [], {}
     for method in dict.fromkeys(args.methods):
         modes = dict.fromkeys(args.mode) if method in vectors.ABLATION_METHODS else [""]
         for mode in modes:
@@ -324,10 +337,16 @@ def configurations(args, lm, states: dict[str, vectors.StatesFile]
             seed = f"seed{args.seed}" if method == "random" else ""
             name = "_".join(filter(None, [states["pos"].path.stem, method, seed, mode]))
             files[vectors_dir(args) / f"{name}.safetensors"] = made
-            grid += [Configuration(method, mode, group, alpha,
-                                   made.scaled(alpha, list(group), args.alpha_units))
-                     for group in groups for alpha in dict.fromkeys(args.alphas)]
-    return grid, files
+            found += [Direction(method, mode, group, made) for group in groups]
+    return found, files
+
+
+def configurations(args, lm, states: dict[str, vectors.StatesFile]
+                   ) -> tuple[list[Configuration], dict[Path, vectors.SteeringVectors]]:
+    """The grid (methods x modes x layers x strengths), and the vectors by their files."""
+    found, files = directions(args, lm, states)
+    return [direction.at(alpha, args.alpha_units) for direction in found
+            for alpha in dict.fromkeys(args.alphas)], files
 
 
 def evaluation_parts(args, states: dict[str, vectors.StatesFile]) -> dict[str, list[data.Example]]:

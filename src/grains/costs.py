@@ -14,7 +14,7 @@ from grains.data import Example
 from grains.errors import UserError
 from grains.models import LanguageModel
 from grains.prompts import Encoded, encode
-from grains.scoring import Configuration, batches, rights, score
+from grains.scoring import Configuration, batches, margins, score
 
 NEUTRAL = data.PACKAGED / "neutral_text.jsonl"
 UNRELATED = data.PACKAGED / "unrelated.jsonl"
@@ -69,7 +69,7 @@ def capability(
     """
     encoded = [encode(lm, example, "qa") for example in examples]
     scores = _score_all(lm, encoded, configurations, max_tokens)
-    return {kind: right.mean(axis=0) for kind, right in rights(encoded, scores).items()}
+    return {kind: (lead > 0).mean(axis=0) for kind, lead in margins(encoded, scores).items()}
 
 
 def repetition(text: str) -> float:

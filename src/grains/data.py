@@ -35,6 +35,9 @@ class Example:
     context: str = ""
     image: object = field(default=None, compare=False, repr=False)
     shared_prompt: bool = False  # many examples ask the same; their answers tell them apart
+    references: tuple[str, ...] = ()  # further right answers
+    objects: tuple[str, ...] | None = None  # all that the picture holds, where the data set tells
+    question_type: str = ""
 
     @property
     def chosen(self) -> str:
@@ -71,7 +74,8 @@ class Source:
     splits: the splits that steering, validation and test examples come from; where they name the
         same split it is cut by the seed.
     config: the hub's configuration that a split lies in, by split if they differ.
-    read: a row -> question, choices, label (and context). rows: what is done to a split first.
+    read: a row -> question, choices, label (and context, references, objects).
+    rows: what is done to a split first.
     make: writes the data set to its path where it is not there yet.
     shared_prompts: whether many examples have the same prompt.
     """
@@ -109,11 +113,25 @@ def _faitheval(row: dict) -> dict:
 
 def _misconceptions(row: dict) -> dict:
     return {"question": row["question"],
-            "choices": [row["best_answer"], *row["incorrect_answers"]], "label": 0}
+            "choices": [row["best_answer"], *row["incorrect_answers"]], "label": 0,
+            "references": row.get("correct_answers") or []}
 
 
 def _mmhal(row: dict) -> dict:
     return {"question": row["question"], "choices": [row["gt_answer"]], "label": 0}
+
+
+def _scenes(row: dict) -> dict:
+    things = json.loads(row.get("objects") or "null")
+    return _pairs(row) | {"objects": things and [f"{thing['colour']} {thing['shape']}"
+                                                 for thing in things]}
+
+
+def _names(objects: list[str] | str | None) -> tuple[str, ...] | None:
+    """Names from a list, which may be written as JSON or with commas."""
+    if isinstance(objects, str):
+        objects = json.loads(objects) if objects.startswith("[") else objects.split(",")
+    return None if objects is None else tuple(name.strip() for name in objects)
 
 
 def _toxigen_pairs(rows: Dataset) -> Dataset:
@@ -141,7 +159,7 @@ DATASETS = {
         str(PACKAGED / "misconceptions.jsonl"), ("question", "best_answer", "incorrect_answers"),
         _misconceptions, ("steering", "validation", "test")),
     "shapes": Source(
-        str(PACKAGED / "vlm" / "shapes"), ("image", "question", "chosen", "rejected"), _pairs,
+        str(PACKAGED / "vlm" / "shapes"), ("image", "question", "chosen", "rejected"), _scenes,
         ("steering", "validation", "test"), make=_draw_shapes),
     "truthfulqa": Source(
         "EleutherAI/truthful_qa_binary", ("question", "choices", "label"), _questions,
@@ -325,6 +343,7 @@ def read(rows: Dataset, source: Source, index: int) -> Example:
         content = source.read(row)
         choices = tuple(content["choices"])
         label = int(content["label"])
+        objects = _names(content.get("objects", row.get("image_content")))
     except (KeyError, ValueError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{source.path}, row {index}: {error}; expected the columns "
                         f"{', '.join(source.columns)}") from error
@@ -343,7 +362,8 @@ def read(rows: Dataset, source: Source, index: int) -> Example:
     if not 0 <= label < len(choices):
         raise UserError(f"{where}: label {label} does not name one of {len(choices)} choices")
     return Example(str(identity), content["question"].strip(), tuple(c.strip() for c in choices),
-                   label, content.get("context", "").strip(), image, source.shared_prompts)
+                   label, content.get("context", "").strip(), image, source.shared_prompts,
+                   tuple(content.get("references", ())), objects, row.get("question_type") or "")
 
 
 def examples(rows: Dataset, source: Source, seed: int, limit: int | None = None,

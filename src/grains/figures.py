@@ -1,4 +1,4 @@
-"""Figures: words in colour, heat-maps over pictures, accuracy over strength, layers, cost.
+"""Figures: words in colour, heat-maps over pictures, gain over price, strength and layers.
 
 A `draw_...` function draws on the axes it is given, in the colours of the current style, so that
 any script can put several into one figure:
@@ -24,22 +24,31 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.scale import SymmetricalLogScale
+from matplotlib.ticker import (
+    FixedLocator,
+    LogLocator,
+    NullFormatter,
+    NullLocator,
+    SymmetricalLogLocator,
+)
 from PIL import Image
 from tokenizers import decoders
 
-from grains.vectors import CONTROLS
+from grains.vectors import CONTROLS, METHODS
 
 DIVERGING = LinearSegmentedColormap.from_list(
     "orange_blue", ["#8c4004", "#d9822b", "#f4f2ee", "#4a90c9", "#174f8a"])
 # Each colour stands out from white and from near-black (3:1); markers tell the methods apart too.
-METHODS = {"mean": ("#0072b2", "o"), "pca": ("#d55e00", "s"), "gradient": ("#009e73", "^"),
-           "caa": ("#bf6a9a", "D"), "repe": ("#a07000", "v"), "random": ("#808080", "x"),
-           "rand_tokens": ("#808080", "+"), "shuffled": ("#808080", "1")}
+PALETTE = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#bf6a9a", "D"),
+           ("#a07000", "v"), ("#7d63c8", "P"), ("#2b8fa8", "X"), ("#c8434d", "*"))
+GREY, CONTROL_MARKERS = "#808080", "x+1234"
 SCORES = {"token": "per-token", "sum": "summed"}
 # How the tokens of a selection are outlined.
-OUTLINES = {"pos": "solid", "neg": (0, (2, 1.2)), "abs": "solid", "rand": (0, (0.8, 1.2))}
+OUTLINES = {"pos": "solid", "neg": (0, (2, 1.2))}
 # Pieces of one character that byte-level vocabularies may cut it into (an emoji's four bytes).
 MAX_PIECES = 6
+MAX_TICKS = 5  # strengths that are all written at the axis
 
 
 def style(theme: str = "light"):
@@ -85,13 +94,11 @@ def words(tokens: Sequence[str], scores: Sequence[float]) -> list[Word]:
     return found
 
 
-def draw_words(axes: Axes, lines: Sequence[tuple[Sequence[Word], str]],
-               ablated: Sequence[frozenset[int]] = ()) -> None:
+def draw_words(axes: Axes, lines: Sequence[tuple[Sequence[Word], str]]) -> None:
     """Prompts as running text, each word on the colour of its attribution.
 
-    lines: (words, caption) of each prompt, on a scale of its own. ablated: for each prompt the
-    positions that are underlined. Words have to be measured, so the figure's layout is settled
-    here: draw what else it holds before.
+    lines: (words, caption) of each prompt, on a scale of its own. Words have to be measured, so
+    the figure's layout is settled here: draw what else it holds before.
     """
     axes.set_axis_off()
     axes.figure.draw_without_rendering()
@@ -110,9 +117,8 @@ def draw_words(axes: Axes, lines: Sequence[tuple[Sequence[Word], str]],
     for text in list(axes.texts):
         text.remove()
     y = 1.0
-    for index, (line, caption) in enumerate(lines):
+    for line, caption in lines:
         largest = max((abs(word.score) for word in line), default=0) or 1.0
-        underlined = ablated[index] if ablated else frozenset()
         x = 0.0
         for word in line:
             value = word.score / largest
@@ -124,9 +130,6 @@ def draw_words(axes: Axes, lines: Sequence[tuple[Sequence[Word], str]],
                 shown.remove()
                 y -= line_height
                 shown, box = write(0.0, y, word.text.strip() or "␣", **look)
-            if underlined.intersection(word.positions):
-                axes.plot(box[:, 0], [y - 0.72 * line_height] * 2, lw=1.3, clip_on=False,
-                          color=matplotlib.rcParams["text.color"], transform=axes.transAxes)
             x = box[1, 0] + 0.15 * space
         y -= line_height
         box = write(0.0, y, caption, fontsize=8)[1]
@@ -169,71 +172,127 @@ def draw_heat(axes: Axes, picture: Image.Image, heat: np.ndarray, largest: float
     axes.set_axis_off()
 
 
+def look(method: str) -> tuple[str, str]:
+    """Colour and marker. Controls are grey; a method that makes no vectors has the last ones."""
+    if method in CONTROLS:
+        return GREY, CONTROL_MARKERS[CONTROLS.index(method)]
+    methods = [name for name in METHODS if name not in CONTROLS]
+    return PALETTE[methods.index(method) if method in methods else -1]
+
+
+def _lines(axes: Axes, table: pd.DataFrame, along: str, value: str, spread: bool = False) -> None:
+    """A line for each method and mode, with intervals where the table has them; controls are thin.
+
+    spread: draw them side by side where they share a place on a logarithmic axis.
+    """
+    series = list(table.dropna(subset=value).groupby(["method", "mode"], sort=False))
+    for index, ((method, mode), rows) in enumerate(series):
+        rows = rows.sort_values(along, kind="stable")
+        colour, marker = look(method)
+        control = method in CONTROLS
+        apart = 1.012 ** (index - (len(series) - 1) / 2) if spread else 1
+        interval = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]
+                    ] if f"{value}_low" in rows else None
+        axes.errorbar(
+            rows[along] * apart, rows[value], yerr=interval and np.clip(interval, 0, None),
+            color=colour, marker=marker, ms=4.5, mfc="none" if mode == "both" else colour,
+            lw=0.7 if control else 1.2, elinewidth=0.5 if control else 0.9,
+            zorder=2 if control else 3, label=f"{method} {mode}".strip(),
+            ls=":" if control else "--" if mode == "both" else "-")
+
+
+def draw_front(axes: Axes, front: pd.DataFrame) -> None:
+    """Gain in accuracy over the perplexity that it cost, with 95 % intervals: a line a method.
+
+    A line goes from choice to choice, each the best under a higher price allowed.
+    front: rows of one data set and score: method, mode, perplexity_increase (0.05 is +5 %), gain,
+    gain_low, gain_high.
+    """
+    ink = matplotlib.rcParams["text.color"]
+    axes.axhline(0, color=ink, lw=1)
+    axes.axvline(0, color=ink, lw=0.6)
+    _lines(axes, front.drop_duplicates(["method", "mode", "perplexity_increase", "gain"]),
+           "perplexity_increase", "gain")
+    _price_scale(axes, "x")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}" if value else "0")
+    axes.set_ylabel("gain (percentage points)")
+
+
+def _price_scale(axes: Axes, along: str) -> None:
+    """Increases of perplexity on an axis: linear up to 1 %, decades beyond, as they may run from
+    nothing lost to a model that is gone."""
+    axes.set(**{f"{along}scale": SymmetricalLogScale(None, linthresh=0.01)})
+    axis = getattr(axes, f"{along}axis")
+    axis.set_major_locator(FixedLocator([-0.1, -0.01, 0, *(10.0 ** np.arange(-2, 6))]))
+    axis.set_major_formatter(lambda value, _: f"{100 * value:+g} %" if value else "0")
+    axis.set_minor_locator(SymmetricalLogLocator(base=10, linthresh=0.01, subs=range(2, 10)))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def draw_accuracy(axes: Axes, grid: pd.DataFrame, score: str) -> None:
     """Accuracy over strength with 95 % intervals: a line a method, base as a band.
 
     grid: rows of one part of the questions, of base and of configurations of the same layers.
     score: token or sum.
     """
-    base = grid[grid.method == "base"].iloc[0]
-    ink = matplotlib.rcParams["text.color"]
     value = f"accuracy_{score}"
-    axes.axhspan(base[f"{value}_low"], base[f"{value}_high"], color=ink, alpha=0.09, lw=0)
-    axes.axhline(base[value], color=ink, lw=1, label="base")
-    strengths = _lines(axes, grid[grid.method != "base"], "alpha", value)
-    axes.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
+    base = grid[grid.method == "base"].iloc[0]
+    axes.axhspan(base[f"{value}_low"], base[f"{value}_high"], alpha=0.09, lw=0,
+                 color=matplotlib.rcParams["text.color"])
+    _over_strength(axes, grid, value)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     axes.set_title(f"{SCORES[score]} accuracy")
 
 
-def draw_front(axes: Axes, front: pd.DataFrame) -> None:
-    """Gain in accuracy over the price it may have at most, a line a method.
-
-    front: rows of one data set and score: method, mode, max_ppl_increase (0.05 is 5 %), gain,
-    gain_low, gain_high.
-    """
-    axes.axhline(0, color=matplotlib.rcParams["text.color"], lw=1, label="base")
-    budgets = _lines(axes, front, "max_ppl_increase", "gain")
-    axes.set_xticks(range(len(budgets)), [f"+{100 * budget:g} %" for budget in budgets])
-    _gain_axis(axes)
+SHARES = ("unrelated_accuracy", "repetition")
 
 
-def _lines(axes: Axes, table: pd.DataFrame, along: str, value: str) -> list[float]:
-    """Lines with intervals, a method and mode each, side by side at equally spaced places.
+def draw_measure(axes: Axes, grid: pd.DataFrame, column: str) -> None:
+    """A column of the grid over strength (see `draw_accuracy`), such as a price."""
+    _over_strength(axes, grid, column)
+    if column == "perplexity_increase":
+        _price_scale(axes, "y")
+        # Autoscaling was linear: the axis begins below what is there, and ends above it.
+        lowest, highest = grid[column].min(), grid[column].max()
+        axes.set_ylim(1.5 * lowest if lowest < -0.001 else -0.001, max(1.5 * highest, 0.01))
+    elif column in SHARES:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
 
-    Returns the values of column `along` that the places 0, 1, ... stand for.
-    """
-    places = sorted(table[along].unique())
-    series = list(table.groupby(["method", "mode"], sort=False))
-    step = min(0.1, 0.7 / max(len(series), 1))
-    for index, ((method, mode), rows) in enumerate(series):
-        rows = rows.dropna(subset=value).sort_values(along)
-        colour, marker = _look(method)
-        shift = step * (index - (len(series) - 1) / 2)
-        axes.errorbar(
-            [places.index(place) + shift for place in rows[along]], rows[value],
-            yerr=np.clip([rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]],
-                         0, None),
-            color=colour, marker=marker, ms=4.5, lw=1.1, elinewidth=0.9,
-            mfc="none" if mode == "both" else colour, label=f"{method} {mode}".strip(),
-            ls=":" if method in CONTROLS else "--" if mode == "both" else "-")
-    axes.set_xlim(-0.5, len(places) - 0.5)
-    return places
+
+def _over_strength(axes: Axes, grid: pd.DataFrame, column: str) -> None:
+    base, steered = grid[grid.method == "base"].iloc[0], grid[grid.method != "base"]
+    axes.axhline(base[column], color=matplotlib.rcParams["text.color"], lw=1, label="base")
+    strengths = np.unique(steered.alpha)
+    logarithmic = bool((strengths > 0).all())
+    if logarithmic:
+        axes.set_xscale("log")
+    _lines(axes, steered, "alpha", column, spread=logarithmic)
+    if len(strengths) <= MAX_TICKS:
+        axes.set_xticks(strengths)
+    elif logarithmic:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def draw_layers(axes: Axes, grid: pd.DataFrame, score: str, largest: float):
     """Gain in accuracy over base for every single layer and strength.
 
-    grid: rows of one part, of base and of configurations of one method at one layer each.
+    grid: rows of one part, of base and of configurations of one method at one layer each. Layers
+    may have strengths of their own: the columns are each layer's first, second, ... strength.
     largest: the gain that has full colour. Returns the image, for a colour bar.
     """
     base = grid[grid.method == "base"].iloc[0][f"accuracy_{score}"]
     rows = grid[grid.method != "base"]
-    gains = rows.assign(layer=rows.layers.astype(int)).pivot(
-        index="layer", columns="alpha", values=f"accuracy_{score}") - base
+    rows = rows.assign(layer=rows.layers.astype(int),
+                       nth=rows.groupby("layers").alpha.rank("dense").astype(int))
+    gains = rows.pivot(index="layer", columns="nth", values=f"accuracy_{score}") - base
     image = axes.imshow(gains, cmap=DIVERGING, vmin=-largest, vmax=largest, aspect="auto",
                         origin="lower")
-    axes.set_xticks(range(gains.shape[1]), [f"{alpha:g}" for alpha in gains.columns])
+    strengths = rows.groupby("nth").alpha.unique()
+    axes.set_xticks(range(gains.shape[1]), [
+        f"{values[0]:g}" if len(values) == 1 else f"no. {nth}" for nth, values
+        in strengths.items()])
     every = -(-len(gains) // 12)
     axes.set_yticks(range(0, len(gains), every), gains.index[::every])
     if gains.size <= 60:
@@ -246,46 +305,29 @@ def draw_layers(axes: Axes, grid: pd.DataFrame, score: str, largest: float):
     return image
 
 
-def draw_cost(axes: Axes, grid: pd.DataFrame, score: str) -> None:
-    """Gain in accuracy over the increase of perplexity, a point a configuration.
+def fill_front(figure: Figure, front: pd.DataFrame) -> None:
+    """Gain over its price, a panel a score (see `draw_front`)."""
+    scores = [score for score in SCORES if (front.score == score).any()]
+    panels = figure.subplots(len(scores), squeeze=False, sharex=True)[:, 0]
+    for axes, score in zip(panels, scores, strict=True):
+        draw_front(axes, front[front.score == score])
+        axes.set_title(f"{SCORES[score]} accuracy")
+    panels[-1].set_xlabel("increase of perplexity")
+    _legend_below(figure, panels[0])
 
-    grid: rows of one part, with the column perplexity_increase (0.05 is +5 %).
+
+def fill_strength(figure: Figure, grid: pd.DataFrame, measures: dict[str, str]) -> None:
+    """Both accuracies over strength, and below them what else changes (see `draw_accuracy`).
+
+    measures: further columns of the grid and their titles.
     """
-    base = grid[grid.method == "base"].iloc[0][f"accuracy_{score}"]
-    ink = matplotlib.rcParams["text.color"]
-    axes.axhline(0, color=ink, lw=1)
-    axes.axvline(0, color=ink, lw=0.6)
-    steered = grid[grid.method != "base"].dropna(subset="perplexity_increase")
-    for (method, mode), rows in steered.groupby(["method", "mode"], sort=False):
-        colour, marker = _look(method)
-        axes.plot(rows.perplexity_increase, rows[f"accuracy_{score}"] - base, marker, ms=5,
-                  color=colour, mfc="none" if mode == "both" else colour,
-                  label=f"{method} {mode}".strip())
-    # Linear up to 1 %, decades beyond: from nothing lost to a model that is gone.
-    axes.set_xscale("symlog", linthresh=0.01)
-    least, most = steered.perplexity_increase.min(), steered.perplexity_increase.max()
-    ticks = [tick for tick in (-0.1, -0.01, 0, 0.01, 0.1, 1, 10, 100, 1000)
-             if min(least, 0) <= tick <= max(most, 0.01)]
-    axes.set_xticks(ticks, [f"{100 * tick:+g} %" if tick else "0" for tick in ticks])
-    axes.minorticks_off()
-    _gain_axis(axes)
-
-
-def _look(method: str) -> tuple[str, str]:
-    """Colour and marker; of a method that is not known here a grey dot."""
-    return METHODS.get(method, ("#808080", "."))
-
-
-def _gain_axis(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}" if value else "0")
-    axes.set_ylabel("gain (percentage points)")
-
-
-def fill_accuracy(figure: Figure, grid: pd.DataFrame) -> None:
-    """Both accuracies over strength, one above the other (see `draw_accuracy`)."""
-    panels = figure.subplots(len(SCORES), sharex=True)
-    for axes, score in zip(panels, SCORES, strict=True):
+    ratios = [2.2] * len(SCORES) + [1.5] * len(measures)
+    panels = figure.subplots(len(ratios), sharex=True, height_ratios=ratios)
+    for axes, score in zip(panels, SCORES, strict=False):
         draw_accuracy(axes, grid, score)
+    for axes, (column, title) in zip(panels[len(SCORES):], measures.items(), strict=True):
+        draw_measure(axes, grid, column)
+        axes.set_title(title)
     panels[-1].set_xlabel("strength")
     _legend_below(figure, panels[0])
 
@@ -307,27 +349,6 @@ def fill_layers(figure: Figure, grid: pd.DataFrame, score: str) -> None:
         axes.set_ylabel("layer")
     figure.colorbar(image, ax=panels, shrink=0.8, format=lambda v, _: f"{100 * v:+.3g}",
                     label="gain (percentage points)")
-
-
-def fill_front(figure: Figure, front: pd.DataFrame) -> None:
-    """Gain over the price allowed, a panel a score (see `draw_front`)."""
-    scores = [score for score in SCORES if (front.score == score).any()]
-    panels = figure.subplots(len(scores), squeeze=False, sharex=True)[:, 0]
-    for axes, score in zip(panels, scores, strict=True):
-        draw_front(axes, front[front.score == score])
-        axes.set_title(f"{SCORES[score]} accuracy")
-    panels[-1].set_xlabel("perplexity may rise by")
-    _legend_below(figure, panels[0])
-
-
-def fill_cost(figure: Figure, grid: pd.DataFrame) -> None:
-    """Gain in both accuracies over the price, one above the other (see `draw_cost`)."""
-    panels = figure.subplots(len(SCORES), sharex=True)
-    for axes, score in zip(panels, SCORES, strict=True):
-        draw_cost(axes, grid, score)
-        axes.set_title(f"{SCORES[score]} accuracy")
-    panels[-1].set_xlabel("increase of perplexity")
-    _legend_below(figure, panels[0])
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:

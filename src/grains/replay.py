@@ -12,7 +12,8 @@ sees only the tokens on its own path through the trie.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import ctypes
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -348,7 +349,19 @@ def gradient_rows(lm: LanguageModel, captured: Capture) -> tuple[int, bool]:
     rows = int(free // ((len(lm.layers) + 1) * one_layer))
     if rows > 0:
         return rows, False
+    if lm.device.type == "cpu":
+        _give_back_freed_blocks()
     return max(1, int(free // (2 * one_layer + len(lm.layers) * output.nbytes))), True
+
+
+def _give_back_freed_blocks() -> None:
+    """Have glibc return what is freed from 1 MiB on to the system.
+
+    It keeps freed blocks of up to 32 MiB otherwise, as holes that little fits into: of a budget of
+    2 GiB a prompt of 2,900 tokens then took 3.4.
+    """
+    with suppress(OSError, AttributeError):  # another system, another C library
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def logits(lm: LanguageModel, hidden_states: Tensor) -> Tensor:

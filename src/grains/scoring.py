@@ -18,7 +18,7 @@ from grains.attribution import Targets, targets
 from grains.models import LanguageModel
 from grains.prompts import Encoded
 from grains.replay import capture_pack, collate, pack, replay, token_log_probs
-from grains.vectors import steer
+from grains.vectors import SteeringVectors, steer
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,20 @@ class Configuration:
             return self.method
         mode = f" {self.mode}" if self.mode else ""
         return f"{self.method}{mode} @ {','.join(layer_ranges(self.layers))} x {self.alpha:g}"
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What a configuration is at every strength: which vectors, where."""
+
+    method: str
+    mode: str
+    layers: tuple[int, ...]
+    vectors: SteeringVectors = field(compare=False, repr=False)
+
+    def at(self, alpha: float, units: str = "relative") -> Configuration:
+        return Configuration(self.method, self.mode, self.layers, alpha,
+                             self.vectors.scaled(alpha, list(self.layers), units))
 
 
 def layer_ranges(layers: Sequence[int]) -> list[str]:
@@ -153,17 +167,18 @@ class _Scored:
         return log_probs.view(len(picked), -1).cpu() @ self.member.T
 
 
-def rights(encoded: list[Encoded], scores: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """(questions, 1 + C) whether the preferred choice scores highest, from what `score` gives.
+def margins(encoded: list[Encoded], scores: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """(questions, 1 + C) by how much the preferred choice leads the best other one.
 
-    By how choices are compared: their log-likelihoods in sum ("sum") or per token ("token").
+    scores: what `score` gives of each question. Choices are compared by their log-likelihoods in
+    sum ("sum") or per token ("token"). A question is answered right where its margin is above 0.
     """
     found: dict[str, list] = {"sum": [], "token": []}
     for item, rows in zip(encoded, scores, strict=True):
         lengths = np.array([len(response) for response in item.responses])
         label = item.example.label
-        found["sum"].append([correct(row, label)[0] for row in rows])
-        found["token"].append([correct(row, label, lengths)[0] for row in rows])
+        found["sum"].append([correct(row, label)[1] for row in rows])
+        found["token"].append([correct(row, label, lengths)[1] for row in rows])
     return {kind: np.array(rows) for kind, rows in found.items()}
 
 

@@ -46,3 +46,13 @@ def sign_flip_p_value(gains: np.ndarray) -> float:
     found = permutation_test((gains,), np.mean, permutation_type="samples", vectorized=True,
                              n_resamples=9999, batch=500, rng=np.random.default_rng(0))
     return float(found.pvalue)
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """(n,) p-values corrected by Holm's method, so that of all n hypotheses a true one is rejected
+    with at most the probability that each is compared with, however they depend on each other."""
+    order = np.argsort(p_values)
+    larger = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(larger, 1)
+    return corrected

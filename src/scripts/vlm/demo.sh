@@ -17,3 +17,4 @@ echo
 echo "3/3 pointing game and captions, base and steered"
 PYTHONPATH=. "${PYTHON:-python}" demo/shapes_demo.py --model_name "$MODEL_NAME" \
   --dataset_name "$DATASET_NAME" --num_samples "$NUM_SAMPLES" --top_k "$TOP_K" "${grid[@]}"
+"${PYTHON:-python}" report.py results/vlm --output results/vlm/report.html

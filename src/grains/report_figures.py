@@ -1,0 +1,67 @@
+"""Figures as the report holds them: drawn light and dark, inside the page and as PNG files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import warnings
+from collections.abc import Callable
+from itertools import chain, count
+
+from matplotlib.figure import Figure
+
+from grains import figures
+
+WIDTH = 4.8  # inches: text of 9 points is legible on a phone and on a laptop
+
+
+class Figures:
+    """Draws figures light and dark for the page, and keeps the light ones as PNGs.
+
+    pngs: file name -> content.
+    """
+
+    def __init__(self):
+        self.pngs: dict[str, bytes] = {}
+
+    def add(self, name: str, draw: Callable[[Figure], None], height: float, alt: str) -> dict:
+        """What the template needs for one figure. draw: fills a Figure; height: inches."""
+        light = self._keep(name, rendered(draw, height, "light"))
+        return as_item(alt, height, light, rendered(draw, height, "dark"))
+
+    def add_picture(self, name: str, draw: Callable[[Figure], None], height: float, alt: str
+                    ) -> dict:
+        """As `add`, for a figure without text on a clear ground: one variant goes for both."""
+        png = rendered(draw, height, "light", transparent=True)
+        return as_item(alt, height, self._keep(name, png))
+
+    def _keep(self, name: str, png: bytes) -> bytes:
+        """Make it a PNG file of this name, or of one like it."""
+        base = re.sub(r"[^\w+-]+", "-", name)
+        files = (f"{base}{end}.png" for end in chain([""], count(2)))
+        file = next(file for file in files if file not in self.pngs)
+        self.pngs[file] = png
+        return png
+
+
+def as_item(alt: str, height: float, light: bytes, dark: bytes | None = None) -> dict:
+    """What the template needs for one figure, from its PNGs. height: inches, of `WIDTH` ones."""
+    light, dark = (png and "data:image/png;base64," + base64.b64encode(png).decode()
+                   for png in (light, dark))
+    # CSS pixels of the figure as drawn: 96 an inch.
+    return {"light": light, "dark": dark, "alt": alt, "width": round(96 * WIDTH),
+            "height": round(96 * height)}
+
+
+def rendered(draw: Callable[[Figure], None], height: float, theme: str, **options) -> bytes:
+    """A figure as a PNG. options: of Figure.savefig."""
+    with figures.style(theme), warnings.catch_warnings():
+        # Scripts that the font lacks are drawn as boxes; the page has them as text.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", **options)
+    return buffer.getvalue()
+
