@@ -4,7 +4,7 @@ Every job runs in a process of its own. What is compared alternates there, on th
 the same threads, and the medians of the repetitions are reported; outputs are compared too. Plain
 code is slow, so it gets a part of each job's work, and ours the same part and then all of it.
 
-    python benchmarks/bench.py                  # about 40 minutes on 2 idle cores
+    python benchmarks/bench.py                  # about an hour on 2 idle cores
     python benchmarks/bench.py --all            # all of the work for plain code too: hours
 """
 
@@ -283,8 +283,9 @@ def run_job(name: str, everything: bool) -> dict:
     rates.append(matrix_rate())
     rate = statistics.median(rates)
     ours, by_plain = (statistics.median(times[key]) for key in ("ours", "plain"))
-    return {"stage": job.stage, "work": job.work, "target": job.target, "part": count,
-            "units": len(job.units), "ours": ours, "plain": by_plain, "ratio": by_plain / ours,
+    return {"stage": job.stage, "threads": torch.get_num_threads(), "work": job.work,
+            "target": job.target, "part": count, "units": len(job.units), "ours": ours,
+            "plain": by_plain, "ratio": by_plain / ours,
             "times": times, "whole": whole, "rate": rate,
             "limit": job.flops(job.units) / rate, "agree": job.agree(mine, theirs),
             "ours_peak": peak - loaded, "plain_peak": plain_peak - loaded}
@@ -343,8 +344,8 @@ def report(jobs: list[dict], long: dict | None, peers: list[dict]) -> str:
     """RESULTS.md between its markers: the tables and where they were measured."""
     rates = [job["rate"] / 1e9 for job in jobs]
     lines = [
-        f"Measured {time.strftime('%Y-%m-%d')} on {machine()}, {torch.get_num_threads()} threads, "
-        f"fp32, Python {platform.python_version()}, "
+        f"Measured {time.strftime('%Y-%m-%d')} on {machine()}, "
+        f"{jobs[0]['threads']} threads, fp32, Python {platform.python_version()}, "
         + ", ".join(f"{name} {version}" for name, version in runs.versions().items()
                     if name in ("torch", "transformers")) + ".",
         "",
