@@ -464,8 +464,8 @@ def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
                 f"losing at most {limit:.0%} of unrelated questions on validation")
         found.append((
             f"{dataset}: gain in {kind} accuracy in points, {rows.questions.max()} test questions, "
-            f"base {rows.base_accuracy.iloc[0]:.1%}, {rows.seeds.max()} seeds; {kept}; by the rise "
-            "of perplexity allowed", pivot(rows, "max_ppl_increase", "+{:.0%}")))
+            f"base {rows.base_accuracy.iloc[0]:.1%}, {rows.seeds.max()} seed(s); {kept}; by the "
+            "rise of perplexity allowed", pivot(rows, "max_ppl_increase", "+{:.0%}")))
         found.append(("the same: measured rise of perplexity / change on unrelated questions",
                       pivot(rows, "max_ppl_increase", "+{:.0%}", prices)))
     away = table[(table.dataset != table.evaluated_on) & np.isinf(table.max_unrelated_loss)]
@@ -495,8 +495,9 @@ def pivot(rows: pd.DataFrame, by: str, header: str, cell=gains) -> pd.DataFrame:
 def document(path: Path, stem: str, found: list[tuple[str, pd.DataFrame]]) -> None:
     """Write the tables into a Markdown file, in place of what the same experiment wrote there."""
     begin, end = f"<!-- {stem}: begin -->", f"<!-- {stem}: end -->"
-    lines = [begin, "```", "python " + shlex.join(map(str, [Path(sys.argv[0]).name,
-                                                           *sys.argv[1:]])), "```"]
+    command = [Path(sys.argv[0]).name,
+               *(word.replace(str(path), path.name) for word in sys.argv[1:])]
+    lines = [begin, "```", "python " + shlex.join(command), "```"]
     for title, table in found:
         rows = [["", *table.columns], ["---"] * (1 + len(table.columns)),
                 *([name, *cells] for name, cells in zip(table.index, table.to_numpy(),

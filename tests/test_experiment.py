@@ -31,7 +31,8 @@ def made(commands, tmp_path_factory):
                f"second={second}", "--num_samples", 3, "--num_validation", 4, "--top_k", 3,
                "--methods", "mean", "gradient", "random", "shuffled", "--mode", "pos", "--alphas",
                *ALPHAS, "--seeds", *SEEDS, "--max_ppl_increase", *BUDGETS, "--lora", "dpo",
-               "--max_unrelated_loss", LIMIT, "--max_new_tokens", 4, "--output_dir", folder]
+               "--max_unrelated_loss", LIMIT, "--max_new_tokens", 4, "--document",
+               folder / "results.md", "--output_dir", folder]
     return command, commands.run(*command).ok(), folder, model
 
 
@@ -86,6 +87,23 @@ def test_answers_are_those_of_the_configurations(made):
         assert row.repetition == approx(mine.repetition.mean())
     other = grid[grid.dataset != grid.evaluated_on]
     assert len(other) and other.words.isna().all() and other.perplexity.isna().all()
+
+
+def test_the_document_has_every_gain_and_the_rest_of_the_file(made, commands):
+    command, _, folder, _ = made
+    path = folder / "results.md"
+    written = path.read_text()
+    front = tables(folder)[1]
+    own = front[front.dataset == front.evaluated_on]
+    for _, rows in own.groupby(["dataset", "score", "max_unrelated_loss", "method"]):
+        cells = [f"{100 * r.gain:+.1f} [{100 * r.gain_low:+.1f}, {100 * r.gain_high:+.1f}]"
+                 for r in rows.sort_values("max_ppl_increase").itertuples()]
+        assert " | ".join(cells) in written
+    assert "--document results.md" in written and str(path) not in written
+    path.write_text("before\n" + written + "after\n")
+    commands.run(*command).ok()
+    assert path.read_text() == "before\n" + written + "after\n"
+    path.write_text(written)
 
 
 def test_strengths_follow_the_square_between_what_was_tried():
