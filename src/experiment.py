@@ -280,8 +280,7 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
     table = grid_rows(one, other, part, every, leads)
     if other is one:
         perplexity = costs.perplexity_of(neutral, of_neutral)
-        kept = {kind: (lead > 0).mean(axis=0)
-                for kind, lead in margins(unrelated, of_unrelated).items()}
+        kept = costs.accuracy_of(unrelated, of_unrelated)
         table = table.assign(
             perplexity=perplexity, perplexity_increase=perplexity / perplexity[0] - 1,
             unrelated_accuracy=kept["token"], unrelated_change=kept["token"] - kept["token"][0],

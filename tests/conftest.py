@@ -1,4 +1,8 @@
-"""Models that many tests share: SmolLM2-135M-Instruct, and tiny random ones of three families."""
+"""What many tests share: SmolLM2-135M-Instruct, tiny models of three families, small disks."""
+
+import shutil
+import subprocess
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -100,3 +104,14 @@ def tiny(request, make_tiny):
 def family(request, make_tiny):
     """A tiny model of every family, with sdpa attention."""
     return make_tiny(request.param)
+
+
+@contextmanager
+def mounted_disk(folder, size: str):
+    """A file system of a few KiB or MiB at a new folder, where one can be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import time
 
 import pandas as pd
 import pytest
 import tiny
 import torch
+from conftest import mounted_disk
 
 pytest_plugins = ("command_line",)
 
@@ -331,13 +331,8 @@ def test_file_too_large(stage1, done, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small disk cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted_disk(tmp_path / "disk", "64k") as folder:
+        yield folder
 
 
 def test_full_disk(stage1, small_disk):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import mounted_disk
 
 from grains import runs
 
@@ -155,14 +156,8 @@ def test_a_process_that_outlives_its_run(run, whole, begun, tmp_path):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of a MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small disk cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted_disk(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 def leave_free(disk: Path, pages: int) -> None:

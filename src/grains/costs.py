@@ -69,6 +69,11 @@ def capability(
     """
     encoded = [encode(lm, example, "qa") for example in examples]
     scores = _score_all(lm, encoded, configurations, max_tokens)
+    return accuracy_of(encoded, scores)
+
+
+def accuracy_of(encoded: list[Encoded], scores: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """(1 + C,) accuracies on questions, in sum and per token, from what `score` gives of them."""
     return {kind: (lead > 0).mean(axis=0) for kind, lead in margins(encoded, scores).items()}
 
 

@@ -36,13 +36,12 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
-from grains.attribution import targets
 from grains.errors import UserError
 from grains.models import LanguageModel
 from grains.prompts import Encoded
-from grains.replay import capture_pack, collate, gradient_rows, pack, replay, token_log_probs
+from grains.replay import capture_pack, gradient_rows, pack, replay
 from grains.runs import read_tensors, write_tensors
-from grains.scoring import batches
+from grains.scoring import batches, packed_batch
 
 OBJECTIVES = ("dpo", "sft")
 BETA = 0.1
@@ -156,16 +155,9 @@ def _injected(lm: LanguageModel, rank: int, seed: int = 0) -> Iterator[None]:
 def log_likelihoods(lm: LanguageModel, encoded: list[Encoded], checkpointed: bool = False
                     ) -> Tensor:
     """(n, C) summed log P of each of C responses to n examples of one batch, differentiable."""
-    packs = [pack(item.sequences(without_last=True)) for item in encoded]
-    batch = collate([capture_pack(lm, item.inputs, packed)
-                     for item, packed in zip(encoded, packs, strict=True)])
-    terms = [targets(packed, len(item.prompt_ids), item.responses)
-             for item, packed in zip(encoded, packs, strict=True)]
+    batch, read = packed_batch(lm, encoded)
     final = replay(lm, batch.embeds, batch.kwargs, checkpointed=checkpointed)
-    read = torch.cat([final[row, term.nodes.to(final.device)] for row, term in enumerate(terms)])
-    log_probs = token_log_probs(lm, read, torch.cat([term.tokens for term in terms]))
-    member = torch.block_diag(*[term.member for term in terms])
-    return (member @ log_probs.cpu()).view(len(encoded), -1)
+    return read(final[None])[0].view(len(encoded), -1)
 
 
 def dpo_losses(values: Tensor, reference: Tensor) -> Tensor:

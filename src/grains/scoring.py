@@ -17,7 +17,7 @@ from torch import Tensor
 from grains.attribution import Targets, targets
 from grains.models import LanguageModel
 from grains.prompts import Encoded
-from grains.replay import capture_pack, collate, pack, replay, token_log_probs
+from grains.replay import Capture, capture_pack, collate, pack, replay, token_log_probs
 from grains.vectors import SteeringVectors, steer
 
 
@@ -93,12 +93,7 @@ def score(
     encoded: the questions of one batch. max_tokens: positions computed at a time.
     Returns for each question a (1 + C, choices) array, the base model first.
     """
-    packs = [pack(item.sequences(without_last=True)) for item in encoded]
-    batch = collate([capture_pack(lm, item.inputs, packed)
-                     for item, packed in zip(encoded, packs, strict=True)])
-    terms = [targets(packed, len(item.prompt_ids), item.responses)
-             for item, packed in zip(encoded, packs, strict=True)]
-    read = _Scored(lm, terms)
+    batch, read = packed_batch(lm, encoded)
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, configuration in enumerate(configurations):
         groups.setdefault(tuple(sorted(configuration.layers)), []).append(index)
@@ -129,6 +124,15 @@ def score(
     return [part.double().numpy() for part in stacked.split(sizes, dim=1)]
 
 
+def packed_batch(lm: LanguageModel, encoded: list[Encoded]) -> tuple[Capture, Scored]:
+    """Examples with their responses packed behind them, and what reads the responses' scores."""
+    packs = [pack(item.sequences(without_last=True)) for item in encoded]
+    batch = collate([capture_pack(lm, item.inputs, packed)
+                     for item, packed in zip(encoded, packs, strict=True)])
+    return batch, Scored(lm, [targets(packed, len(item.prompt_ids), item.responses)
+                              for item, packed in zip(encoded, packs, strict=True)])
+
+
 def _steered(lm, batch, states, vectors, read) -> Tensor:
     """(c, choices of all questions) for c configurations that steer the same layers.
 
@@ -147,7 +151,7 @@ def _steered(lm, batch, states, vectors, read) -> Tensor:
     return read(final.view(count, questions, length, size))
 
 
-class _Scored:
+class Scored:
     """Reads the choices' log-likelihoods from last hidden states, at scored positions only."""
 
     def __init__(self, lm: LanguageModel, terms: list[Targets]):

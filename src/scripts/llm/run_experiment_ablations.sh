@@ -7,10 +7,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-run() { bash scripts/llm/run_experiment.sh --methods mean pca --max_ppl_increase 0.1 "$@"; }
+experiment="${EXPERIMENT:-scripts/llm/run_experiment.sh}"
+run() { bash "$experiment" --methods mean pca --max_ppl_increase 0.1 "$@"; }
 
 run "$@"
 for method in vanilla smoothgrad; do GRAD_METHOD=$method run "$@"; done
 ATTRIBUTION=normal run "$@"
-for k in 1 5 20; do TOP_K=$k run "$@"; done
+for k in ${TOP_KS:-1 5 20}; do TOP_K=$k run "$@"; done
 for n in 10 25 100; do NUM_SAMPLES=$n run "$@"; done

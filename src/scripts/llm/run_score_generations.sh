@@ -17,7 +17,7 @@ else
   dataset="${DATASET_NAME:-truthfulqa}" model="${MODEL_NAME:-llama-3.1-8b-instruct}"
   stem="${dataset##*/}_${model##*/}_n${NUM_SAMPLES:-50}_seed${SEED:-0}"
   stem="${stem}_${ATTRIBUTION:-contrastive}_${GRAD_METHOD:-integrated_gradients}_k${TOP_K:-10}"
-  files=(results/llm/steering_generation/"$stem"_*.csv)
+  files=(results/"${KIND:-llm}"/steering_generation/"$stem"_*.csv)
 fi
 
 for file in "${files[@]}"; do

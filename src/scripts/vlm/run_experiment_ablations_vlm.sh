@@ -7,10 +7,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-run() { bash scripts/vlm/run_experiment_vlm.sh --methods mean pca --max_ppl_increase 0.1 "$@"; }
-
-run "$@"
-for method in vanilla smoothgrad; do GRAD_METHOD=$method run "$@"; done
-ATTRIBUTION=normal run "$@"
-for k in 10 25 100; do TOP_K=$k run "$@"; done
-for n in 10 25 100; do NUM_SAMPLES=$n run "$@"; done
+EXPERIMENT=scripts/vlm/run_experiment_vlm.sh TOP_KS="${TOP_KS:-10 25 100}" \
+  exec bash scripts/llm/run_experiment_ablations.sh "$@"

@@ -12,15 +12,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-if [[ -n "${GENERATIONS:-}" ]]; then
-  files=("$GENERATIONS")
-else
-  dataset="${DATASET_NAME:-spa-vl}" model="${MODEL_NAME:-llava-1.6-7b}"
-  stem="${dataset##*/}_${model##*/}_n${NUM_SAMPLES:-50}_seed${SEED:-0}"
-  stem="${stem}_${ATTRIBUTION:-contrastive}_${GRAD_METHOD:-integrated_gradients}_k${TOP_K:-50}"
-  files=(results/vlm/steering_generation/"$stem"_*.csv)
-fi
-
-for file in "${files[@]}"; do
-  "${PYTHON:-python}" score_generations.py --generations "$file" "$@"
-done
+export KIND=vlm DATASET_NAME="${DATASET_NAME:-spa-vl}" MODEL_NAME="${MODEL_NAME:-llava-1.6-7b}"
+TOP_K="${TOP_K:-50}" exec bash scripts/llm/run_score_generations.sh "$@"
