@@ -5,14 +5,16 @@ steering examples; the vectors of every method. Each is tried at the strengths t
 prices allowed, a rise of the perplexity of neutral text; the best affordable one on validation
 questions is reported on test questions, and on those of the other data sets (transfer). Controls go
 through the same choice: random directions, the ablation of random tokens, gradients whose chosen
-and rejected answers are swapped at random. LoRA trained on the same examples stands beside them.
+and rejected answers are swapped at random. Vectors that are trained on the same examples stand
+beside them, and LoRA.
 
-No text that sets a strength reports a price: of the neutral passages and of the unrelated questions
-some are for choosing, others for the report.
+No text that trains a vector or sets a strength reports a price: of the neutral passages and of the
+unrelated questions some are for training, some for choosing, others for the report.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import shlex
 import sys
@@ -30,21 +32,22 @@ import pandas as pd
 import torch
 
 import token_ablation
-from grains import cli, costs, data, lora, prompts, runs, stats
+from grains import cli, costs, data, lora, prompts, runs, stats, trained
 from grains.errors import UserError
 from grains.generation import generate
 from grains.prompts import Encoded
 from grains.scoring import Configuration, Direction, batches, margins, score
-from grains.vectors import CONTROLS, METHODS, StatesFile
+from grains.vectors import CONTROLS, METHODS, StatesFile, SteeringVectors
 
 SCORES = ("token", "sum")
 BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
 # Strengths are set a little under a price, as other text will cost a little more or less.
 CAUTION = 0.95
-# Strengths tried for their price are doubled from the first: of vectors, of an adapter's scale.
+# Strengths tried for their price are doubled from the first: of vectors, of what was trained.
 FIRST_STRENGTH, FIRST_SCALE, DOUBLINGS = 0.005, 0.0625, 7
-CHOOSING, REPORTED = slice(0, None, 8), slice(1, None, 4)  # of the neutral passages
-CHOOSING_UNRELATED, REPORTED_UNRELATED = slice(0, None, 2), slice(1, None, 2)
+# What the neutral passages are for, by their number modulo 8. Of the unrelated questions the even
+# ones are for validation, the odd ones for test; those for training have a file of their own.
+TEXTS = {"training": (2, 3, 4, 6, 7), "validation": (0,), "test": (1, 5)}
 
 
 def flags(kind: cli.Kind):
@@ -56,11 +59,16 @@ def flags(kind: cli.Kind):
     group.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],
                        help="each draws its own steering, validation and test questions")
     group.add_argument("--max_ppl_increase", nargs="+", type=cli.positive_float, default=BUDGETS,
-                       help="prices allowed: how much the perplexity of neutral text may rise; "
-                            "strengths are set by them unless --alphas gives some")
+                       help="prices allowed: how much the perplexity of neutral text may rise")
+    group.add_argument("--strengths_at", nargs="+", type=cli.positive_float,
+                       help="prices by which strengths are set, unless --alphas gives some "
+                            "(default: every other one of those allowed)")
     group.add_argument("--max_unrelated_loss", type=cli.not_negative, default=0.02,
                        help="accuracy on unrelated questions that may be lost; results are given "
                             "with and without this limit")
+    group.add_argument("--train_vectors", action=argparse.BooleanOptionalAction, default=True,
+                       help="beside the vectors of --methods, train one a layer on the same "
+                            "examples, held to what the model says of other text")
     group.add_argument("--lora", default="none", choices=("none", *lora.OBJECTIVES),
                        help="beside the vectors, train LoRA on the same examples")
     group.add_argument("--num_generations", type=cli.positive, default=8,
@@ -139,9 +147,20 @@ class Lora:
 
     adapter: dict[str, torch.Tensor] = field(compare=False, repr=False)
     method: str = "lora"
+    first_strength = FIRST_SCALE
 
     def at(self, alpha: float, units: str = "relative") -> Tuned:
         return Tuned(self.method, "", (), alpha, adapter=self.adapter)
+
+
+@dataclass(frozen=True)
+class Trained(Direction):
+    """Trained vectors, whose lengths were learnt: a strength of 1 is what they were trained for."""
+
+    first_strength = FIRST_SCALE
+
+    def at(self, alpha: float, units: str = "relative") -> Configuration:
+        return super().at(alpha, "absolute")
 
 
 @dataclass(frozen=True)
@@ -155,7 +174,7 @@ class Study:
     seed: int
     parts: dict[str, list[data.Example]]
     used: frozenset[str]
-    directions: list[Direction | Lora]
+    directions: list[Direction | Trained | Lora]
     manifest: dict
 
     @property
@@ -185,51 +204,82 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
         for file, vectors in made.items():
             vectors.save(file)
     manifest = cli.evaluation_manifest(args, "experiment", lm, states, parts)
+    pairs = [prompts.encode(lm, example.pair(), args.prompt_style)
+             for example in cli.steering_examples(args)]
+    if args.train_vectors:
+        directions.append(trained_vectors(lm, args, pairs, states["pos"], manifest))
     if args.lora != "none":
-        directions.append(Lora(trained(lm, args, cli.steering_examples(args), manifest)))
+        directions.append(trained_lora(lm, args, pairs, manifest))
     used = {*states["pos"].info["data"]["questions"],
             *map(data.question_key, parts["validation"])}
     return Study(name, seed, parts, frozenset(used), directions, manifest)
 
 
-def trained(lm, args, examples: list[data.Example], manifest: dict) -> dict[str, torch.Tensor]:
+def trained_vectors(lm, args, pairs: list[Encoded], states: StatesFile, manifest: dict) -> Trained:
+    """Vectors trained on the steering examples, or as they were trained before."""
+    layers = cli.parse_layers(args.layer_idxs, len(lm.layers))
+    texts, questions = kept_items(lm, "training")
+    info = {**states.info, "stage": "steering_vectors", "method": "trained", "mode": ""}
+
+    def train() -> dict[str, torch.Tensor]:
+        norms = states.norms()
+        vectors = trained.train(lm, pairs, texts, questions, norms, layers, seed=args.seed,
+                                max_tokens=args.batch_tokens)
+        return {"vectors": vectors, "norms": norms}
+
+    path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_trained.safetensors"
+    once(path, manifest | {"trained": trained.DEFAULTS}, args, "trained vectors", train,
+         lambda tensors: SteeringVectors(**tensors, info=info).save(path))
+    return Trained("trained", "", tuple(layers), SteeringVectors.load(path))
+
+
+def trained_lora(lm, args, pairs: list[Encoded], manifest: dict) -> Lora:
     """LoRA's adapter, trained on the steering examples, or as it was trained before."""
     path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_lora.safetensors"
     manifest = manifest | {"lora": {"objective": args.lora, **lora.DEFAULTS},
                            "peft": version("peft")}
+    once(path, manifest, args, f"LoRA ({args.lora})",
+         lambda: lora.train(lm, pairs, args.lora, seed=args.seed, max_tokens=args.batch_tokens),
+         lambda adapter: lora.save(path, adapter, manifest))
+    return Lora(lora.load(path)[0])
+
+
+def once(path: Path, manifest: dict, args, what: str, make, save) -> None:
+    """Have `save` write to `path` the tensors that `make` gives, unless they are there."""
     work = runs.Run([path], manifest, args.overwrite)
     if not work.finished:
-        for _ in work.todo(1, f"LoRA ({args.lora})"):
-            pairs = [prompts.encode(lm, example.pair(), args.prompt_style)
-                     for example in examples]
-            adapter = lora.train(lm, pairs, args.lora, seed=args.seed,
-                                 max_tokens=args.batch_tokens)
-            work.save(0, adapter, [])
+        for _ in work.todo(1, what):
+            work.save(0, make(), [])
         if work.all_done():
-            lora.save(path, next(work.units(1))[0], manifest)
+            save(next(work.units(1))[0])
         work.finish()
-    return lora.load(path)[0]
 
 
 def priced(lm, one: Study, args) -> list[Configuration]:
-    """Every direction at the strengths that cost the prices allowed (or at --alphas)."""
+    """Every direction at the strengths that cost certain prices (or at --alphas)."""
     if args.alphas:
         return [direction.at(alpha, args.alpha_units) for direction in one.directions
                 for alpha in args.alphas]
-    texts = [costs.continuation(lm, text) for text in costs.neutral_texts()[CHOOSING]]
-    targets = np.log1p(CAUTION * np.sort(args.max_ppl_increase))
+    texts = kept_items(lm, "validation")[0]
+    wanted = np.sort(args.strengths_at or sorted(args.max_ppl_increase)[::2])
+    targets = np.log1p(CAUTION * wanted)
     curves = [[(0.0, 0.0)] for _ in one.directions]
+
+    def measure(tried: list[tuple[int, float]], what: str) -> None:
+        """Put what directions (by number) cost at some strengths on their curves."""
+        items = [one.directions[index].at(alpha, args.alpha_units) for index, alpha in tried]
+        losses = np.log(costs.perplexity_of(texts, scores_of(lm, texts, items, args, one, what)))
+        for (index, alpha), loss in zip(tried, losses[1:], strict=True):
+            curves[index] = sorted([*curves[index], (alpha, loss - losses[0])])
+
     for doubling in range(DOUBLINGS):
-        left = [index for index, curve in enumerate(curves) if curve[-1][1] < targets[-1]]
-        if not left:
-            break
-        tried = [one.directions[index].at(
-            (FIRST_SCALE if isinstance(one.directions[index], Lora) else FIRST_STRENGTH)
-            * 2 ** doubling, args.alpha_units) for index in left]
-        scores = scores_of(lm, texts, tried, args, one, f"price{doubling}")
-        losses = np.log(costs.perplexity_of(texts, scores))
-        for index, item, loss in zip(left, tried, losses[1:], strict=True):
-            curves[index].append((item.alpha, loss - losses[0]))
+        tried = [(index, getattr(direction, "first_strength", FIRST_STRENGTH) * 2 ** doubling)
+                 for index, direction in enumerate(one.directions)
+                 if curves[index][-1][1] < targets[-1]]
+        if tried:
+            measure(tried, f"price{doubling}")
+    measure([(index, alpha) for index, curve in enumerate(curves)
+             for alpha in strengths(curve, targets)], "price_between")
     return [direction.at(alpha, args.alpha_units)
             for direction, curve in zip(one.directions, curves, strict=True)
             for alpha in strengths(curve, targets)]
@@ -265,11 +315,7 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
                     if data.question_key(example) not in one.used]
     neutral, unrelated = [], []
     if other is one:
-        texts, questions = ((CHOOSING, CHOOSING_UNRELATED) if part == "validation" else
-                            (REPORTED, REPORTED_UNRELATED))
-        neutral = [costs.continuation(lm, text) for text in costs.neutral_texts()[texts]]
-        unrelated = [prompts.encode(lm, item, "qa")
-                     for item in costs.unrelated_examples()[questions]]
+        neutral, unrelated = kept_items(lm, part)
     asked = encode(lm, examples, args)
     scores = iter(scores_of(lm, [*asked, *neutral, *unrelated], configurations, args, one,
                             f"{part}_{other.dataset}"))
@@ -295,28 +341,30 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
 
 
 def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
-    """For every method, mode, score, price and limit: the configuration best on validation.
+    """For every method, mode, price and limit: the configuration best on validation.
 
-    Once whatever happens to unrelated questions, once within --max_unrelated_loss. The base model
-    is one of the choices: where no configuration is affordable and better, the row says base.
+    Best is the mean of the two accuracies, in sum and per token, so that one configuration stands
+    for both. Once whatever happens to unrelated questions, once within --max_unrelated_loss. The
+    base model is one of the choices: where no configuration is affordable and better, the rows say
+    base. A row for each score.
     """
+    validated = validated.assign(both=validated[[f"accuracy_{kind}" for kind in SCORES]].mean(1))
     base, steered = validated.iloc[0], validated.iloc[1:]
     lost = -steered[["unrelated_change", "unrelated_change_sum"]].min(axis=1)
     rows = []
     for (method, mode), table in steered.groupby(["method", "mode"], sort=False):
-        for kind, budget, limit in itertools.product(
-                SCORES, args.max_ppl_increase, (np.inf, args.max_unrelated_loss)):
+        for budget, limit in itertools.product(args.max_ppl_increase,
+                                               (np.inf, args.max_unrelated_loss)):
             affordable = table[(table.perplexity_increase <= budget)
-                               & (lost[table.index] <= limit + 1e-9)]
-            best = affordable.sort_values([f"accuracy_{kind}", "perplexity_increase"],
-                                          ascending=[False, True]).head(1)
-            if not len(best) or best[f"accuracy_{kind}"].iloc[0] <= base[f"accuracy_{kind}"]:
-                best = validated.head(1)
-            found = best.iloc[0]
-            rows.append({
-                "method": method, "mode": mode, "score": kind, "max_ppl_increase": budget,
-                "max_unrelated_loss": limit, "configuration": found.configuration,
-                "validation_gain": found[f"accuracy_{kind}"] - base[f"accuracy_{kind}"]})
+                               & (lost[table.index] <= limit + 1e-9)
+                               & (table.both > base.both)]
+            best = affordable.sort_values(["both", "perplexity_increase"],
+                                          ascending=[False, True])
+            found = best.iloc[0] if len(best) else base
+            rows += [{"method": method, "mode": mode, "score": kind, "max_ppl_increase": budget,
+                      "max_unrelated_loss": limit, "configuration": found.configuration,
+                      "validation_gain": found[f"accuracy_{kind}"] - base[f"accuracy_{kind}"]}
+                     for kind in SCORES]
     return pd.DataFrame(rows)
 
 
@@ -346,6 +394,15 @@ def generations(lm, one: Study, configurations, args) -> pd.DataFrame:
             runs.write_rows(path, (rows for _, rows in work.units(1)))
         work.finish()
     return pd.read_csv(path, keep_default_na=False)
+
+
+def kept_items(lm, part: str) -> tuple[list[Encoded], list[Encoded]]:
+    """The neutral passages and the unrelated questions that are for one part of the experiment."""
+    texts = [text for index, text in enumerate(costs.neutral_texts()) if index % 8 in TEXTS[part]]
+    questions = (costs.unrelated_examples(costs.UNRELATED_TRAINING) if part == "training" else
+                 costs.unrelated_examples()[("validation", "test").index(part)::2])
+    return ([costs.continuation(lm, text) for text in texts],
+            [prompts.encode(lm, example, "qa") for example in questions])
 
 
 def by_kind(configurations) -> tuple[list[Configuration], list[Tuned]]:
@@ -457,16 +514,19 @@ def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     others' questions."""
     found = []
     own = table[table.dataset == table.evaluated_on]
-    for (dataset, kind, limit), rows in own.groupby(["dataset", "score", "max_unrelated_loss"],
-                                                    sort=False):
+    for (dataset, limit), limited in own.groupby(["dataset", "max_unrelated_loss"], sort=False):
         kept = ("whatever happens to unrelated questions" if np.isinf(limit) else
                 f"losing at most {limit:.0%} of unrelated questions on validation")
-        found.append((
-            f"{dataset}: gain in {kind} accuracy in points, {rows.questions.max()} test questions, "
-            f"base {rows.base_accuracy.iloc[0]:.1%}, {rows.seeds.max()} seed(s); {kept}; by the "
-            "rise of perplexity allowed", pivot(rows, "max_ppl_increase", "+{:.0%}")))
-        found.append(("the same: measured rise of perplexity / change on unrelated questions",
-                      pivot(rows, "max_ppl_increase", "+{:.0%}", prices)))
+        for kind, rows in limited.groupby("score", sort=False):
+            found.append((
+                f"{dataset}: gain in {kind} accuracy in points, {rows.questions.max()} test "
+                f"questions, base {rows.base_accuracy.iloc[0]:.1%}, {rows.seeds.max()} seed(s); "
+                f"{kept}; by the rise of perplexity allowed",
+                pivot(rows, "max_ppl_increase", "+{:.0%}")))
+        found.append((f"{dataset}: what these cost, measured rise of perplexity / change on "
+                      "unrelated questions",
+                      pivot(limited[limited.score == SCORES[0]], "max_ppl_increase", "+{:.0%}",
+                            prices)))
     away = table[(table.dataset != table.evaluated_on) & np.isinf(table.max_unrelated_loss)]
     for (dataset, kind, budget), rows in away.groupby(["dataset", "score", "max_ppl_increase"],
                                                       sort=False):

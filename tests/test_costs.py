@@ -109,9 +109,11 @@ def test_the_embedded_texts():
     assert costs.neutral_texts() == [row["text"] for row in rows]
 
 
-def test_the_embedded_questions():
-    rows = [json.loads(line) for line in costs.UNRELATED.read_text(encoding="utf-8").splitlines()]
-    assert len(rows) >= 200 and len({row["category"] for row in rows}) >= 10
+@pytest.mark.parametrize(("path", "least"), [(costs.UNRELATED, 200),
+                                             (costs.UNRELATED_TRAINING, 180)])
+def test_the_embedded_questions(path, least):
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= least and len({row["category"] for row in rows}) >= 10
     for field in ("id", "question"):
         assert len({row[field].lower() for row in rows}) == len(rows)
     for row in rows:
@@ -123,9 +125,15 @@ def test_the_embedded_questions():
     others = {json.loads(line)["question"].lower() for line in misconceptions.splitlines()}
     assert not others & {row["question"].lower() for row in rows}
 
-    examples = costs.unrelated_examples()
+    examples = costs.unrelated_examples(path)
     assert [(item.id, item.question, list(item.choices), item.label) for item in examples] == [
         (row["id"], row["question"], row["choices"], row["label"]) for row in rows]
+
+
+def test_no_question_is_both_for_training_and_for_the_report():
+    training, others = ({item.question.lower() for item in costs.unrelated_examples(path)}
+                        for path in (costs.UNRELATED_TRAINING, costs.UNRELATED))
+    assert not training & others
 
 
 def test_repetition():

@@ -6,6 +6,7 @@ Both are measured as steered at inference: at every position, by replay above th
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from grains.scoring import Configuration, batches, margins, score
 
 NEUTRAL = data.PACKAGED / "neutral_text.jsonl"
 UNRELATED = data.PACKAGED / "unrelated.jsonl"
+UNRELATED_TRAINING = data.PACKAGED / "unrelated_training.jsonl"
 
 
 def neutral_texts() -> list[str]:
@@ -26,9 +28,9 @@ def neutral_texts() -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def unrelated_examples() -> list[Example]:
+def unrelated_examples(path: Path = UNRELATED) -> list[Example]:
     """The embedded easy questions of four choices, in the order of the file."""
-    rows, source = data.load("unrelated", "train", str(UNRELATED))
+    rows, source = data.load("unrelated", "train", str(path))
     return [data.read(rows, source, index) for index in range(len(rows))]
 
 

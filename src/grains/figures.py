@@ -173,10 +173,10 @@ def draw_heat(axes: Axes, picture: Image.Image, heat: np.ndarray, largest: float
 
 
 def look(method: str) -> tuple[str, str]:
-    """Colour and marker. Controls are grey; a method that makes no vectors has the last ones."""
+    """Colour and marker. Controls are grey; LoRA has the last ones."""
     if method in CONTROLS:
         return GREY, CONTROL_MARKERS[CONTROLS.index(method)]
-    methods = [name for name in METHODS if name not in CONTROLS]
+    methods = [*(name for name in METHODS if name not in CONTROLS), "trained"]
     return PALETTE[methods.index(method) if method in methods else -1]
 
 

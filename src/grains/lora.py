@@ -80,7 +80,7 @@ def train(
                                          unit="pair") as bar:
         parameters = [tensor for tensor in lm.layers.parameters() if tensor.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        width, checkpointed = _fitting(lm, pairs, max_tokens)
+        width, checkpointed = fitting(lm, pairs, max_tokens)
         for epoch in range(epochs):
             for step in torch.randperm(len(pairs), generator=generator).split(PAIRS_PER_STEP):
                 total = 0.0
@@ -152,11 +152,14 @@ def _injected(lm: LanguageModel, rank: int, seed: int = 0) -> Iterator[None]:
             tensor.requires_grad_(flag)
 
 
-def log_likelihoods(lm: LanguageModel, encoded: list[Encoded], checkpointed: bool = False
-                    ) -> Tensor:
-    """(n, C) summed log P of each of C responses to n examples of one batch, differentiable."""
+def log_likelihoods(lm: LanguageModel, encoded: list[Encoded], checkpointed: bool = False,
+                    after=None) -> Tensor:
+    """(n, C) summed log P of each of C responses to n examples of one batch, differentiable.
+
+    after, checkpointed: see `replay`.
+    """
     batch, read = packed_batch(lm, encoded)
-    final = replay(lm, batch.embeds, batch.kwargs, checkpointed=checkpointed)
+    final = replay(lm, batch.embeds, batch.kwargs, after=after, checkpointed=checkpointed)
     return read(final[None])[0].view(len(encoded), -1)
 
 
@@ -178,7 +181,7 @@ def _reference(lm: LanguageModel, pairs: list[Encoded], max_tokens: int) -> Tens
     return values
 
 
-def _fitting(lm: LanguageModel, pairs: list[Encoded], max_tokens: int) -> tuple[int, bool]:
+def fitting(lm: LanguageModel, pairs: list[Encoded], max_tokens: int) -> tuple[int, bool]:
     """The positions that can be computed at a time, and whether with checkpoints."""
     longest = max(pairs, key=lambda item: item.length)
     packed = pack(longest.sequences(without_last=True))

@@ -1,0 +1,144 @@
+"""Steering vectors trained on the preference pairs, held to what the model could do before.
+
+The vectors of the method `gradient` are one step of an ascent on the pairs' objective. Here the
+ascent goes on, at all steered layers jointly, as in BiPO (Cao et al. 2024, arXiv 2406.00045), with
+a margin for a loss and with a price: of a batch of pairs, of texts and of questions,
+
+    - 1/2 log sigmoid(margin per token / 0.6) - 1/2 log sigmoid(summed margin / 10)
+    + 3 max(0, rise of a text's negative log-likelihood per token)
+    + KL of the choice between a question's answers from the base model's, per token and summed
+
+where a margin is log P(y+) - log P(y-). The paper has no such vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, logsigmoid
+from tqdm import tqdm
+
+from grains.errors import UserError
+from grains.lora import fitting, log_likelihoods
+from grains.models import LanguageModel
+from grains.prompts import Encoded
+from grains.scoring import batches
+from grains.vectors import steer
+
+DEFAULTS = {"epochs": 8, "learning_rate": 4e-4}
+TEXT_WEIGHT, QUESTION_WEIGHT = 3.0, 1.0
+PAIRS, TEXTS, QUESTIONS = 10, 3, 12  # of a step
+# Units of the margins, twice their spread over a small model's questions: with smaller ones pairs
+# that are right already teach nothing, and fewer other questions follow.
+TOKEN_UNIT, SUM_UNIT = 0.6, 10.0
+CHOICE_UNIT = 0.3  # of the log-likelihoods per token that other questions are answered by
+
+
+def train(
+    lm: LanguageModel,
+    pairs: list[Encoded],
+    texts: list[Encoded],
+    questions: list[Encoded],
+    norms: Tensor,
+    layers: list[int],
+    epochs: int = DEFAULTS["epochs"],
+    learning_rate: float = DEFAULTS["learning_rate"],
+    seed: int = 0,
+    max_tokens: int = 2048,
+) -> Tensor:
+    """Train one vector a layer; the model leaves as it came.
+
+    pairs: examples with two responses, the preferred one first. texts: see `costs.continuation`.
+    questions: with equally many answers, of which none need be the right one.
+    norms: (L,) median ||h_l||, the unit in which the vectors of all layers learn alike.
+    layers: those that are steered. max_tokens: positions computed at a time, which changes no
+        more than rounding.
+    Returns (L, D), zero at the other layers; added as they are (alpha 1, absolute units) they are
+    what was trained. Raises UserError if something to train on is missing, or the loss is no
+    number.
+    """
+    for name, items in (("pairs", pairs), ("texts", texts), ("questions", questions)):
+        if not items:
+            raise UserError(f"training vectors needs pairs, texts and questions, found no {name}")
+    parts = [_Part(pairs, PAIRS, 1.0, pair_losses), _Part(texts, TEXTS, TEXT_WEIGHT, text_losses),
+             _Part(questions, QUESTIONS, QUESTION_WEIGHT, question_losses)]
+    fits = [fitting(lm, part.items, max_tokens) for part in parts]
+    width, checkpointed = min(width for width, _ in fits), any(tight for _, tight in fits)
+    with torch.no_grad():
+        for part in parts:
+            for group in batches([item.length for item in part.items], max_tokens):
+                values = log_likelihoods(lm, [part.items[index] for index in group])
+                part.base.update(zip(group, values, strict=True))
+
+    vectors = torch.zeros(len(layers), lm.hidden_size, requires_grad=True)
+    row = {layer: index for index, layer in enumerate(layers)}
+
+    def after(layer: int, states: Tensor) -> Tensor:
+        return steer(states, norms[layer] * vectors[row[layer]]) if layer in row else states
+
+    optimizer = torch.optim.Adam([vectors], lr=learning_rate, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(seed)
+    queues = [part.queue(generator) for part in parts]
+    steps = epochs * len(parts[0].groups)
+    for step in tqdm(range(steps), desc="training vectors", unit="step"):
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
+        total = 0.0
+        for part, queue in zip(parts, queues, strict=True):
+            members = next(queue)
+            for some in batches([part.items[index].length for index in members], width):
+                some = [members[index] for index in some]
+                values = log_likelihoods(lm, [part.items[i] for i in some], checkpointed, after)
+                loss = part.weight / len(members) * part.losses(
+                    values, torch.stack([part.base[i] for i in some]),
+                    torch.tensor([list(map(len, part.items[i].responses)) for i in some])).sum()
+                loss.backward(inputs=[vectors])
+                total += loss.item()
+        if not math.isfinite(total):
+            raise UserError(f"the loss of the vectors became {total} in step {step + 1}: give "
+                            "--dtype float32")
+        optimizer.step()
+        optimizer.zero_grad()
+    found = torch.zeros(len(lm.layers), lm.hidden_size)
+    found[layers] = norms[layers, None] * vectors.detach()
+    return found
+
+
+def pair_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
+    """(n,) from (n, 2) log-likelihoods of y+ and y-, steered and base, and their tokens (n, 2)."""
+    chosen, rejected = (values / lengths).unbind(dim=1)
+    return -(logsigmoid((chosen - rejected) / TOKEN_UNIT)
+             + logsigmoid((values[:, 0] - values[:, 1]) / SUM_UNIT)) / 2
+
+
+def text_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
+    """(n,) how much less likely a text (n, 1) is than to the base model, per token; 0 if more."""
+    return ((base - values) / lengths)[:, 0].clamp_min(0)
+
+
+def question_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
+    """(n,) KL of the choice between the answers (n, C) from the base model's."""
+    per_token = kl_div((values / lengths / CHOICE_UNIT).log_softmax(1),
+                       (base / lengths / CHOICE_UNIT).log_softmax(1), log_target=True,
+                       reduction="none").sum(1)
+    summed = kl_div(values.log_softmax(1), base.log_softmax(1), log_target=True,
+                    reduction="none").sum(1)
+    return per_token + summed
+
+
+class _Part:
+    """One kind of items to train on, in groups of like length, with its loss."""
+
+    def __init__(self, items: list[Encoded], size: int, weight: float, losses):
+        self.items, self.weight, self.losses = items, weight, losses
+        order = sorted(range(len(items)), key=lambda index: items[index].length)
+        self.groups = [order[start:start + size] for start in range(0, len(order), size)]
+        self.base: dict[int, Tensor] = {}
+
+    def queue(self, generator: torch.Generator) -> Iterator[list[int]]:
+        """The groups over and over, each time in another order."""
+        while True:
+            for index in torch.randperm(len(self.groups), generator=generator):
+                yield self.groups[index]

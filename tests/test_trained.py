@@ -1,0 +1,157 @@
+"""Trained vectors against a loop of one's own: separate sequences, hooks, losses by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import embeds, encoded, log_likelihood, no_hooks, relative, words
+
+from grains import trained
+from grains.errors import UserError
+
+W = words(120, seed=9)
+PAIRS = [(W[:11], [W[20:24], W[30:33]]), (W[40:43], [W[20:22], W[22:25]]),
+         (W[44:46], [W[24:36], W[36:40]])]
+# The texts hold rejected answers, so that what the pairs teach costs them.
+TEXTS = [(W[:11], [W[30:33]]), (W[40:43], [W[22:25]]), (W[44:46], [W[36:40]])]
+QUESTIONS = [(W[95:100], [W[1:3], W[3:6], W[6:7]]), (W[100:104], [W[7:9], W[9:10], W[11:14]])]
+LAYERS = [1, 3]
+
+
+@pytest.fixture
+def lm(make_tiny):
+    return make_tiny("llama")
+
+
+def items(lm):
+    return [[encoded(lm, prompt, responses) for prompt, responses in group]
+            for group in (PAIRS, TEXTS, QUESTIONS)]
+
+
+def norms(lm):
+    return torch.arange(1.0, 1.0 + len(lm.layers))
+
+
+def own_values(lm, group, added=None):
+    """(n, C) log-likelihoods, every response a sequence of its own, vectors added by hooks."""
+    def hook(vector):
+        def steer(module, args, output):
+            moved = output + vector
+            return moved * output.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
+        return steer
+
+    handles = [lm.layers[layer].register_forward_hook(hook(vector))
+               for layer, vector in (added or {}).items()]
+    try:
+        return torch.stack([torch.stack([log_likelihood(lm, embeds(lm, item.prompt_ids), response)
+                                         for response in item.responses]) for item in group])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def own_loss(pairs, texts, questions, base, lengths):
+    """The loss as the module's description writes it, from log-likelihoods."""
+    def kl(one, other):
+        return (one.exp() * (one - other)).sum(1)
+
+    per_token = (pairs / lengths[0]).unbind(1)
+    loss = -(torch.sigmoid((per_token[0] - per_token[1]) / 0.6).log().mean()
+             + torch.sigmoid((pairs[:, 0] - pairs[:, 1]) / 10).log().mean()) / 2
+    rises = (base[1] - texts)[:, 0] / lengths[1][:, 0]
+    loss = loss + trained.TEXT_WEIGHT * torch.relu(rises).mean()
+    for scale in (1.0, 0.3 * lengths[2]):
+        loss = loss + kl((base[2] / scale).log_softmax(1),
+                               (questions / scale).log_softmax(1)).mean()
+    return loss
+
+
+def own_training(lm, groups, steps, rate):
+    lengths = [torch.tensor([[len(response) for response in item.responses] for item in group])
+               for group in groups]
+    with torch.no_grad():
+        base = [own_values(lm, group) for group in groups]
+    vectors = torch.zeros(len(LAYERS), lm.hidden_size, requires_grad=True)
+    optimizer = torch.optim.Adam([vectors], lr=rate, betas=(0.9, 0.95))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (steps - step) / steps
+        added = {layer: norms(lm)[layer] * vectors[row] for row, layer in enumerate(LAYERS)}
+        values = [own_values(lm, group, added) for group in groups]
+        optimizer.zero_grad()
+        own_loss(*values, base, lengths).backward()
+        optimizer.step()
+    return vectors.detach() * norms(lm)[LAYERS, None]
+
+
+def train(lm, epochs=3, rate=1e-2, **options):
+    return trained.train(lm, *items(lm), norms(lm), LAYERS, epochs, rate, **options)
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight):
+    """So few items make one group each. At the start the texts' loss has an edge, which rounding
+    falls on either side of: its weight begins to count in a second test, from other vectors."""
+    monkeypatch.setattr(trained, "TEXT_WEIGHT", weight)
+    if weight:
+        monkeypatch.setattr(trained, "text_losses", lambda values, base, lengths: (
+            (base - values) / lengths)[:, 0])
+        monkeypatch.setattr(torch, "relu", lambda rises: rises)
+    found = train(lm)
+    expected = own_training(lm, items(lm), 3, 1e-2)
+    assert relative(found[LAYERS], expected) <= 0.02
+    assert (found[[0, 2]] == 0).all()
+    assert no_hooks(lm)
+
+
+def test_the_pairs_are_preferred_or_the_texts_are_kept(lm, monkeypatch):
+    pairs, texts, _ = items(lm)
+    rises, margins = {}, {}
+    with torch.no_grad():
+        base = [own_values(lm, group) for group in (pairs, texts)]
+    for weight in (0.0, 100.0):
+        monkeypatch.setattr(trained, "TEXT_WEIGHT", weight)
+        found = train(lm, epochs=10, rate=0.05)
+        with torch.no_grad():
+            values = [own_values(lm, group, dict(zip(LAYERS, found[LAYERS], strict=True)))
+                      for group in (pairs, texts)]
+        margins[weight] = ((values[0] - base[0])[:, 0] - (values[0] - base[0])[:, 1]).mean()
+        rises[weight] = (base[1] - values[1]).clamp_min(0).sum()
+    assert margins[0.0] > 1
+    assert rises[0.0] > 0.1 and rises[100.0] < 0.2 * rises[0.0]
+
+
+def test_losses_by_hand():
+    lengths = torch.tensor([[2.0, 4.0]])
+    values, base = torch.tensor([[-4.0, -10.0]]), torch.tensor([[-5.0, -9.0]])
+    # per token -2 and -2.5: 0.5 / 0.6; in sum 6 / 10
+    expected = (torch.log1p(torch.exp(torch.tensor(-0.5 / 0.6)))
+                + torch.log1p(torch.exp(torch.tensor(-6 / 10)))) / 2
+    assert trained.pair_losses(values, base, lengths)[0] == pytest.approx(expected.item())
+    texts = trained.text_losses(torch.tensor([[-6.0], [-4.0]]), torch.tensor([[-5.0], [-5.0]]),
+                                torch.tensor([[2], [2]]))
+    assert texts.tolist() == [0.5, 0.0]
+    assert trained.question_losses(base, base, lengths).item() == pytest.approx(0, abs=1e-6)
+    assert trained.question_losses(values, base, lengths).item() > 0.01
+
+
+@pytest.mark.parametrize("change", ["one at a time", "checkpointed"])
+def test_the_size_of_micro_batches_changes_nothing(lm, monkeypatch, change):
+    monkeypatch.setattr(trained, "TEXT_WEIGHT", 0.0)
+    expected = train(lm)
+    found = (train(lm, max_tokens=1) if change == "one at a time"
+             else train(replace(lm, memory=0)))
+    assert relative(found, expected) <= 0.02
+
+
+def test_the_seed_decides(lm, monkeypatch):
+    monkeypatch.setattr(trained, "PAIRS", 1)
+    one, same, other = (train(lm, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_what_is_missing_is_refused(lm):
+    pairs, texts, questions = items(lm)
+    for groups, name in (([[], texts, questions], "pairs"), ([pairs, [], questions], "texts"),
+                         ([pairs, texts, []], "questions")):
+        with pytest.raises(UserError, match=f"found no {name}"):
+            trained.train(lm, *groups, norms(lm), LAYERS)
