@@ -45,6 +45,8 @@ BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
 CAUTION = 0.95
 # Strengths tried for their price are doubled from the first: of vectors, of what was trained.
 FIRST_STRENGTH, FIRST_SCALE, DOUBLINGS = 0.005, 0.0625, 7
+# What was trained may cost no perplexity and yet unrelated questions: it is tried weaker as well.
+WEAKER = (0.5, 0.7)
 # What the neutral passages are for, by their number modulo 8. Of the unrelated questions the even
 # ones are for validation, the odd ones for test; those for training have a file of their own.
 TEXTS = {"training": (2, 3, 4, 6, 7), "validation": (0,), "test": (1, 5)}
@@ -147,7 +149,7 @@ class Lora:
 
     adapter: dict[str, torch.Tensor] = field(compare=False, repr=False)
     method: str = "lora"
-    first_strength = FIRST_SCALE
+    first_strength, weaker = FIRST_SCALE, WEAKER
 
     def at(self, alpha: float, units: str = "relative") -> Tuned:
         return Tuned(self.method, "", (), alpha, adapter=self.adapter)
@@ -157,7 +159,7 @@ class Lora:
 class Trained(Direction):
     """Trained vectors, whose lengths were learnt: a strength of 1 is what they were trained for."""
 
-    first_strength = FIRST_SCALE
+    first_strength, weaker = FIRST_SCALE, WEAKER
 
     def at(self, alpha: float, units: str = "relative") -> Configuration:
         return super().at(alpha, "absolute")
@@ -282,7 +284,7 @@ def priced(lm, one: Study, args) -> list[Configuration]:
              for alpha in strengths(curve, targets)], "price_between")
     return [direction.at(alpha, args.alpha_units)
             for direction, curve in zip(one.directions, curves, strict=True)
-            for alpha in strengths(curve, targets)]
+            for alpha in (*getattr(direction, "weaker", ()), *strengths(curve, targets))]
 
 
 def strengths(curve: list[tuple[float, float]], targets) -> list[float]:
