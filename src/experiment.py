@@ -19,6 +19,7 @@ import itertools
 import shlex
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,6 +46,7 @@ BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
 CAUTION = 0.95
 # Strengths tried for their price are doubled from the first: of vectors, of what was trained.
 FIRST_STRENGTH, FIRST_SCALE, DOUBLINGS = 0.005, 0.0625, 7
+LEARNT = ("trained", "lora")
 # What was trained may cost no perplexity and yet unrelated questions: it is tried weaker as well.
 WEAKER = (0.5, 0.7)
 # What the neutral passages are for, by their number modulo 8. Of the unrelated questions the even
@@ -149,7 +151,6 @@ class Lora:
 
     adapter: dict[str, torch.Tensor] = field(compare=False, repr=False)
     method: str = "lora"
-    first_strength, weaker = FIRST_SCALE, WEAKER
 
     def at(self, alpha: float, units: str = "relative") -> Tuned:
         return Tuned(self.method, "", (), alpha, adapter=self.adapter)
@@ -158,8 +159,6 @@ class Lora:
 @dataclass(frozen=True)
 class Trained(Direction):
     """Trained vectors, whose lengths were learnt: a strength of 1 is what they were trained for."""
-
-    first_strength, weaker = FIRST_SCALE, WEAKER
 
     def at(self, alpha: float, units: str = "relative") -> Configuration:
         return super().at(alpha, "absolute")
@@ -176,7 +175,7 @@ class Study:
     seed: int
     parts: dict[str, list[data.Example]]
     used: frozenset[str]
-    directions: list[Direction | Trained | Lora]
+    directions: list[Direction | Lora]
     manifest: dict
 
     @property
@@ -206,8 +205,12 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
         for file, vectors in made.items():
             vectors.save(file)
     manifest = cli.evaluation_manifest(args, "experiment", lm, states, parts)
-    pairs = [prompts.encode(lm, example.pair(), args.prompt_style)
-             for example in cli.steering_examples(args)]
+
+    @cache  # read and encoded by what trains first, and not at all where nothing is left to train
+    def pairs() -> list[Encoded]:
+        return [prompts.encode(lm, example.pair(), args.prompt_style)
+                for example in cli.steering_examples(args)]
+
     if args.train_vectors:
         directions.append(trained_vectors(lm, args, pairs, states["pos"], manifest))
     if args.lora != "none":
@@ -217,16 +220,16 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
     return Study(name, seed, parts, frozenset(used), directions, manifest)
 
 
-def trained_vectors(lm, args, pairs: list[Encoded], states: StatesFile, manifest: dict) -> Trained:
+def trained_vectors(lm, args, pairs, states: StatesFile, manifest: dict) -> Trained:
     """Vectors trained on the steering examples, or as they were trained before."""
     layers = cli.parse_layers(args.layer_idxs, len(lm.layers))
-    texts, questions = kept_items(lm, "training")
     info = {**states.info, "stage": "steering_vectors", "method": "trained", "mode": ""}
 
     def train() -> dict[str, torch.Tensor]:
         norms = states.norms()
-        vectors = trained.train(lm, pairs, texts, questions, norms, layers, seed=args.seed,
-                                max_tokens=args.batch_tokens)
+        vectors = trained.train(
+            lm, pairs(), neutral_items(lm, "training"), unrelated_items(lm, "training"), norms,
+            layers, seed=args.seed, max_tokens=args.batch_tokens)
         return {"vectors": vectors, "norms": norms}
 
     path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_trained.safetensors"
@@ -235,13 +238,13 @@ def trained_vectors(lm, args, pairs: list[Encoded], states: StatesFile, manifest
     return Trained("trained", "", tuple(layers), SteeringVectors.load(path))
 
 
-def trained_lora(lm, args, pairs: list[Encoded], manifest: dict) -> Lora:
+def trained_lora(lm, args, pairs, manifest: dict) -> Lora:
     """LoRA's adapter, trained on the steering examples, or as it was trained before."""
     path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_lora.safetensors"
     manifest = manifest | {"lora": {"objective": args.lora, **lora.DEFAULTS},
                            "peft": version("peft")}
     once(path, manifest, args, f"LoRA ({args.lora})",
-         lambda: lora.train(lm, pairs, args.lora, seed=args.seed, max_tokens=args.batch_tokens),
+         lambda: lora.train(lm, pairs(), args.lora, seed=args.seed, max_tokens=args.batch_tokens),
          lambda adapter: lora.save(path, adapter, manifest))
     return Lora(lora.load(path)[0])
 
@@ -262,7 +265,7 @@ def priced(lm, one: Study, args) -> list[Configuration]:
     if args.alphas:
         return [direction.at(alpha, args.alpha_units) for direction in one.directions
                 for alpha in args.alphas]
-    texts = kept_items(lm, "validation")[0]
+    texts = neutral_items(lm, "validation")
     wanted = np.sort(args.strengths_at or sorted(args.max_ppl_increase)[::2])
     targets = np.log1p(CAUTION * wanted)
     curves = [[(0.0, 0.0)] for _ in one.directions]
@@ -275,7 +278,8 @@ def priced(lm, one: Study, args) -> list[Configuration]:
             curves[index] = sorted([*curves[index], (alpha, loss - losses[0])])
 
     for doubling in range(DOUBLINGS):
-        tried = [(index, getattr(direction, "first_strength", FIRST_STRENGTH) * 2 ** doubling)
+        tried = [(index, (FIRST_SCALE if direction.method in LEARNT else FIRST_STRENGTH)
+                  * 2 ** doubling)
                  for index, direction in enumerate(one.directions)
                  if curves[index][-1][1] < targets[-1]]
         if tried:
@@ -284,7 +288,8 @@ def priced(lm, one: Study, args) -> list[Configuration]:
              for alpha in strengths(curve, targets)], "price_between")
     return [direction.at(alpha, args.alpha_units)
             for direction, curve in zip(one.directions, curves, strict=True)
-            for alpha in (*getattr(direction, "weaker", ()), *strengths(curve, targets))]
+            for alpha in (*(WEAKER if direction.method in LEARNT else ()),
+                          *strengths(curve, targets))]
 
 
 def strengths(curve: list[tuple[float, float]], targets) -> list[float]:
@@ -317,7 +322,7 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
                     if data.question_key(example) not in one.used]
     neutral, unrelated = [], []
     if other is one:
-        neutral, unrelated = kept_items(lm, part)
+        neutral, unrelated = neutral_items(lm, part), unrelated_items(lm, part)
     asked = encode(lm, examples, args)
     scores = iter(scores_of(lm, [*asked, *neutral, *unrelated], configurations, args, one,
                             f"{part}_{other.dataset}"))
@@ -398,13 +403,17 @@ def generations(lm, one: Study, configurations, args) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False)
 
 
-def kept_items(lm, part: str) -> tuple[list[Encoded], list[Encoded]]:
-    """The neutral passages and the unrelated questions that are for one part of the experiment."""
-    texts = [text for index, text in enumerate(costs.neutral_texts()) if index % 8 in TEXTS[part]]
-    questions = (costs.unrelated_examples(costs.UNRELATED_TRAINING) if part == "training" else
-                 costs.unrelated_examples()[("validation", "test").index(part)::2])
-    return ([costs.continuation(lm, text) for text in texts],
-            [prompts.encode(lm, example, "qa") for example in questions])
+def neutral_items(lm, part: str) -> list[Encoded]:
+    """The neutral passages that are for one part of the experiment."""
+    return [costs.continuation(lm, text) for index, text in enumerate(costs.neutral_texts())
+            if index % 8 in TEXTS[part]]
+
+
+def unrelated_items(lm, part: str) -> list[Encoded]:
+    """The unrelated questions that are for one part of the experiment."""
+    examples = (costs.unrelated_examples(costs.UNRELATED_TRAINING) if part == "training" else
+                costs.unrelated_examples()[("validation", "test").index(part)::2])
+    return [prompts.encode(lm, example, "qa") for example in examples]
 
 
 def by_kind(configurations) -> tuple[list[Configuration], list[Tuned]]:

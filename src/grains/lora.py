@@ -74,7 +74,7 @@ def train(
     if objective == "sft":
         pairs = [replace(item, responses=item.responses[:1]) for item in pairs]
     answers = torch.tensor([len(item.responses[0]) for item in pairs])
-    reference = _reference(lm, pairs, max_tokens) if objective == "dpo" else None
+    reference = base_log_likelihoods(lm, pairs, max_tokens) if objective == "dpo" else None
     generator = torch.Generator().manual_seed(seed)
     with _injected(lm, rank, seed), tqdm(total=epochs * len(pairs), desc=f"LoRA ({objective})",
                                          unit="pair") as bar:
@@ -173,11 +173,11 @@ def dpo_losses(values: Tensor, reference: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _reference(lm: LanguageModel, pairs: list[Encoded], max_tokens: int) -> Tensor:
-    """(N, 2) log-likelihoods under the model without an adapter."""
-    values = torch.empty(len(pairs), 2)
-    for group in batches([item.length for item in pairs], max_tokens):
-        values[group] = log_likelihoods(lm, [pairs[index] for index in group])
+def base_log_likelihoods(lm: LanguageModel, items: list[Encoded], max_tokens: int) -> Tensor:
+    """(N, C) log-likelihoods of any number of items, each of C responses, as the model is."""
+    values = torch.empty(len(items), len(items[0].responses))
+    for group in batches([item.length for item in items], max_tokens):
+        values[group] = log_likelihoods(lm, [items[index] for index in group])
     return values
 
 

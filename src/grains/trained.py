@@ -22,7 +22,7 @@ from torch.nn.functional import kl_div, logsigmoid
 from tqdm import tqdm
 
 from grains.errors import UserError
-from grains.lora import fitting, log_likelihoods
+from grains.lora import base_log_likelihoods, fitting, log_likelihoods
 from grains.models import LanguageModel
 from grains.prompts import Encoded
 from grains.scoring import batches
@@ -63,15 +63,12 @@ def train(
     for name, items in (("pairs", pairs), ("texts", texts), ("questions", questions)):
         if not items:
             raise UserError(f"training vectors needs pairs, texts and questions, found no {name}")
-    parts = [_Part(pairs, PAIRS, 1.0, pair_losses), _Part(texts, TEXTS, TEXT_WEIGHT, text_losses),
-             _Part(questions, QUESTIONS, QUESTION_WEIGHT, question_losses)]
+    parts = [_Part(items, base_log_likelihoods(lm, items, max_tokens), *settings)
+             for items, *settings in ((pairs, PAIRS, 1.0, pair_losses),
+                                      (texts, TEXTS, TEXT_WEIGHT, text_losses),
+                                      (questions, QUESTIONS, QUESTION_WEIGHT, question_losses))]
     fits = [fitting(lm, part.items, max_tokens) for part in parts]
     width, checkpointed = min(width for width, _ in fits), any(tight for _, tight in fits)
-    with torch.no_grad():
-        for part in parts:
-            for group in batches([item.length for item in part.items], max_tokens):
-                values = log_likelihoods(lm, [part.items[index] for index in group])
-                part.base.update(zip(group, values, strict=True))
 
     vectors = torch.zeros(len(layers), lm.hidden_size, requires_grad=True)
     row = {layer: index for index, layer in enumerate(layers)}
@@ -92,8 +89,7 @@ def train(
                 some = [members[index] for index in some]
                 values = log_likelihoods(lm, [part.items[i] for i in some], checkpointed, after)
                 loss = part.weight / len(members) * part.losses(
-                    values, torch.stack([part.base[i] for i in some]),
-                    torch.tensor([list(map(len, part.items[i].responses)) for i in some])).sum()
+                    values, part.base[some], part.lengths[some]).sum()
                 loss.backward(inputs=[vectors])
                 total += loss.item()
         if not math.isfinite(total):
@@ -129,13 +125,16 @@ def question_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
 
 
 class _Part:
-    """One kind of items to train on, in groups of like length, with its loss."""
+    """One kind of items to train on, in groups of like length, with its loss.
 
-    def __init__(self, items: list[Encoded], size: int, weight: float, losses):
-        self.items, self.weight, self.losses = items, weight, losses
+    base: (N, C) the base model's log-likelihoods; lengths: (N, C) the responses' tokens.
+    """
+
+    def __init__(self, items: list[Encoded], base: Tensor, size: int, weight: float, losses):
+        self.items, self.base, self.weight, self.losses = items, base, weight, losses
+        self.lengths = torch.tensor([list(map(len, item.responses)) for item in items])
         order = sorted(range(len(items)), key=lambda index: items[index].length)
         self.groups = [order[start:start + size] for start in range(0, len(order), size)]
-        self.base: dict[int, Tensor] = {}
 
     def queue(self, generator: torch.Generator) -> Iterator[list[int]]:
         """The groups over and over, each time in another order."""
