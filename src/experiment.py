@@ -6,7 +6,10 @@ prices allowed, a rise of the perplexity of neutral text; the best affordable on
 questions is reported on test questions, and on those of the other data sets (transfer). Controls go
 through the same choice: random directions, the ablation of random tokens, gradients whose chosen
 and rejected answers are swapped at random. Vectors that are trained on the same examples stand
-beside them, and LoRA.
+beside them, with random directions of their lengths, and LoRA.
+
+Some methods are "gated" as well: they steer where states look like those of the steering examples.
+Trained vectors are so always.
 
 No text that trains a vector or sets a strength reports a price: of the neutral passages and of the
 unrelated questions some are for training, some for choosing, others for the report.
@@ -18,7 +21,7 @@ import argparse
 import itertools
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -33,22 +36,23 @@ import pandas as pd
 import torch
 
 import token_ablation
-from grains import cli, costs, data, lora, prompts, runs, stats, trained
+from grains import cli, costs, data, gates, lora, prompts, runs, stats, trained
 from grains.errors import UserError
 from grains.generation import generate
 from grains.prompts import Encoded
 from grains.scoring import Configuration, Direction, batches, margins, score
-from grains.vectors import CONTROLS, METHODS, StatesFile, SteeringVectors
+from grains.vectors import CONTROLS, METHODS, Gate, StatesFile, SteeringVectors
 
 SCORES = ("token", "sum")
 BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
 # Strengths are set a little under a price, as other text will cost a little more or less.
 CAUTION = 0.95
 # Strengths tried for their price are doubled from the first: of vectors, of what was trained.
-FIRST_STRENGTH, FIRST_SCALE, DOUBLINGS = 0.005, 0.0625, 7
-LEARNT = ("trained", "lora")
-# What was trained may cost no perplexity and yet unrelated questions: it is tried weaker as well.
-WEAKER = (0.5, 0.7)
+FIRST_STRENGTH, FIRST_SCALE, DOUBLINGS = 0.01, 0.25, 6
+TRAINED, LEARNT = ("trained", "trained_random"), ("trained", "trained_random", "lora")
+# What was trained is for a strength of 1, whatever that costs; LoRA and trained vectors are tried
+# about there as well, random directions of the same lengths wherever trained vectors are.
+SCALES = (0.7, 1.0, 1.4, 2.0)
 # What the neutral passages are for, by their number modulo 8. Of the unrelated questions the even
 # ones are for validation, the odd ones for test; those for training have a file of their own.
 TEXTS = {"training": (2, 3, 4, 6, 7), "validation": (0,), "test": (1, 5)}
@@ -70,9 +74,13 @@ def flags(kind: cli.Kind):
     group.add_argument("--max_unrelated_loss", type=cli.not_negative, default=0.02,
                        help="accuracy on unrelated questions that may be lost; results are given "
                             "with and without this limit")
+    group.add_argument("--gated", nargs="*", default=["mean", "gradient", "random"],
+                       choices=METHODS, metavar="METHOD",
+                       help="those of --methods that also steer behind a gate, only where states "
+                            "look like those of the steering examples (default: %(default)s)")
     group.add_argument("--train_vectors", action=argparse.BooleanOptionalAction, default=True,
                        help="beside the vectors of --methods, train one a layer on the same "
-                            "examples, held to what the model says of other text")
+                            "examples, behind the gate, held to what the model says of other text")
     group.add_argument("--lora", default="none", choices=("none", *lora.OBJECTIVES),
                        help="beside the vectors, train LoRA on the same examples")
     group.add_argument("--num_generations", type=cli.positive, default=8,
@@ -211,17 +219,45 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
         return [prompts.encode(lm, example.pair(), args.prompt_style)
                 for example in cli.steering_examples(args)]
 
+    # What is learnt does not depend on what else is tried.
+    learning = manifest | {"flags": {name: manifest["flags"][name] for name in (
+        "layer_idxs", "prompt_style", "batch_tokens", "seed")}}
+    gated = [one for one in directions if one.method in args.gated]
+    if gated or args.train_vectors:
+        gate = learnt_gate(lm, args, pairs, learning)
+        directions += [replace(one, mode=f"{one.mode} gated".strip(),
+                               vectors=replace(one.vectors, gate=gate)) for one in gated]
     if args.train_vectors:
-        directions.append(trained_vectors(lm, args, pairs, states["pos"], manifest))
+        directions += trained_vectors(lm, args, pairs, states["pos"], gate, learning)
     if args.lora != "none":
-        directions.append(trained_lora(lm, args, pairs, manifest))
+        directions.append(trained_lora(lm, args, pairs, learning))
     used = {*states["pos"].info["data"]["questions"],
             *map(data.question_key, parts["validation"])}
     return Study(name, seed, parts, frozenset(used), directions, manifest)
 
 
-def trained_vectors(lm, args, pairs, states: StatesFile, manifest: dict) -> Trained:
-    """Vectors trained on the steering examples, or as they were trained before."""
+def learnt_gate(lm, args, pairs, manifest: dict) -> Gate:
+    """The gate between the steering examples and other text, or as it was learnt before."""
+    path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_gate.safetensors"
+    layers = cli.parse_layers(args.layer_idxs, len(lm.layers))
+    manifest = manifest | {"gate": {"positions": gates.POSITIONS, "penalty": gates.PENALTY}}
+
+    def learn() -> dict[str, torch.Tensor]:
+        others = [*neutral_items(lm, "training"), *unrelated_items(lm, "training")]
+        gate = gates.fit(lm, pairs(), others, layers, args.batch_tokens, args.seed)
+        return {"weights": gate.weights, "biases": gate.biases}
+
+    once(path, manifest, args, "gate", learn,
+         lambda tensors: runs.write_tensors(path, tensors, manifest))
+    return Gate(**runs.read_tensors(path)[0])
+
+
+def trained_vectors(lm, args, pairs, states: StatesFile, gate: Gate, manifest: dict
+                    ) -> list[Trained]:
+    """Vectors trained on the steering examples, or as they were trained before.
+
+    Beside them random directions that are as long at every layer.
+    """
     layers = cli.parse_layers(args.layer_idxs, len(lm.layers))
     info = {**states.info, "stage": "steering_vectors", "method": "trained", "mode": ""}
 
@@ -229,13 +265,18 @@ def trained_vectors(lm, args, pairs, states: StatesFile, manifest: dict) -> Trai
         norms = states.norms()
         vectors = trained.train(
             lm, pairs(), neutral_items(lm, "training"), unrelated_items(lm, "training"), norms,
-            layers, seed=args.seed, max_tokens=args.batch_tokens)
+            gate, layers, seed=args.seed, max_tokens=args.batch_tokens)
         return {"vectors": vectors, "norms": norms}
 
     path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_trained.safetensors"
     once(path, manifest | {"trained": trained.DEFAULTS}, args, "trained vectors", train,
-         lambda tensors: SteeringVectors(**tensors, info=info).save(path))
-    return Trained("trained", "", tuple(layers), SteeringVectors.load(path))
+         lambda tensors: SteeringVectors(**tensors, info=info, gate=gate).save(path))
+    vectors = SteeringVectors.load(path)
+    generator = torch.Generator().manual_seed(args.seed)
+    drawn = torch.randn(vectors.vectors.shape, generator=generator)
+    drawn *= (vectors.vectors.norm(dim=-1) / drawn.norm(dim=-1))[:, None]
+    return [Trained(method, "gated", tuple(layers), one) for method, one in zip(
+        TRAINED, (vectors, replace(vectors, vectors=drawn)), strict=True)]
 
 
 def trained_lora(lm, args, pairs, manifest: dict) -> Lora:
@@ -268,28 +309,29 @@ def priced(lm, one: Study, args) -> list[Configuration]:
     texts = neutral_items(lm, "validation")
     wanted = np.sort(args.strengths_at or sorted(args.max_ppl_increase)[::2])
     targets = np.log1p(CAUTION * wanted)
-    curves = [[(0.0, 0.0)] for _ in one.directions]
+    curves = {direction: [(0.0, 0.0)] for direction in one.directions
+              if direction.method != "trained_random"}
 
-    def measure(tried: list[tuple[int, float]], what: str) -> None:
-        """Put what directions (by number) cost at some strengths on their curves."""
-        items = [one.directions[index].at(alpha, args.alpha_units) for index, alpha in tried]
+    def measure(tried: list[tuple[Direction | Lora, float]], what: str) -> None:
+        """Put what directions cost at some strengths on their curves."""
+        items = [direction.at(alpha, args.alpha_units) for direction, alpha in tried]
         losses = np.log(costs.perplexity_of(texts, scores_of(lm, texts, items, args, one, what)))
-        for (index, alpha), loss in zip(tried, losses[1:], strict=True):
-            curves[index] = sorted([*curves[index], (alpha, loss - losses[0])])
+        for (direction, alpha), loss in zip(tried, losses[1:], strict=True):
+            curves[direction] = sorted([*curves[direction], (alpha, loss - losses[0])])
 
     for doubling in range(DOUBLINGS):
-        tried = [(index, (FIRST_SCALE if direction.method in LEARNT else FIRST_STRENGTH)
+        tried = [(direction, (FIRST_SCALE if direction.method in LEARNT else FIRST_STRENGTH)
                   * 2 ** doubling)
-                 for index, direction in enumerate(one.directions)
-                 if curves[index][-1][1] < targets[-1]]
+                 for direction, curve in curves.items() if curve[-1][1] < targets[-1]]
         if tried:
             measure(tried, f"price{doubling}")
-    measure([(index, alpha) for index, curve in enumerate(curves)
+    measure([(direction, alpha) for direction, curve in curves.items()
              for alpha in strengths(curve, targets)], "price_between")
-    return [direction.at(alpha, args.alpha_units)
-            for direction, curve in zip(one.directions, curves, strict=True)
-            for alpha in (*(WEAKER if direction.method in LEARNT else ()),
-                          *strengths(curve, targets))]
+    alphas = {direction: [*(SCALES if direction.method in LEARNT else ()),
+                          *strengths(curve, targets)] for direction, curve in curves.items()}
+    return [direction.at(alpha, args.alpha_units) for direction in one.directions
+            for alpha in alphas[replace(direction, method="trained")
+                                if direction.method == "trained_random" else direction]]
 
 
 def strengths(curve: list[tuple[float, float]], targets) -> list[float]:

@@ -14,7 +14,9 @@ from grains import costs, models
 pytest_plugins = ("command_line",)
 
 SEEDS, ALPHAS, BUDGETS, LIMIT = (0, 1), (0.02, 0.3), (0.01, 1000.0), 0.015
-METHODS = ("mean", "gradient", "random", "shuffled", "trained", "lora")
+LINES = {("mean", "pos"), ("mean", "pos gated"), ("gradient", ""), ("gradient", "gated"),
+         ("random", ""), ("random", "gated"), ("shuffled", ""), ("trained", "gated"),
+         ("trained_random", "gated"), ("lora", "")}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_prices_are_the_librarys(made):
         kept = costs.capability(lm, asked, [], 4096)
         assert rows.unrelated_accuracy.to_numpy() == approx(kept["token"][0])
     changed = validated[(validated.alpha == max(ALPHAS))
-                        & ~validated.method.isin(["trained", "lora"])]
+                        & ~validated.method.isin(experiment.LEARNT)]
     assert len(changed) and (changed.perplexity_increase.abs() > 0.001).all()
 
 
@@ -96,7 +98,7 @@ def test_the_document_has_every_gain_and_the_rest_of_the_file(made, commands):
     written = path.read_text()
     front = tables(folder)[1]
     own = front[front.dataset == front.evaluated_on]
-    for _, rows in own.groupby(["dataset", "score", "max_unrelated_loss", "method"]):
+    for _, rows in own.groupby(["dataset", "score", "max_unrelated_loss", "method", "mode"]):
         cells = [f"{100 * r.gain:+.1f} [{100 * r.gain_low:+.1f}, {100 * r.gain_high:+.1f}]"
                  for r in rows.sort_values("max_ppl_increase").itertuples()]
         assert " | ".join(cells) in written
@@ -129,11 +131,15 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
     commands.run(*command).ok()
     grid = tables(tmp_path)[0]
     validated = grid[(grid.part == "validation") & (grid.method != "base")]
-    assert set(experiment.WEAKER) < set(validated[validated.method == "trained"].alpha)
-    validated = validated[~validated.alpha.isin(experiment.WEAKER)]
+    trained, control = (validated[validated.method == method].alpha.tolist()
+                        for method in experiment.TRAINED)
+    assert set(experiment.SCALES) < set(trained) and control == trained
+    validated = validated[~validated.alpha.isin(experiment.SCALES)
+                          & (validated.method != "trained_random")]
     reached = 0
-    for (_, method), rows in validated.groupby(["dataset", "method"]):
-        first = experiment.FIRST_SCALE if method == "trained" else experiment.FIRST_STRENGTH
+    for (_, method, _), rows in validated.groupby(["dataset", "method", "mode"], dropna=False):
+        first = (experiment.FIRST_SCALE if method in experiment.LEARNT
+                 else experiment.FIRST_STRENGTH)
         strongest = first * 2 ** (experiment.DOUBLINGS - 1)
         # A price that even the strongest does not cost stands last, for all that it costs.
         paid = rows[rows.alpha < strongest].perplexity_increase.to_numpy()
@@ -149,7 +155,8 @@ def test_the_front_follows_from_the_grid(made):
     grid, front = tables(made[2])
     own = front[front.dataset == front.evaluated_on]
     # of data sets, methods, scores, prices and limits
-    assert len(own) == 2 * len(METHODS) * 2 * len(BUDGETS) * 2 and len(front) == 2 * len(own)
+    assert len(own) == 2 * len(LINES) * 2 * len(BUDGETS) * 2 and len(front) == 2 * len(own)
+    assert set(zip(own.method, own["mode"], strict=True)) == LINES
     for row in own.itertuples():
         gains, accuracies = [], []
         for seed, label in zip(SEEDS, (row.configuration.split("; ") * 2)[:2], strict=True):
@@ -160,13 +167,15 @@ def test_the_front_follows_from_the_grid(made):
             column = f"accuracy_{row.score}"
             validated["both"] = validated.accuracy_sum + validated.accuracy_token
             lost = -validated[["unrelated_change", "unrelated_change_sum"]].min(axis=1)
-            mine = validated[(validated.method == row.method) & (lost <= row.max_unrelated_loss)
+            mine = validated[(validated.method == row.method)
+                             & (validated["mode"].fillna("") == row.mode)
+                             & (lost <= row.max_unrelated_loss)
                              & (validated.perplexity_increase <= row.max_ppl_increase)]
             best = max([validated.both["base"], *mine.both])
             assert validated.both[label] == approx(best, abs=1e-12)
             gains.append(tested[column][label] - tested[column]["base"])
             accuracies.append(tested[column][label])
-        assert row.is_control == (row.method in ("random", "shuffled"))
+        assert row.is_control == (row.method in ("random", "shuffled", "trained_random"))
         assert row.gain_low <= row.gain <= row.gain_high
         # A question that both seeds test counts once, so the mean over seeds is not exact.
         assert row.gain == approx(np.mean(gains), abs=0.15)

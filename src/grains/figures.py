@@ -189,16 +189,16 @@ def _lines(axes: Axes, table: pd.DataFrame, along: str, value: str, spread: bool
     for index, ((method, mode), rows) in enumerate(series):
         rows = rows.sort_values(along, kind="stable")
         colour, marker = look(method)
-        control = method in CONTROLS
+        control, variant = method in CONTROLS, mode not in ("", "pos")
         apart = 1.012 ** (index - (len(series) - 1) / 2) if spread else 1
         interval = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]
                     ] if f"{value}_low" in rows else None
         axes.errorbar(
             rows[along] * apart, rows[value], yerr=interval and np.clip(interval, 0, None),
-            color=colour, marker=marker, ms=4.5, mfc="none" if mode == "both" else colour,
+            color=colour, marker=marker, ms=4.5, mfc="none" if variant else colour,
             lw=0.7 if control else 1.2, elinewidth=0.5 if control else 0.9,
             zorder=2 if control else 3, label=f"{method} {mode}".strip(),
-            ls=":" if control else "--" if mode == "both" else "-")
+            ls=(":", "-.")[variant] if control else ("-", "--")[variant])
 
 
 def draw_front(axes: Axes, front: pd.DataFrame) -> None:

@@ -42,12 +42,12 @@ def generate(
     else:
         inputs = pad_left(lm, [item.inputs for item in encoded])
     inputs = {key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in inputs.items()}
-    vectors = _by_row(configurations, len(encoded))
+    vectors, gates = _by_row(configurations, len(encoded))
     sampling = ({"do_sample": True, "temperature": temperature} if temperature > 0 else
                 {"do_sample": False, "temperature": None, "top_p": None, "top_k": None})
     torch.manual_seed(seed)
     pad = lm.replacement_id("pad")
-    with steered(lm, vectors):
+    with steered(lm, vectors, gates):
         output = lm.model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad,
                                    **sampling)
     texts = lm.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1]:],
@@ -69,13 +69,23 @@ def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:
             "attention_mask": pad("attention_mask", 0)}
 
 
-def _by_row(configurations: list[Configuration], prompts: int) -> dict[int, Tensor]:
-    """layer -> (rows, 1, D): zero for the base and where a configuration leaves a layer alone."""
+def _by_row(configurations: list[Configuration], prompts: int) -> tuple[dict, dict]:
+    """layer -> (rows, 1, D): zero for the base and where a configuration leaves a layer alone.
+
+    And layer -> the gates (rows, 1, D), (rows, 1, 1), where there are any; without one, it is open.
+    """
     layers = sorted({layer for item in configurations for layer in item.layers})
-    by_row = {}
+    by_row, gates = {}, {}
     for layer in layers:
         some = next(item.vectors[layer] for item in configurations if layer in item.vectors)
-        zero = torch.zeros_like(some)
-        one_each = torch.stack([zero, *(item.vectors.get(layer, zero) for item in configurations)])
-        by_row[layer] = one_each.repeat_interleave(prompts, 0)[:, None]
-    return by_row
+        zero, open_wide = torch.zeros_like(some), (torch.zeros_like(some), torch.tensor(torch.inf))
+
+        def rows(parts: list[Tensor]) -> Tensor:
+            return torch.stack(parts).view(len(parts), 1, -1).repeat_interleave(prompts, 0)
+
+        by_row[layer] = rows([zero, *(item.vectors.get(layer, zero) for item in configurations)])
+        if any(item.gate for item in configurations):
+            one_each = [open_wide, *(item.gate.at(layer) if item.gate else open_wide
+                                     for item in configurations)]
+            gates[layer] = tuple(rows(list(parts)) for parts in zip(*one_each, strict=True))
+    return by_row, gates

@@ -18,14 +18,14 @@ from grains.attribution import Targets, targets
 from grains.models import LanguageModel
 from grains.prompts import Encoded
 from grains.replay import Capture, capture_pack, collate, pack, replay, token_log_probs
-from grains.vectors import SteeringVectors, steer
+from grains.vectors import Gate, SteeringVectors, steer
 
 
 @dataclass(frozen=True)
 class Configuration:
     """One way to steer: which vectors, where, how strongly.
 
-    vectors: layer -> (D,), the strength included.
+    vectors: layer -> (D,), the strength included. gate: where they are added, if not everywhere.
     """
 
     method: str
@@ -33,6 +33,7 @@ class Configuration:
     layers: tuple[int, ...]
     alpha: float
     vectors: dict[int, Tensor] = field(compare=False, repr=False, default_factory=dict)
+    gate: Gate | None = field(compare=False, repr=False, default=None)
 
     @property
     def label(self) -> str:
@@ -53,7 +54,8 @@ class Direction:
 
     def at(self, alpha: float, units: str = "relative") -> Configuration:
         return Configuration(self.method, self.mode, self.layers, alpha,
-                             self.vectors.scaled(alpha, list(self.layers), units))
+                             self.vectors.scaled(alpha, list(self.layers), units),
+                             self.vectors.gate)
 
 
 def layer_ranges(layers: Sequence[int]) -> list[str]:
@@ -94,12 +96,13 @@ def score(
     Returns for each question a (1 + C, choices) array, the base model first.
     """
     batch, read = packed_batch(lm, encoded)
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[tuple[int, ...], Gate | None], list[int]] = {}
     for index, configuration in enumerate(configurations):
-        groups.setdefault(tuple(sorted(configuration.layers)), []).append(index)
+        alike = tuple(sorted(configuration.layers)), configuration.gate
+        groups.setdefault(alike, []).append(index)
 
     kept: dict[int, Tensor] = {}
-    starts = {layers[0] for layers in groups}
+    starts = {layers[0] for layers, _ in groups}
 
     def keep(layer: int, states: Tensor) -> None:
         if layer in starts:
@@ -111,12 +114,12 @@ def score(
 
     questions, length = batch.embeds.shape[:2]
     at_a_time = max(1, max_tokens // (questions * length))
-    for layers, members in groups.items():
+    for (layers, gate), members in groups.items():
         for begin in range(0, len(members), at_a_time):
             part = members[begin:begin + at_a_time]
             vectors = {layer: torch.stack([configurations[i].vectors[layer] for i in part])
                        for layer in layers}
-            values = _steered(lm, batch, kept[layers[0]], vectors, read)
+            values = _steered(lm, batch, kept[layers[0]], vectors, gate, read)
             for index, value in zip(part, values, strict=True):
                 scores[1 + index] = value
     stacked = torch.stack(scores)
@@ -133,21 +136,22 @@ def packed_batch(lm: LanguageModel, encoded: list[Encoded]) -> tuple[Capture, Sc
                               for item, packed in zip(encoded, packs, strict=True)])
 
 
-def _steered(lm, batch, states, vectors, read) -> Tensor:
+def _steered(lm, batch, states, vectors, gate, read) -> Tensor:
     """(c, choices of all questions) for c configurations that steer the same layers.
 
     states: (Q, T, D) base output of the first steered layer; vectors: layer -> (c, D).
     """
     first, *later = vectors
+    opening = {layer: gate.at(layer) if gate else None for layer in vectors}
     count, (questions, length, size) = len(vectors[first]), states.shape
     if first == len(lm.layers) - 1:
-        return read(states, lambda picked: steer(picked, vectors[first][:, None]))
-    states = steer(states, vectors[first][:, None, None]).flatten(0, 1)
+        return read(states, lambda picked: steer(picked, vectors[first][:, None], opening[first]))
+    states = steer(states, vectors[first][:, None, None], opening[first]).flatten(0, 1)
     by_row = {layer: vectors[layer].repeat_interleave(questions, 0)[:, None] for layer in later}
     kwargs = batch.rows(torch.arange(questions, device=states.device).repeat(count))
     final = replay(
         lm, states, kwargs, start=first + 1,
-        after=lambda layer, h: steer(h, by_row[layer]) if layer in by_row else None)
+        after=lambda layer, h: steer(h, by_row[layer], opening[layer]) if layer in by_row else None)
     return read(final.view(count, questions, length, size))
 
 

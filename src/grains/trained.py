@@ -1,8 +1,9 @@
 """Steering vectors trained on the preference pairs, held to what the model could do before.
 
 The vectors of the method `gradient` are one step of an ascent on the pairs' objective. Here the
-ascent goes on, at all steered layers jointly, as in BiPO (Cao et al. 2024, arXiv 2406.00045), with
-a margin for a loss and with a price: of a batch of pairs, of texts and of questions,
+ascent goes on, at all steered layers jointly, as in BiPO (Cao et al. 2024, arXiv 2406.00045), behind
+a gate (`grains.gates`), with a margin for a loss and with a price: of a batch of pairs, of texts and
+of questions,
 
     - 1/2 log sigmoid(margin per token / 0.6) - 1/2 log sigmoid(summed margin / 10)
     + 3 max(0, rise of a text's negative log-likelihood per token)
@@ -26,7 +27,7 @@ from grains.lora import base_log_likelihoods, fitting, log_likelihoods
 from grains.models import LanguageModel
 from grains.prompts import Encoded
 from grains.scoring import batches
-from grains.vectors import steer
+from grains.vectors import Gate, steer
 
 DEFAULTS = {"epochs": 8, "learning_rate": 4e-4}
 TEXT_WEIGHT, QUESTION_WEIGHT = 3.0, 1.0
@@ -43,6 +44,7 @@ def train(
     texts: list[Encoded],
     questions: list[Encoded],
     norms: Tensor,
+    gate: Gate,
     layers: list[int],
     epochs: int = DEFAULTS["epochs"],
     learning_rate: float = DEFAULTS["learning_rate"],
@@ -54,6 +56,7 @@ def train(
     pairs: examples with two responses, the preferred one first. texts: see `costs.continuation`.
     questions: with equally many answers, of which none need be the right one.
     norms: (L,) median ||h_l||, the unit in which the vectors of all layers learn alike.
+    gate: where they steer, in training as later.
     layers: those that are steered. max_tokens: positions computed at a time, which changes no
         more than rounding.
     Returns (L, D), zero at the other layers; added as they are (alpha 1, absolute units) they are
@@ -74,7 +77,9 @@ def train(
     row = {layer: index for index, layer in enumerate(layers)}
 
     def after(layer: int, states: Tensor) -> Tensor:
-        return steer(states, norms[layer] * vectors[row[layer]]) if layer in row else states
+        if layer not in row:
+            return states
+        return steer(states, norms[layer] * vectors[row[layer]], gate.at(layer))
 
     optimizer = torch.optim.Adam([vectors], lr=learning_rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)

@@ -19,13 +19,15 @@ from safetensors.torch import load_file
 from scipy.linalg import eigh
 from sklearn.decomposition import PCA
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from grains.errors import UserError
 from grains.models import LanguageModel
 from grains.runs import read_header, write_tensors
 
 METHODS = ("mean", "pca", "gradient", "caa", "repe", "random", "rand_tokens", "shuffled")
-CONTROLS = ("random", "rand_tokens", "shuffled")
+# The last: random directions as long as trained ones, which an experiment makes of them.
+CONTROLS = ("random", "rand_tokens", "shuffled", "trained_random")
 MODES = ("pos", "both")
 # Only these are made from ablation shifts, and so know the modes pos and both.
 ABLATION_METHODS = ("mean", "pca")
@@ -158,30 +160,57 @@ def make(states: dict[str, StatesFile], method: str, mode: str, seed: int) -> St
     return SteeringVectors(torch.from_numpy(made).float(), first.norms(), info)
 
 
-def steer(hidden_states: Tensor, vector: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """How far the vectors of each layer are added at a position, by its state (see `grains.gates`).
+
+    weights: (L, D); biases: (L,).
+    """
+
+    weights: Tensor
+    biases: Tensor
+
+    def at(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What `steer` takes for one layer: (D,) and a number."""
+        return self.weights[layer], self.biases[layer]
+
+
+def steer(hidden_states: Tensor, vector: Tensor, gate: tuple[Tensor, Tensor] | None = None
+          ) -> Tensor:
     """h' = (h + v) ||h|| / ||h + v||, norms over the hidden dimension (paper, section 3.3).
 
     hidden_states: (..., T, D); vector: (D,) or (R, 1, D), the strength already in it.
+    gate: a weight (D,) or (R, 1, D) and a bias, a number or (R, 1, 1): v counts as far as they open
+        at a state (see `Gate`).
     """
     before = hidden_states.float()
-    moved = before + vector.to(hidden_states.device)
+    vector = vector.to(hidden_states.device)
+    if gate is not None:
+        weight, bias = (part.to(hidden_states.device) for part in gate)
+        along = (normalize(before, dim=-1) * weight).sum(-1, keepdim=True)
+        vector = torch.sigmoid(along + bias) * vector
+    moved = before + vector
     # A state of length zero stays what it is.
     length = moved.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return (moved * (before.norm(dim=-1, keepdim=True) / length)).to(hidden_states.dtype)
 
 
 @contextmanager
-def steered(lm: LanguageModel, vectors: dict[int, Tensor]):
+def steered(lm: LanguageModel, vectors: dict[int, Tensor],
+            gates: dict[int, tuple[Tensor, Tensor]] | None = None):
     """Steer the outputs of decoder layers within the block; the model leaves as it came.
 
     vectors: layer -> (D,) or one for each row of the batch (R, 1, D), strength included.
+    gates: layer -> what `steer` takes for its gate; none to steer at every position.
     """
     check_layers(vectors, len(lm.layers))
     handles = []
     try:
         for layer, vector in vectors.items():
+            gate = gates[layer] if gates else None
             handles.append(lm.layers[layer].register_forward_hook(
-                lambda module, args, output, vector=vector: steer(output, vector)))
+                lambda module, args, output, vector=vector, gate=gate:
+                    steer(output, vector, gate)))
         yield lm
     finally:
         for handle in handles:
@@ -202,11 +231,13 @@ class SteeringVectors:
 
     vectors: (L, D). norms: (L,) median ||h_l|| of the steering examples.
     info: the manifest of where they come from.
+    gate: where they are added; everywhere without one.
     """
 
     vectors: Tensor
     norms: Tensor
     info: dict
+    gate: Gate | None = None
 
     def scaled(self, alpha: float, layers: list[int], units: str = "relative") -> dict[int, Tensor]:
         """layer -> what is added there.
@@ -218,7 +249,7 @@ class SteeringVectors:
         check_layers(layers, len(self.vectors))
         if units == "absolute":
             return {layer: alpha * self.vectors[layer] for layer in layers}
-        unit = torch.nn.functional.normalize(self.vectors, dim=-1)
+        unit = normalize(self.vectors, dim=-1)
         return {layer: alpha * self.norms[layer] * unit[layer] for layer in layers}
 
     def apply(self, lm: LanguageModel, alpha: float, layers: list[int], units: str = "relative"):
@@ -228,18 +259,23 @@ class SteeringVectors:
                 f"these vectors are for {len(self.vectors)} layers of size "
                 f"{self.vectors.shape[1]}; {lm.name} has {len(lm.layers)} of size "
                 f"{lm.hidden_size}")
-        return steered(lm, self.scaled(alpha, layers, units))
+        return steered(lm, self.scaled(alpha, layers, units),
+                       {layer: self.gate.at(layer) for layer in layers} if self.gate else None)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, its origin in the header."""
-        write_tensors(Path(path), {"vectors": self.vectors, "norms": self.norms}, self.info)
+        gate = ({"gate_weights": self.gate.weights, "gate_biases": self.gate.biases}
+                if self.gate else {})
+        write_tensors(Path(path), {"vectors": self.vectors, "norms": self.norms, **gate},
+                      self.info)
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVectors:
         """Read what `save` wrote. Raises UserError if it is not such a file."""
         info = read_header(Path(path))
         tensors = load_file(str(path))
-        if set(tensors) != {"vectors", "norms"}:
+        gate = [tensors.pop(name) for name in ("gate_weights", "gate_biases") if name in tensors]
+        if set(tensors) != {"vectors", "norms"} or len(gate) == 1:
             raise UserError(f"'{path}' holds {', '.join(sorted(tensors))}: these are no steering "
                             "vectors")
-        return cls(tensors["vectors"], tensors["norms"], info)
+        return cls(tensors["vectors"], tensors["norms"], info, Gate(*gate) if gate else None)

@@ -1,0 +1,152 @@
+"""Gates: by hand, against scikit-learn on the model's own states, and wherever they steer."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from reference import encoded, layer_outputs, own_loss_log_likelihood, relative, words
+from sklearn.linear_model import LogisticRegression
+from test_generation import one_at_a_time, some, text_of
+
+from grains import gates
+from grains.errors import UserError
+from grains.generation import generate
+from grains.scoring import Direction, score
+from grains.vectors import Gate, SteeringVectors, steer, steered
+
+W = words(120, seed=5)
+QUESTIONS = [(W[:11], [W[20:24], W[30:33]]), (W[40:43], [W[20:22], W[22:25], W[60:61]]),
+             (W[44:46], [W[24:36], W[36:40]])]
+
+
+@pytest.fixture
+def lm(make_tiny):
+    return make_tiny("llama")
+
+
+def a_gate(lm, seed=0):
+    """Opens at some positions and not at others."""
+    generator = torch.Generator().manual_seed(seed)
+    return Gate(3 * torch.randn(len(lm.layers), lm.hidden_size, generator=generator),
+                torch.randn(len(lm.layers), generator=generator))
+
+
+def questions(lm):
+    return [encoded(lm, prompt, responses) for prompt, responses in QUESTIONS]
+
+
+def test_steer_by_hand():
+    """||h|| = 5; along = 0.6 * 2 = 1.2, bias ln 3 - 1.2: open 3/4; moved to (3 + 6, 4)."""
+    gate = torch.tensor([2.0, 0.0]), torch.tensor(np.log(3) - 1.2)
+    found = steer(torch.tensor([[3.0, 4.0]]), torch.tensor([8.0, 0.0]), gate)
+    assert found[0].tolist() == pytest.approx([45 / 97 ** 0.5, 20 / 97 ** 0.5])
+
+
+def test_an_open_gate_changes_nothing():
+    states, vector = torch.randn(2, 5, 8), torch.randn(8)
+    open_wide = torch.zeros(8), torch.tensor(torch.inf)
+    assert torch.equal(steer(states, vector, open_wide), steer(states, vector))
+
+
+def test_scores_are_those_of_hooks_on_every_sequence(lm):
+    """Gated and not, the same layers, one of them the last, in one call."""
+    layers = {"all": tuple(range(len(lm.layers))), "last": (len(lm.layers) - 1,)}
+    first, second = a_gate(lm), a_gate(lm, 1)
+    grid = [replace(some(lm, layers[name], 2.0, seed), gate=gate) for name, seed, gate in (
+        ("all", 1, first), ("all", 1, None), ("all", 2, first), ("all", 1, second),
+        ("last", 3, first))]
+    found = score(lm, questions(lm), grid, 1000)
+    for (prompt, responses), values in zip(QUESTIONS, found, strict=True):
+        for row, item in enumerate(grid, start=1):
+            opening = item.gate and {layer: item.gate.at(layer) for layer in item.layers}
+            for column, response in enumerate(responses):
+                with steered(lm, item.vectors, opening):
+                    expected = own_loss_log_likelihood(lm, prompt, response)
+                assert values[row, column] == pytest.approx(expected, abs=1e-3)
+        assert (np.diff(np.sort(values[:, 0])) > 0.01).all()  # no two alike, nor like the base
+
+
+def test_a_batch_decodes_gated_and_not_side_by_side(smollm2):
+    items = [encoded(smollm2, words(9 - size, seed=size), [[5]]) for size in range(3)]
+    gated = replace(some(smollm2, tuple(range(10, 30)), 0.5, 2), gate=a_gate(smollm2))
+    plain = replace(gated, gate=None)
+    late = some(smollm2, (25,), 5.0, 3)
+    found = generate(smollm2, items, [gated, plain, late], 8)
+    opening = {layer: gated.gate.at(layer) for layer in gated.layers}
+    for texts, vectors, gate in zip(found, ({}, gated.vectors, plain.vectors, late.vectors),
+                                    (None, opening, None, None), strict=True):
+        for prompt, text in zip(items, texts, strict=True):
+            with steered(smollm2, vectors, gate):
+                expected = one_at_a_time(smollm2, prompt.prompt_ids, {}, 8)
+            assert text == text_of(smollm2, expected)
+    assert found[1] != found[2] and found[1] != found[0]
+
+
+def own_states(lm, items):
+    """layer -> (n, D) unit states of the model's own forward, each node of the answers once."""
+    found = []
+    for item in items:
+        for number, response in enumerate(item.responses):
+            ids = torch.tensor([item.prompt_ids + response[:-1]])
+            with torch.no_grad(), layer_outputs(lm) as read:
+                lm.model(ids, use_cache=False)
+            found.append(torch.stack(read[1:])[:, 0, len(item.prompt_ids) * (number > 0):])
+    return torch.nn.functional.normalize(torch.cat(found, 1), dim=-1).numpy()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2048])
+def test_a_gate_is_the_logistic_regression_of_the_states(lm, max_tokens):
+    """No two answers of an item begin alike, so every node is in one of them."""
+    steering = questions(lm)
+    others = [encoded(lm, W[60 + 5 * i:65 + 5 * i], [W[100 + i:104 + i]]) for i in range(8)]
+    layers = [0, 1]
+    gate = gates.fit(lm, steering, others, layers, max_tokens)
+    mine, theirs = own_states(lm, steering), own_states(lm, others)
+    for layer in layers:
+        states = np.concatenate([mine[layer], theirs[layer]]).astype(float)
+        labels = np.repeat([1, 0], [len(mine[layer]), len(theirs[layer])])
+        mean, spread = states.mean(0), states.std(0)
+        expected = LogisticRegression(
+            C=gates.PENALTY, class_weight="balanced", max_iter=10_000, tol=1e-8).fit(
+            (states - mean) / spread, labels).predict_proba((states - mean) / spread)[:, 1]
+        weight, bias = gate.at(layer)
+        found = torch.sigmoid(torch.from_numpy(states).float() @ weight + bias)
+        assert found.numpy() == pytest.approx(expected, abs=2e-3)
+        assert found[labels == 1].mean() > found[labels == 0].mean() + 0.1
+    assert (gate.weights[2:] == 0).all() and (gate.biases[2:] == 0).all()
+
+
+def test_positions_are_drawn_where_there_are_many(lm, monkeypatch):
+    others = [encoded(lm, W[60:100], [W[100:104]])]
+    whole = gates.fit(lm, questions(lm), others, [1])
+    monkeypatch.setattr(gates, "POSITIONS", 20)
+    one, same, other = (gates.fit(lm, questions(lm), others, [1], seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one.weights, same.weights)
+    assert relative(one.weights, other.weights) > 0.01 < relative(one.weights, whole.weights)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_gate_needs_both_kinds(lm, missing):
+    groups = [questions(lm), questions(lm)]
+    groups[missing] = []
+    with pytest.raises(UserError, match="found no " + ("steering examples", "other text")[missing]):
+        gates.fit(lm, *groups, [0])
+
+
+def test_vectors_keep_their_gate(lm, tmp_path):
+    path, gate = tmp_path / "v.safetensors", a_gate(lm)
+    made = SteeringVectors(torch.randn(len(lm.layers), lm.hidden_size),
+                           torch.ones(len(lm.layers)), {"method": "trained"}, gate)
+    made.save(path)
+    read = SteeringVectors.load(path)
+    assert torch.equal(read.gate.weights, gate.weights)
+    assert torch.equal(read.gate.biases, gate.biases)
+    layers = tuple(range(len(lm.layers)))
+    configuration = Direction("trained", "gated", layers, read).at(0.8)
+    (prompt, responses), item = QUESTIONS[0], questions(lm)[0]
+    values = score(lm, [item], [configuration, replace(configuration, gate=None)], 1000)[0]
+    with read.apply(lm, 0.8, list(layers)):
+        expected = own_loss_log_likelihood(lm, prompt, responses[0])
+    assert values[1, 0] == pytest.approx(expected, abs=1e-3)
+    assert (np.diff(np.sort(values[:, 0])) > 0.01).all()
