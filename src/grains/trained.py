@@ -1,9 +1,9 @@
 """Steering vectors trained on the preference pairs, held to what the model could do before.
 
 The vectors of the method `gradient` are one step of an ascent on the pairs' objective. Here the
-ascent goes on, at all steered layers jointly, as in BiPO (Cao et al. 2024, arXiv 2406.00045), behind
-a gate (`grains.gates`), with a margin for a loss and with a price: of a batch of pairs, of texts and
-of questions,
+ascent goes on, at all steered layers jointly, as in BiPO (Cao et al. 2024, arXiv 2406.00045),
+behind a gate (`grains.gates`), with a margin for a loss and with a price: of a batch of pairs, of
+texts and of questions,
 
     - 1/2 log sigmoid(margin per token / 0.6) - 1/2 log sigmoid(summed margin / 10)
     + 3 max(0, rise of a text's negative log-likelihood per token)
