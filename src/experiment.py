@@ -272,11 +272,15 @@ def trained_vectors(lm, args, pairs, states: StatesFile, gate: Gate, manifest: d
     once(path, manifest | {"trained": trained.DEFAULTS}, args, "trained vectors", train,
          lambda tensors: SteeringVectors(**tensors, info=info, gate=gate).save(path))
     vectors = SteeringVectors.load(path)
-    generator = torch.Generator().manual_seed(args.seed)
-    drawn = torch.randn(vectors.vectors.shape, generator=generator)
-    drawn *= (vectors.vectors.norm(dim=-1) / drawn.norm(dim=-1))[:, None]
     return [Trained(method, "gated", tuple(layers), one) for method, one in zip(
-        TRAINED, (vectors, replace(vectors, vectors=drawn)), strict=True)]
+        TRAINED, (vectors, random_like(vectors, args.seed)), strict=True)]
+
+
+def random_like(vectors: SteeringVectors, seed: int) -> SteeringVectors:
+    """Random directions, at every layer as long as the vectors, behind the same gate."""
+    drawn = torch.randn(vectors.vectors.shape, generator=torch.Generator().manual_seed(seed))
+    lengths = vectors.vectors.norm(dim=-1, keepdim=True)
+    return replace(vectors, vectors=lengths * torch.nn.functional.normalize(drawn, dim=-1))
 
 
 def trained_lora(lm, args, pairs, manifest: dict) -> Lora:

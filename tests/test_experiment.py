@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import torch
 from pytest import approx
 
 import experiment
 from grains import costs, models
+from grains.vectors import SteeringVectors
 
 pytest_plugins = ("command_line",)
 
@@ -148,6 +150,17 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
         assert (rows[rows.alpha == strongest].perplexity_increase < 0.038).all()
         reached += len(paid)
     assert reached >= 2
+
+
+def test_random_directions_are_as_long_as_the_vectors():
+    lengths = torch.tensor([[0.0], [0.5], [3.0], [7.0]])
+    vectors = SteeringVectors(lengths * torch.eye(4, 300), torch.ones(4), {}, "the gate")
+    one, other = (experiment.random_like(vectors, seed) for seed in (0, 1))
+    for drawn in (one, other):
+        assert drawn.vectors.norm(dim=-1).tolist() == approx(lengths[:, 0].tolist())
+        assert drawn.gate == "the gate"
+        assert (drawn.vectors @ vectors.vectors.T).abs().max() < 0.3 * 49
+    assert (one.vectors - other.vectors).norm(dim=-1)[1:].min() > 0.5
 
 
 def test_the_front_follows_from_the_grid(made):
