@@ -18,7 +18,9 @@ unrelated questions some are for training, some for choosing, others for the rep
 from __future__ import annotations
 
 import argparse
+import glob
 import itertools
+import json
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
@@ -45,7 +47,7 @@ from grains.vectors import CONTROLS, METHODS, Gate, StatesFile, SteeringVectors
 
 SCORES = ("token", "sum")
 BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
-# Strengths are set a little under a price, as other text will cost a little more or less.
+# Strengths are set a little under a price, as they lie between those that were measured.
 CAUTION = 0.95
 # Strengths tried for their price are doubled from the first: of vectors, of what was trained.
 FIRST_STRENGTH, FIRST_SCALE, DOUBLINGS = 0.01, 0.25, 6
@@ -219,9 +221,12 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
         return [prompts.encode(lm, example.pair(), args.prompt_style)
                 for example in cli.steering_examples(args)]
 
-    # What is learnt does not depend on what else is tried.
-    learning = manifest | {"flags": {name: manifest["flags"][name] for name in (
-        "layer_idxs", "prompt_style", "batch_tokens", "seed")}}
+    # Neither what is learnt nor what a configuration scores depends on what else is tried.
+    flags = manifest.pop("flags")
+    learning, manifest = (
+        manifest | {"flags": {name: flags[name] for name in (which, "prompt_style",
+                                                             "batch_tokens", "seed")}}
+        for which in ("layer_idxs", "alpha_units"))
     gated = [one for one in directions if one.method in args.gated]
     if gated or args.train_vectors:
         gate = learnt_gate(lm, args, pairs, learning)
@@ -309,30 +314,32 @@ def priced(lm, one: Study, args) -> list[Configuration]:
     """Every direction at the strengths that cost certain prices (or at --alphas)."""
     if args.alphas:
         return [direction.at(alpha, args.alpha_units) for direction in one.directions
-                for alpha in args.alphas]
+                for alpha in dict.fromkeys(args.alphas)]
     texts = neutral_items(lm, "validation")
     wanted = np.sort(args.strengths_at or sorted(args.max_ppl_increase)[::2])
     targets = np.log1p(CAUTION * wanted)
     curves = {direction: [(0.0, 0.0)] for direction in one.directions
               if direction.method != "trained_random"}
 
-    def measure(tried: list[tuple[Direction | Lora, float]], what: str) -> None:
-        """Put what directions cost at some strengths on their curves."""
+    def measure(tried: list[tuple[Direction | Lora, float]]) -> None:
+        """Put what directions may cost at some strengths on their curves."""
         items = [direction.at(alpha, args.alpha_units) for direction, alpha in tried]
-        losses = np.log(costs.perplexity_of(texts, scores_of(lm, texts, items, args, one, what)))
-        for (direction, alpha), loss in zip(tried, losses[1:], strict=True):
-            curves[direction] = sorted([*curves[direction], (alpha, loss - losses[0])])
+        bounds = costs.perplexity_bound(
+            texts, scores_of(lm, texts, items, args, one, "validation_texts"))
+        for (direction, alpha), bound in zip(tried, bounds[1:], strict=True):
+            curves[direction] = sorted({*curves[direction], (alpha, np.log1p(bound))})
 
     for doubling in range(DOUBLINGS):
         tried = [(direction, (FIRST_SCALE if direction.method in LEARNT else FIRST_STRENGTH)
                   * 2 ** doubling)
                  for direction, curve in curves.items() if curve[-1][1] < targets[-1]]
         if tried:
-            measure(tried, f"price{doubling}")
+            measure(tried)
     measure([(direction, alpha) for direction, curve in curves.items()
-             for alpha in strengths(curve, targets)], "price_between")
-    alphas = {direction: [*(SCALES if direction.method in LEARNT else ()),
-                          *strengths(curve, targets)] for direction, curve in curves.items()}
+             for alpha in strengths(curve, targets)])
+    alphas = {direction: dict.fromkeys((*(SCALES if direction.method in LEARNT else ()),
+                                        *strengths(curve, targets)))
+              for direction, curve in curves.items()}
     return [direction.at(alpha, args.alpha_units) for direction in one.directions
             for alpha in alphas[replace(direction, method="trained")
                                 if direction.method == "trained_random" else direction]]
@@ -366,22 +373,21 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
     if part == "test":
         examples = [example for example in examples
                     if data.question_key(example) not in one.used]
-    neutral, unrelated = [], []
-    if other is one:
-        neutral, unrelated = neutral_items(lm, part), unrelated_items(lm, part)
     asked = encode(lm, examples, args)
-    scores = iter(scores_of(lm, [*asked, *neutral, *unrelated], configurations, args, one,
-                            f"{part}_{other.dataset}"))
-    leads, of_neutral, of_unrelated = (list(itertools.islice(scores, len(items)))
-                                       for items in (asked, neutral, unrelated))
-    leads = margins(asked, leads)
+    leads = margins(asked, scores_of(lm, asked, configurations, args, one,
+                                     f"{part}_{other.dataset}"))
     every = [None, *configurations]
     table = grid_rows(one, other, part, every, leads)
     if other is one:
+        neutral, unrelated = neutral_items(lm, part), unrelated_items(lm, part)
+        of_neutral, of_unrelated = (
+            scores_of(lm, items, configurations, args, one, f"{part}_{what}")
+            for items, what in ((neutral, "texts"), (unrelated, "unrelated")))
         perplexity = costs.perplexity_of(neutral, of_neutral)
         kept = costs.accuracy_of(unrelated, of_unrelated)
         table = table.assign(
             perplexity=perplexity, perplexity_increase=perplexity / perplexity[0] - 1,
+            perplexity_bound=costs.perplexity_bound(neutral, of_neutral),
             unrelated_accuracy=kept["token"], unrelated_change=kept["token"] - kept["token"][0],
             unrelated_accuracy_sum=kept["sum"],
             unrelated_change_sum=kept["sum"] - kept["sum"][0])
@@ -398,6 +404,7 @@ def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
 
     Best is the mean of the two accuracies, in sum and per token, so that one configuration stands
     for both. Once whatever happens to unrelated questions, once within --max_unrelated_loss. The
+    price of a configuration is the upper bound of what it costs (`costs.perplexity_bound`). The
     base model is one of the choices: where no configuration is affordable and better, the rows say
     base. A row for each score.
     """
@@ -408,7 +415,7 @@ def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
     for (method, mode), table in steered.groupby(["method", "mode"], sort=False):
         for budget, limit in itertools.product(args.max_ppl_increase,
                                                (np.inf, args.max_unrelated_loss)):
-            affordable = table[(table.perplexity_increase <= budget)
+            affordable = table[(table.perplexity_bound <= budget)
                                & (lost[table.index] <= limit + 1e-9)
                                & (table.both > base.both)]
             best = affordable.sort_values(["both", "perplexity_increase"],
@@ -476,30 +483,52 @@ def encode(lm, examples: list[data.Example], args) -> list[Encoded]:
 
 def scores_of(lm, items: list[Encoded], configurations, args, one: Study, what: str
               ) -> list[np.ndarray]:
-    """(1 + C, choices) log-likelihoods of every item, kept in a file and taken up from there."""
-    name = f"{one.name}_{what}"
-    path = args.parts_dir / f"{name}_scores.safetensors"
+    """(1 + C, choices) log-likelihoods of every item, base and steered, kept in files.
+
+    A configuration that was scored on these items before, whatever for, is not scored again.
+    """
+    name = f"{one.name}_{what}_scores"
+    manifest = one.manifest | {"items": data.fingerprint([item.example for item in items])}
+    manifest = json.loads(json.dumps(manifest))  # as it is read back
+    kept: dict[str, Path] = {}
+    for path in sorted(args.parts_dir.glob(f"{glob.escape(name)}_*.safetensors")):
+        info = runs.read_header(path)
+        labels = info.pop("configurations")
+        if info == manifest and not args.overwrite:
+            kept |= dict.fromkeys(labels, path)
+    missing = [item for item in configurations if item.label not in kept]
+    if missing or "base" not in kept:
+        labels = ["base", *(item.label for item in missing)]
+        path = args.parts_dir / f"{name}_{runs.digest([manifest, labels])}.safetensors"
+        score_all(lm, items, missing, path, manifest | {"configurations": labels}, args)
+        kept |= dict.fromkeys(labels, path)
+    files = {path: runs.read_tensors(path) for path in set(kept.values())}
+    rows = [(path, files[path][1]["configurations"].index(label)) for label, path in (
+        (label, kept[label]) for label in ("base", *(item.label for item in configurations)))]
+    return [np.stack([files[path][0][str(index)].numpy()[row] for path, row in rows])
+            for index in range(len(items))]
+
+
+def score_all(lm, items: list[Encoded], configurations, path: Path, manifest: dict, args) -> None:
+    """Write the log-likelihoods of every item to `path`, by its number, in resumable parts."""
     groups = batches([item.length for item in items], args.batch_tokens)
-    manifest = one.manifest | {"configurations": [item.label for item in configurations],
-                               "items": data.fingerprint([item.example for item in items])}
     work = runs.Run([path], manifest, args.overwrite)
-    if not work.finished:
-        steered, tuned = by_kind(configurations)
-        for unit in work.todo(len(groups), name):
-            batch = [items[i] for i in groups[unit]]
-            found = score(lm, batch, steered, args.batch_tokens)
-            for item in tuned:
-                with lora.adapted(lm, item.adapter, item.alpha):
-                    alone = score(lm, batch, [], args.batch_tokens)
-                found = [np.concatenate(both) for both in zip(found, alone, strict=True)]
-            work.save(unit, {str(i): torch.from_numpy(values) for i, values
-                             in zip(groups[unit], found, strict=True)}, [])
-        if work.all_done():
-            runs.write_tensors(path, {key: value for tensors, _ in work.units(len(groups))
-                                      for key, value in tensors.items()}, manifest)
-        work.finish()
-    tensors, _ = runs.read_tensors(path)
-    return [tensors[str(index)].numpy() for index in range(len(items))]
+    if work.finished:
+        return
+    steered, tuned = by_kind(configurations)
+    for unit in work.todo(len(groups), path.stem.partition("_scores")[0]):
+        batch = [items[i] for i in groups[unit]]
+        found = score(lm, batch, steered, args.batch_tokens)
+        for item in tuned:
+            with lora.adapted(lm, item.adapter, item.alpha):
+                alone = score(lm, batch, [], args.batch_tokens)
+            found = [np.concatenate(both) for both in zip(found, alone, strict=True)]
+        work.save(unit, {str(i): torch.from_numpy(values) for i, values
+                         in zip(groups[unit], found, strict=True)}, [])
+    if work.all_done():
+        runs.write_tensors(path, {key: value for tensors, _ in work.units(len(groups))
+                                  for key, value in tensors.items()}, manifest)
+    work.finish()
 
 
 def grid_rows(one: Study, other: Study, part: str, configurations, leads) -> pd.DataFrame:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import example, own_loss_log_likelihood
+from reference import encoded, example, own_loss_log_likelihood
+from scipy.stats import ttest_1samp
 from tokenizers.processors import TemplateProcessing
 
 from grains import costs, data
@@ -142,3 +143,27 @@ def test_repetition():
     assert costs.repetition("no no  no\nno") == pytest.approx(1 / 2)
     assert costs.repetition("a b c d e") == 0
     assert [costs.repetition(text) for text in ("", "a", "a a", "a a a")] == [0, 0, 0, 0]
+
+
+def test_the_bound_of_a_price_is_scipys(smollm2):
+    """Over texts of one length it is the one-sided interval of the t-test of their rises."""
+    generator = np.random.default_rng(0)
+    texts = [encoded(smollm2, [5], [list(range(10, 17))]) for _ in range(6)]
+    scores = [generator.normal(-20, 2, size=(3, 1)) for _ in texts]
+    found = costs.perplexity_bound(texts, scores)
+    assert found[0] == 0
+    for row in (1, 2):
+        rises = [(values[0, 0] - values[row, 0]) / 7 for values in scores]
+        interval = ttest_1samp(rises, 0, alternative="less").confidence_interval(0.95)
+        assert found[row] == pytest.approx(np.expm1(interval.high))
+        assert found[row] > costs.perplexity_of(texts, scores)[row] / costs.perplexity_of(
+            texts, scores)[0] - 1
+
+
+def test_a_text_counts_by_its_tokens_in_the_bound(smollm2):
+    """Rises of 0.3 and 0 per token over 10 and 30: mean 0.075; apart by 2.25 each, times sqrt 2."""
+    texts = [encoded(smollm2, [5], [list(range(10, 10 + size))]) for size in (10, 30)]
+    scores = [np.array([[-30.0], [-33.0]]), np.array([[-90.0], [-90.0]])]
+    error = (2 * 2.25 ** 2 * 2 / 1) ** 0.5 / 40
+    assert costs.perplexity_bound(texts, scores)[1] == pytest.approx(
+        np.expm1(0.075 + 6.313752 * error))

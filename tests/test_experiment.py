@@ -144,10 +144,10 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
                  else experiment.FIRST_STRENGTH)
         strongest = first * 2 ** (experiment.DOUBLINGS - 1)
         # A price that even the strongest does not cost stands last, for all that it costs.
-        paid = rows[rows.alpha < strongest].perplexity_increase.to_numpy()
+        paid = rows[rows.alpha < strongest].perplexity_bound.to_numpy()
         assert paid == approx([0.0095, 0.038][:len(paid)], rel=0.15)
         assert len(paid) == 2 or rows.alpha.iloc[-1] == approx(strongest)
-        assert (rows[rows.alpha == strongest].perplexity_increase < 0.038).all()
+        assert (rows[rows.alpha == strongest].perplexity_bound < 0.038).all()
         reached += len(paid)
     assert reached >= 2
 
@@ -183,7 +183,7 @@ def test_the_front_follows_from_the_grid(made):
             mine = validated[(validated.method == row.method)
                              & (validated["mode"].fillna("") == row.mode)
                              & (lost <= row.max_unrelated_loss)
-                             & (validated.perplexity_increase <= row.max_ppl_increase)]
+                             & (validated.perplexity_bound <= row.max_ppl_increase)]
             best = max([validated.both["base"], *mine.both])
             assert validated.both[label] == approx(best, abs=1e-12)
             gains.append(tested[column][label] - tested[column]["base"])

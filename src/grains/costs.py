@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from grains import data
 from grains.data import Example
@@ -72,6 +73,21 @@ def capability(
     encoded = [encode(lm, example, "qa") for example in examples]
     scores = _score_all(lm, encoded, configurations, max_tokens)
     return accuracy_of(encoded, scores)
+
+
+def perplexity_bound(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:
+    """(1 + C,) how much the perplexity may have risen over the base model's, 0.05 for +5 %.
+
+    The upper end of a one-sided 95 % interval (Student's t) of the loss per token over texts, each
+    counting by its tokens: what a few passages of other texts may cost as well.
+    """
+    tokens = np.array([len(item.responses[0]) for item in encoded])
+    losses = -np.stack([values[:, 0] for values in scores])  # (texts, 1 + C)
+    rises = (losses - losses[:, :1]).sum(axis=0) / tokens.sum()
+    apart = losses - losses[:, :1] - rises * tokens[:, None]
+    count = len(tokens)
+    error = np.sqrt((apart ** 2).sum(axis=0) * count / (count - 1)) / tokens.sum()
+    return np.expm1(rises + student_t.ppf(0.95, count - 1) * error)
 
 
 def accuracy_of(encoded: list[Encoded], scores: list[np.ndarray]) -> dict[str, np.ndarray]:

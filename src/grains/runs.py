@@ -183,6 +183,11 @@ def differences(expected: dict, found: dict, prefix: str = "") -> list[str]:
     return lines
 
 
+def digest(content) -> str:
+    """Twelve hexadecimal digits that stand for what can be written as JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
 class Run:
     """The units of one run, kept and resumed.
 
@@ -195,9 +200,8 @@ class Run:
     def __init__(self, outputs: Sequence[Path], manifest: dict, overwrite: bool = False,
                  expected_bytes: int = 0):
         self.outputs = [Path(path) for path in outputs]
-        text = json.dumps(manifest, sort_keys=True)
-        self.manifest = json.loads(text)
-        self.key = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.manifest = json.loads(json.dumps(manifest))
+        self.key = digest(manifest)
         self.state = processes()
         first = self.outputs[0]
         self.manifest_path = first.with_suffix(".manifest.json")
