@@ -9,7 +9,7 @@ and rejected answers are swapped at random. Vectors that are trained on the same
 beside them, with random directions of their lengths, and LoRA.
 
 Some methods are "gated" as well: they steer where states look like those of the steering examples.
-Trained vectors are so always.
+Trained vectors always are; the random directions of their lengths are tried at their strengths.
 
 No text that trains a vector or sets a strength reports a price: of the neutral passages and of the
 unrelated questions some are for training, some for choosing, others for the report.
@@ -51,7 +51,7 @@ BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
 CAUTION = 0.95
 # Strengths tried for their price are doubled from the first: of vectors, of what was trained.
 FIRST_STRENGTH, FIRST_SCALE, DOUBLINGS = 0.01, 0.25, 6
-TRAINED, LEARNT = ("trained", "trained_random"), ("trained", "trained_random", "lora")
+LEARNT = ("trained", "trained_random", "lora")
 # What was trained is for a strength of 1, whatever that costs; LoRA and trained vectors are tried
 # about there as well, random directions of the same lengths wherever trained vectors are.
 SCALES = (0.7, 1.0, 1.4, 2.0)
@@ -79,7 +79,8 @@ def flags(kind: cli.Kind):
     group.add_argument("--gated", nargs="*", default=["mean", "gradient", "random"],
                        choices=METHODS, metavar="METHOD",
                        help="those of --methods that also steer behind a gate, only where states "
-                            "look like those of the steering examples (default: %(default)s)")
+                            "look like those of the steering examples; none if it stands alone "
+                            "(default: %(default)s)")
     group.add_argument("--train_vectors", action=argparse.BooleanOptionalAction, default=True,
                        help="beside the vectors of --methods, train one a layer on the same "
                             "examples, behind the gate, held to what the model says of other text")
@@ -229,11 +230,13 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
         for which in ("layer_idxs", "alpha_units"))
     gated = [one for one in directions if one.method in args.gated]
     if gated or args.train_vectors:
-        gate = learnt_gate(lm, args, pairs, learning)
+        layers = {layer for one in gated for layer in one.layers}
+        layers |= {*cli.parse_layers(args.layer_idxs, len(lm.layers))}
+        gate, gate_manifest = learnt_gate(lm, args, pairs, sorted(layers), learning)
         directions += [replace(one, mode=f"{one.mode} gated".strip(),
                                vectors=replace(one.vectors, gate=gate)) for one in gated]
     if args.train_vectors:
-        directions += trained_vectors(lm, args, pairs, states["pos"], gate, learning)
+        directions += trained_vectors(lm, args, pairs, states["pos"], gate, gate_manifest)
     if args.lora != "none":
         directions.append(trained_lora(lm, args, pairs, learning))
     used = {*states["pos"].info["data"]["questions"],
@@ -241,20 +244,25 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
     return Study(name, seed, parts, frozenset(used), directions, manifest)
 
 
-def learnt_gate(lm, args, pairs, manifest: dict) -> Gate:
-    """The gate between the steering examples and other text, or as it was learnt before."""
+def learnt_gate(lm, args, pairs, layers: list[int], manifest: dict) -> tuple[Gate, dict]:
+    """The gate between the steering examples and other text, or as it was learnt before.
+
+    And the manifest of what it was learnt from.
+    """
     path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_gate.safetensors"
-    layers = cli.parse_layers(args.layer_idxs, len(lm.layers))
-    manifest = manifest | {"gate": {"positions": gates.POSITIONS, "penalty": gates.PENALTY}}
+    others = [*neutral_items(lm, "training"), *unrelated_items(lm, "training")]
+    manifest = manifest | {"others": data.fingerprint([item.example for item in others]),
+                           "gate": {"layers": layers, "positions": gates.POSITIONS,
+                                    "penalty": gates.PENALTY},
+                           "scikit-learn": version("scikit-learn")}
 
     def learn() -> dict[str, torch.Tensor]:
-        others = [*neutral_items(lm, "training"), *unrelated_items(lm, "training")]
         gate = gates.fit(lm, pairs(), others, layers, args.batch_tokens, args.seed)
         return {"weights": gate.weights, "biases": gate.biases}
 
     once(path, manifest, args, "gate", learn,
          lambda tensors: runs.write_tensors(path, tensors, manifest))
-    return Gate(**runs.read_tensors(path)[0])
+    return Gate(**runs.read_tensors(path)[0]), manifest
 
 
 def trained_vectors(lm, args, pairs, states: StatesFile, gate: Gate, manifest: dict
@@ -276,16 +284,18 @@ def trained_vectors(lm, args, pairs, states: StatesFile, gate: Gate, manifest: d
     path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_trained.safetensors"
     once(path, manifest | {"trained": trained.DEFAULTS}, args, "trained vectors", train,
          lambda tensors: SteeringVectors(**tensors, info=info, gate=gate).save(path))
-    vectors = SteeringVectors.load(path)
-    return [Trained(method, "gated", tuple(layers), one) for method, one in zip(
-        TRAINED, (vectors, random_like(vectors, args.seed)), strict=True)]
+    # The same object as other methods' gate, so that they are scored in one batch.
+    vectors = replace(SteeringVectors.load(path), gate=gate)
+    return [Trained("trained", "gated", tuple(layers), vectors),
+            Trained("trained_random", "gated", tuple(layers), random_like(vectors, args.seed))]
 
 
 def random_like(vectors: SteeringVectors, seed: int) -> SteeringVectors:
     """Random directions, at every layer as long as the vectors, behind the same gate."""
     drawn = torch.randn(vectors.vectors.shape, generator=torch.Generator().manual_seed(seed))
     lengths = vectors.vectors.norm(dim=-1, keepdim=True)
-    return replace(vectors, vectors=lengths * torch.nn.functional.normalize(drawn, dim=-1))
+    return replace(vectors, vectors=lengths * torch.nn.functional.normalize(drawn, dim=-1),
+                   info={**vectors.info, "method": "trained_random"})
 
 
 def trained_lora(lm, args, pairs, manifest: dict) -> Lora:

@@ -1,5 +1,6 @@
 """Gates: by hand, against scikit-learn on the model's own states, and wherever they steer."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from test_generation import one_at_a_time, some, text_of
 from grains import gates
 from grains.errors import UserError
 from grains.generation import generate
+from grains.runs import write_tensors
 from grains.scoring import Direction, score
 from grains.vectors import Gate, SteeringVectors, steer, steered
 
@@ -114,16 +116,20 @@ def test_a_gate_is_the_logistic_regression_of_the_states(lm, max_tokens):
         found = torch.sigmoid(torch.from_numpy(states).float() @ weight + bias)
         assert found.numpy() == pytest.approx(expected, abs=2e-3)
         assert found[labels == 1].mean() > found[labels == 0].mean() + 0.1
-    assert (gate.weights[2:] == 0).all() and (gate.biases[2:] == 0).all()
+    assert gate.weights[2:].isnan().all() and gate.biases[2:].isnan().all()
 
 
 def test_positions_are_drawn_where_there_are_many(lm, monkeypatch):
     others = [encoded(lm, W[60:100], [W[100:104]])]
     whole = gates.fit(lm, questions(lm), others, [1])
     monkeypatch.setattr(gates, "POSITIONS", 20)
-    one, same, other = (gates.fit(lm, questions(lm), others, [1], seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(one.weights, same.weights)
-    assert relative(one.weights, other.weights) > 0.01 < relative(one.weights, whole.weights)
+    drawn = [len(gates._states(lm, items, [1], 2048, torch.Generator().manual_seed(0), "")[1])
+             for items in (questions(lm), others)]
+    assert all(10 <= count <= 30 for count in drawn)
+    one, same, other = (gates.fit(lm, questions(lm), others, [1], seed=seed).weights[1]
+                        for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert relative(one, other) > 0.01 < relative(one, whole.weights[1])
 
 
 @pytest.mark.parametrize("missing", [0, 1])
@@ -132,6 +138,22 @@ def test_a_gate_needs_both_kinds(lm, missing):
     groups[missing] = []
     with pytest.raises(UserError, match="found no " + ("steering examples", "other text")[missing]):
         gates.fit(lm, *groups, [0])
+
+
+def test_states_that_are_no_numbers_are_refused(lm):
+    broken = copy.deepcopy(lm)
+    with torch.no_grad():
+        broken.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(UserError, match="layer 1 are NaN or infinite"):
+        gates.fit(broken, questions(lm), questions(lm), [0, 1])
+
+
+def test_half_a_gate_is_refused(tmp_path):
+    path = tmp_path / "v.safetensors"
+    write_tensors(path, {"vectors": torch.ones(2, 3), "norms": torch.ones(2),
+                         "gate_biases": torch.ones(2)}, {})
+    with pytest.raises(UserError, match="gate_biases, norms, vectors: these are no steering"):
+        SteeringVectors.load(path)
 
 
 def test_vectors_keep_their_gate(lm, tmp_path):

@@ -486,6 +486,19 @@ def test_every_method_has_a_look_of_its_own():
     assert len({figures.look(method)[1] for method in methods}) == len(methods)
 
 
+def test_every_mode_has_a_look_of_its_own():
+    lines = [("mean", "pos"), ("mean", "both"), ("mean", "pos gated"), ("mean", "both gated"),
+             ("random", ""), ("random", "gated")]
+    axes = Figure().subplots()
+    figures.draw_front(axes, pd.DataFrame([
+        {"method": method, "mode": mode, "perplexity_increase": price, "gain": 0.1,
+         "gain_low": 0.0, "gain_high": 0.2} for method, mode in lines for price in (0.1, 0.2)]))
+    drawn_lines = [item.lines[0] for item in axes.containers]
+    looks = {(line.get_marker(), line.get_fillstyle(), line.get_linestyle())
+             for line in drawn_lines}
+    assert len(looks) == len(drawn_lines) == len(lines)
+
+
 def test_accuracy_figure_draws_the_table(tmp_path):
     grid = write_evaluation(tmp_path, {"base": some(16), "mean pos@0.2": some(30),
                                        "mean pos@0.1": some(20), "random@0.1": some(15)})

@@ -189,16 +189,17 @@ def _lines(axes: Axes, table: pd.DataFrame, along: str, value: str, spread: bool
     for index, ((method, mode), rows) in enumerate(series):
         rows = rows.sort_values(along, kind="stable")
         colour, marker = look(method)
-        control, variant = method in CONTROLS, mode not in ("", "pos")
+        control, variant, gated = method in CONTROLS, "both" in mode, "gated" in mode
         apart = 1.012 ** (index - (len(series) - 1) / 2) if spread else 1
         interval = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]
                     ] if f"{value}_low" in rows else None
         axes.errorbar(
             rows[along] * apart, rows[value], yerr=interval and np.clip(interval, 0, None),
-            color=colour, marker=marker, ms=4.5, mfc="none" if variant else colour,
+            color=colour, marker=marker, ms=4.5,
+            fillstyle=("full", "none", "left", "bottom")[variant + 2 * gated],
             lw=0.7 if control else 1.2, elinewidth=0.5 if control else 0.9,
             zorder=2 if control else 3, label=f"{method} {mode}".strip(),
-            ls=(":", "-.")[variant] if control else ("-", "--")[variant])
+            ls="-." if gated else ":" if control else "--" if variant else "-")
 
 
 def draw_front(axes: Axes, front: pd.DataFrame) -> None:

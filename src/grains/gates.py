@@ -7,15 +7,15 @@ text as the steering examples are:
     h' = (h + g(h) v) ||h|| / ||h + g(h) v||,    g(h) = sigmoid(w . h / ||h|| + b)
 
 w and b of a layer are a logistic regression between the states of the steering examples and those
-of other text. Conditional activation steering (Lee et al. 2024, arXiv 2409.05907) decides so once
-for a prompt; the paper steers everywhere.
+of other text, none of them steered. What a gate keeps shut it has seen examples of: text unlike
+both kinds may pay more. Conditional activation steering (Lee et al. 2024, arXiv 2409.05907) decides
+so once for a prompt; the paper steers everywhere.
 """
 
 from __future__ import annotations
 
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -42,10 +42,10 @@ def fit(
 ) -> Gate:
     """Learn to tell the states of steering examples, prompts and responses, from other text.
 
-    layers: those that are steered; the gates of the others stay half open and are not read.
+    layers: those that are steered; the others have no gates (NaN).
     max_tokens: positions computed at a time. seed: which positions are read, where there are more
         than `POSITIONS` of a kind.
-    Raises UserError if there are no examples or no other text.
+    Raises UserError if there are no examples or no other text, or their states are no numbers.
     """
     for name, items in (("steering examples", steering), ("other text", others)):
         if not items:
@@ -54,12 +54,16 @@ def fit(
     mine, theirs = (_states(lm, items, layers, max_tokens, generator, f"states of {name}")
                     for items, name in ((steering, "steering examples"), (others, "other text")))
     labels = [1] * len(mine[layers[0]]) + [0] * len(theirs[layers[0]])
-    weights, biases = torch.zeros(len(lm.layers), lm.hidden_size), torch.zeros(len(lm.layers))
+    weights = torch.full((len(lm.layers), lm.hidden_size), torch.nan)
+    biases = torch.full((len(lm.layers),), torch.nan)
     for layer in tqdm(layers, desc="gates", unit="layer"):
+        states = torch.cat([mine.pop(layer), theirs.pop(layer)])
+        if not states.isfinite().all():
+            raise UserError(f"hidden states of layer {layer} are NaN or infinite: give --dtype "
+                            "float32")
         scaler, regression = StandardScaler(), LogisticRegression(
             C=PENALTY, class_weight="balanced", solver="newton-cholesky")
-        make_pipeline(scaler, regression).fit(
-            torch.cat([mine.pop(layer), theirs.pop(layer)]).numpy(), labels)
+        regression.fit(scaler.fit_transform(states.numpy()), labels)
         weight = regression.coef_[0] / scaler.scale_
         weights[layer] = torch.from_numpy(weight)
         biases[layer] = float(regression.intercept_[0] - weight @ scaler.mean_)

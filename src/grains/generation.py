@@ -69,23 +69,26 @@ def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:
             "attention_mask": pad("attention_mask", 0)}
 
 
-def _by_row(configurations: list[Configuration], prompts: int) -> tuple[dict, dict]:
+def _by_row(configurations: list[Configuration], prompts: int
+            ) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:
     """layer -> (rows, 1, D): zero for the base and where a configuration leaves a layer alone.
 
     And layer -> the gates (rows, 1, D), (rows, 1, 1), where there are any; without one, it is open.
     """
     layers = sorted({layer for item in configurations for layer in item.layers})
+    is_gated = any(item.gate for item in configurations)
+
+    def rows(parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).view(len(parts), 1, -1).repeat_interleave(prompts, 0)
+
     by_row, gates = {}, {}
     for layer in layers:
-        some = next(item.vectors[layer] for item in configurations if layer in item.vectors)
-        zero, open_wide = torch.zeros_like(some), (torch.zeros_like(some), torch.tensor(torch.inf))
-
-        def rows(parts: list[Tensor]) -> Tensor:
-            return torch.stack(parts).view(len(parts), 1, -1).repeat_interleave(prompts, 0)
-
+        zero = torch.zeros_like(next(item.vectors[layer] for item in configurations
+                                     if layer in item.vectors))
         by_row[layer] = rows([zero, *(item.vectors.get(layer, zero) for item in configurations)])
-        if any(item.gate for item in configurations):
-            one_each = [open_wide, *(item.gate.at(layer) if item.gate else open_wide
-                                     for item in configurations)]
+        if is_gated:
+            open_wide = zero, torch.tensor(torch.inf)
+            one_each = [open_wide, *(item.gate.at(layer) if item.gate and layer in item.vectors
+                                     else open_wide for item in configurations)]
             gates[layer] = tuple(rows(list(parts)) for parts in zip(*one_each, strict=True))
     return by_row, gates

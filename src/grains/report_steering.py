@@ -136,7 +136,7 @@ def front_says(front: pd.DataFrame, score: str) -> str:
     best = told[told.max_ppl_increase == budget].sort_values("gain").iloc[-1]
     controls = part[part.control & (part.max_ppl_increase == budget)].sort_values("gain")
     beside = "" if controls.empty else (
-        f"; the best control there, {controls.iloc[-1].method}, gains "
+        f"; the best control there, {controls.iloc[-1]['name'].removesuffix(' (control)')}, gains "
         f"{points(controls.iloc[-1].gain)} ({p_is(controls.iloc[-1].p_value)})")
     return (f"By {SCORES[score]} accuracy, the lowest price at which a gain can be told from "
             f"chance is perplexity up by at most {100 * budget:g}\u00a0%: {best['name']} gains "

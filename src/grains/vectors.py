@@ -164,7 +164,7 @@ def make(states: dict[str, StatesFile], method: str, mode: str, seed: int) -> St
 class Gate:
     """How far the vectors of each layer are added at a position, by its state (see `grains.gates`).
 
-    weights: (L, D); biases: (L,).
+    weights: (L, D); biases: (L,); NaN at layers that it was not made for.
     """
 
     weights: Tensor
@@ -184,15 +184,16 @@ def steer(hidden_states: Tensor, vector: Tensor, gate: tuple[Tensor, Tensor] | N
         at a state (see `Gate`).
     """
     before = hidden_states.float()
+    size = before.norm(dim=-1, keepdim=True)
+    tiny = torch.finfo(torch.float32).tiny  # a state of length zero stays what it is
     vector = vector.to(hidden_states.device)
     if gate is not None:
         weight, bias = (part.to(hidden_states.device) for part in gate)
-        along = (normalize(before, dim=-1) * weight).sum(-1, keepdim=True)
+        along = (before * weight).sum(dim=-1, keepdim=True) / size.clamp_min(tiny)
         vector = torch.sigmoid(along + bias) * vector
     moved = before + vector
-    # A state of length zero stays what it is.
-    length = moved.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return (moved * (before.norm(dim=-1, keepdim=True) / length)).to(hidden_states.dtype)
+    length = moved.norm(dim=-1, keepdim=True).clamp_min(tiny)
+    return (moved * (size / length)).to(hidden_states.dtype)
 
 
 @contextmanager
@@ -274,8 +275,9 @@ class SteeringVectors:
         """Read what `save` wrote. Raises UserError if it is not such a file."""
         info = read_header(Path(path))
         tensors = load_file(str(path))
-        gate = [tensors.pop(name) for name in ("gate_weights", "gate_biases") if name in tensors]
-        if set(tensors) != {"vectors", "norms"} or len(gate) == 1:
+        gated = {"gate_weights", "gate_biases"} <= set(tensors)
+        gate = Gate(tensors.pop("gate_weights"), tensors.pop("gate_biases")) if gated else None
+        if set(tensors) != {"vectors", "norms"}:
             raise UserError(f"'{path}' holds {', '.join(sorted(tensors))}: these are no steering "
                             "vectors")
-        return cls(tensors["vectors"], tensors["norms"], info, Gate(*gate) if gate else None)
+        return cls(tensors["vectors"], tensors["norms"], info, gate)

@@ -8,7 +8,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 experiment="${EXPERIMENT:-scripts/llm/run_experiment.sh}"
-run() { bash "$experiment" --methods mean pca --no-train_vectors --max_ppl_increase 0.1 "$@"; }
+run() {
+  bash "$experiment" --methods mean pca --gated --no-train_vectors --max_ppl_increase 0.1 "$@"
+}
 
 run "$@"
 for method in vanilla smoothgrad; do GRAD_METHOD=$method run "$@"; done
