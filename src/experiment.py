@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import hashlib
 import itertools
 import json
 import shlex
@@ -441,10 +442,10 @@ def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
 def generations(lm, one: Study, configurations, args) -> pd.DataFrame:
     """Free answers to a few test questions, base and steered, how long and how repetitive."""
     asked = encode(lm, one.parts["test"][:args.num_generations], args)
-    path = args.parts_dir / f"{one.name}_generations.csv"
-    manifest = one.manifest | {"configurations": [item.label for item in configurations],
+    manifest = one.manifest | {"configurations": [*map(identity, configurations)],
                                "items": data.fingerprint([item.example for item in asked]),
                                "max_new_tokens": args.max_new_tokens}
+    path = args.parts_dir / f"{one.name}_generations_{runs.digest(manifest)}.csv"
     work = runs.Run([path], manifest, args.overwrite)
     if not work.finished:
         for _ in work.todo(1, f"{one.name} free answers"):
@@ -503,20 +504,32 @@ def scores_of(lm, items: list[Encoded], configurations, args, one: Study, what: 
     kept: dict[str, Path] = {}
     for path in sorted(args.parts_dir.glob(f"{glob.escape(name)}_*.safetensors")):
         info = runs.read_header(path)
-        labels = info.pop("configurations")
+        scored = info.pop("configurations")
         if info == manifest and not args.overwrite:
-            kept |= dict.fromkeys(labels, path)
-    missing = [item for item in configurations if item.label not in kept]
+            kept |= dict.fromkeys(scored, path)
+    wanted = ["base", *map(identity, configurations)]
+    missing = [item for item in configurations if identity(item) not in kept]
     if missing or "base" not in kept:
-        labels = ["base", *(item.label for item in missing)]
-        path = args.parts_dir / f"{name}_{runs.digest([manifest, labels])}.safetensors"
-        score_all(lm, items, missing, path, manifest | {"configurations": labels}, args)
-        kept |= dict.fromkeys(labels, path)
+        scored = ["base", *map(identity, missing)]
+        path = args.parts_dir / f"{name}_{runs.digest([manifest, scored])}.safetensors"
+        score_all(lm, items, missing, path, manifest | {"configurations": scored}, args)
+        kept |= dict.fromkeys(scored, path)
     files = {path: runs.read_tensors(path) for path in set(kept.values())}
-    rows = [(path, files[path][1]["configurations"].index(label)) for label, path in (
-        (label, kept[label]) for label in ("base", *(item.label for item in configurations)))]
+    rows = [(kept[item], files[kept[item]][1]["configurations"].index(item)) for item in wanted]
     return [np.stack([files[path][0][str(index)].numpy()[row] for path, row in rows])
             for index in range(len(items))]
+
+
+def identity(item: Configuration) -> str:
+    """A configuration's label, and a digest of all that it changes in the model."""
+    tensors = item.adapter if isinstance(item, Tuned) else {
+        f"{layer}": vector for layer, vector in item.vectors.items()}
+    if item.gate:
+        tensors = tensors | {f"{layer} {part}": tensor for layer in item.layers
+                             for part, tensor in zip("wb", item.gate.at(layer), strict=True)}
+    digests = {name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+               for name, tensor in tensors.items()}
+    return f"{item.label} {runs.digest({name: one.hexdigest() for name, one in digests.items()})}"
 
 
 def score_all(lm, items: list[Encoded], configurations, path: Path, manifest: dict, args) -> None:

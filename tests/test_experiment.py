@@ -1,6 +1,7 @@
 """The experiment on a tiny model: its tables follow from each other and from the library."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,8 @@ from pytest import approx
 
 import experiment
 from grains import costs, models, runs
-from grains.vectors import SteeringVectors
+from grains.scoring import Configuration
+from grains.vectors import Gate, SteeringVectors
 
 pytest_plugins = ("command_line",)
 
@@ -180,15 +182,33 @@ def test_other_prices_score_only_what_is_new(made, commands):
     command = [str(item) for item in command]
     place = command.index("--methods")
     more = [*command[:place + 1], "caa", *command[place + 1:]]
+    place = more.index("--max_ppl_increase")
+    more[place + 1:place + 3] = ["0.005", "1000"]  # may choose others, and asks them freely
     commands.run(*more).ok()
     assert {path: path.stat().st_mtime_ns for path in before} == before
     added = [path for path in folder.rglob("*_validation_*_scores_*.safetensors")
              if path not in before]
-    assert added and all(runs.read_header(path)["configurations"] == [
-        "base", *(f"caa @ 0-2 x {alpha:g}" for alpha in ALPHAS)] for path in added)
+    for path in added:
+        base, *scored = runs.read_header(path)["configurations"]
+        assert base == "base" and [name.rpartition(" ")[0] for name in scored] == [
+            f"caa @ 0-2 x {alpha:g}" for alpha in ALPHAS]
+    assert added
     commands.run(*command).ok()
     assert (next(folder.glob("*_grid.csv")).read_bytes(),
             next(folder.glob("*_front.csv")).read_bytes()) == (grid, front)
+
+
+def test_a_configuration_is_more_than_its_label():
+    gate = Gate(torch.ones(3, 4), torch.ones(3))
+    one = Configuration("m", "", (0, 2), 0.1, {0: torch.ones(4), 2: torch.ones(4)}, gate)
+    same = replace(one, gate=Gate(torch.tensor([1.0, 9.0, 1.0])[:, None].expand(3, 4).clone(),
+                                  torch.ones(3)))  # differs at a layer that is not steered
+    assert experiment.identity(one) == experiment.identity(same)
+    others = [replace(one, gate=None), replace(one, gate=Gate(torch.ones(3, 4), torch.zeros(3))),
+              replace(one, vectors={0: torch.ones(4), 2: torch.zeros(4)}),
+              *(experiment.Tuned("m", "", (), 0.1, adapter={"a": torch.ones(2, dtype=dtype)})
+                for dtype in (torch.bfloat16, torch.float32))]
+    assert len({experiment.identity(item) for item in [one, *others]}) == 6
 
 
 def test_random_directions_are_as_long_as_the_vectors():
