@@ -95,9 +95,8 @@ def train(
                 values = log_likelihoods(lm, [part.items[i] for i in some], checkpointed, after)
                 loss = part.weight / len(members) * part.losses(
                     values, part.base[some], part.lengths[some]).sum()
+                loss.backward(inputs=[vectors])
                 total += loss.item()
-                if loss.item() != 0:  # texts that lose nothing have no gradient
-                    loss.backward(inputs=[vectors])
         if not math.isfinite(total):
             raise UserError(f"the loss of the vectors became {total} in step {step + 1}: give "
                             "--dtype float32")
