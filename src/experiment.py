@@ -21,7 +21,6 @@ import argparse
 import glob
 import hashlib
 import itertools
-import json
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
@@ -224,11 +223,10 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
                 for example in cli.steering_examples(args)]
 
     # Neither what is learnt nor what a configuration scores depends on what else is tried.
-    flags = manifest.pop("flags")
-    learning, manifest = (
-        manifest | {"flags": {name: flags[name] for name in (which, "prompt_style",
-                                                             "batch_tokens", "seed")}}
-        for which in ("layer_idxs", "alpha_units"))
+    flags = manifest["flags"]
+    common = {name: flags[name] for name in ("prompt_style", "batch_tokens", "seed")}
+    learning = manifest | {"flags": common | {"layer_idxs": flags["layer_idxs"]}}
+    manifest = manifest | {"flags": common | {"alpha_units": flags["alpha_units"]}}
     gated = [one for one in directions if one.method in args.gated]
     if gated or args.train_vectors:
         layers = {layer for one in gated for layer in one.layers}
@@ -467,12 +465,14 @@ def generations(lm, one: Study, configurations, args) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False)
 
 
+@cache
 def neutral_items(lm, part: str) -> list[Encoded]:
     """The neutral passages that are for one part of the experiment."""
     return [costs.continuation(lm, text) for index, text in enumerate(costs.neutral_texts())
             if index % 8 in TEXTS[part]]
 
 
+@cache
 def unrelated_items(lm, part: str) -> list[Encoded]:
     """The unrelated questions that are for one part of the experiment."""
     examples = (costs.unrelated_examples(costs.UNRELATED_TRAINING) if part == "training" else
@@ -500,23 +500,24 @@ def scores_of(lm, items: list[Encoded], configurations, args, one: Study, what: 
     """
     name = f"{one.name}_{what}_scores"
     manifest = one.manifest | {"items": data.fingerprint([item.example for item in items])}
-    manifest = json.loads(json.dumps(manifest))  # as it is read back
-    kept: dict[str, Path] = {}
+    wanted = ["base", *map(identity, configurations)]
+    kept: dict[str, tuple[Path, int]] = {}  # where each stands: file and row
     for path in sorted(args.parts_dir.glob(f"{glob.escape(name)}_*.safetensors")):
         info = runs.read_header(path)
         scored = info.pop("configurations")
-        if info == manifest and not args.overwrite:
-            kept |= dict.fromkeys(scored, path)
-    wanted = ["base", *map(identity, configurations)]
-    missing = [item for item in configurations if identity(item) not in kept]
+        if runs.digest(info) == runs.digest(manifest) and not args.overwrite:
+            kept |= {known: (path, row) for row, known in enumerate(scored)}
+    missing = {known: item for known, item in zip(wanted[1:], configurations, strict=True)
+               if known not in kept}
     if missing or "base" not in kept:
-        scored = ["base", *map(identity, missing)]
+        scored = ["base", *missing]
         path = args.parts_dir / f"{name}_{runs.digest([manifest, scored])}.safetensors"
-        score_all(lm, items, missing, path, manifest | {"configurations": scored}, args)
-        kept |= dict.fromkeys(scored, path)
-    files = {path: runs.read_tensors(path) for path in set(kept.values())}
-    rows = [(kept[item], files[kept[item]][1]["configurations"].index(item)) for item in wanted]
-    return [np.stack([files[path][0][str(index)].numpy()[row] for path, row in rows])
+        score_all(lm, items, [*missing.values()], path, manifest | {"configurations": scored},
+                  args)
+        kept |= {known: (path, row) for row, known in enumerate(scored)}
+    rows = [kept[known] for known in wanted]
+    files = {path: runs.read_tensors(path)[0] for path, _ in rows}
+    return [np.stack([files[path][str(index)].numpy()[row] for path, row in rows])
             for index in range(len(items))]
 
 

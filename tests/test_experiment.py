@@ -42,6 +42,17 @@ def made(commands, tmp_path_factory):
     return command, commands.run(*command).ok(), folder, model
 
 
+def given(command, **flags):
+    """The command with other values for some of the flags that it has."""
+    command = [str(item) for item in command]
+    for flag, values in flags.items():
+        place = command.index(f"--{flag}")
+        after = next((i for i in range(place + 1, len(command)) if command[i][:2] == "--"),
+                     len(command))
+        command[place + 1:after] = values
+    return command
+
+
 def tables(folder):
     (grid,), (front,) = (list(folder.glob(f"*_{name}.csv")) for name in ("grid", "front"))
     return (pd.read_csv(grid, keep_default_na=False, na_values=["nan", ""]),
@@ -126,13 +137,8 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
     place = command.index("--alphas")
     command = [*command[:place], *command[place + 1 + len(ALPHAS):]]
     command += ["--strengths_at", "0.01", "0.04"]
-    for flag, values in (("--max_ppl_increase", ["0.02", "0.08"]), ("--seeds", ["0"]),
-                         ("--lora", ["none"]), ("--output_dir", [str(tmp_path)])):
-        place = command.index(flag)
-        after = next((i for i in range(place + 1, len(command)) if command[i][:2] == "--"),
-                     len(command))
-        command[place + 1:after] = values
-    commands.run(*command).ok()
+    commands.run(*given(command, max_ppl_increase=["0.02", "0.08"], seeds=["0"], lora=["none"],
+                        output_dir=[str(tmp_path)])).ok()
     grid = tables(tmp_path)[0]
     validated = grid[(grid.part == "validation") & (grid.method != "base")]
     trained, control = (validated[validated.method == method].alpha.tolist()
@@ -156,14 +162,8 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
 
 def test_a_strength_given_twice_and_layers_from_one_on(made, commands, tmp_path):
     """--alphas 0.02 0.02: one configuration. Layer 2 is not named, and has a gate."""
-    command = [str(item) for item in made[0]]
-    for flag, values in (("--alphas", ["0.02", "0.02"]), ("--seeds", ["0"]),
-                         ("--methods", ["random"]), ("--lora", ["none"]),
-                         ("--output_dir", [str(tmp_path)])):
-        place = command.index(flag)
-        after = next((i for i in range(place + 1, len(command)) if command[i][:2] == "--"),
-                     len(command))
-        command[place + 1:after] = values
+    command = given(made[0], alphas=["0.02", "0.02"], seeds=["0"], methods=["random"],
+                    lora=["none"], output_dir=[str(tmp_path)])
     commands.run(*command, "--no-train_vectors", "--gated", "random", "--layer_mode", "from",
                  "--layer_idxs", 1).ok()
     grid = tables(tmp_path)[0]
@@ -179,12 +179,9 @@ def test_other_prices_score_only_what_is_new(made, commands):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*_scores_*.safetensors")}
     grid, front = (path.read_bytes() for path in (next(folder.glob("*_grid.csv")),
                                                   next(folder.glob("*_front.csv"))))
-    command = [str(item) for item in command]
-    place = command.index("--methods")
-    more = [*command[:place + 1], "caa", *command[place + 1:]]
-    place = more.index("--max_ppl_increase")
-    more[place + 1:place + 3] = ["0.005", "1000"]  # may choose others, and asks them freely
-    commands.run(*more).ok()
+    # Other prices may choose other configurations, and ask them freely.
+    commands.run(*given(command, methods=["caa", "mean", "gradient", "random", "shuffled"],
+                        max_ppl_increase=["0.005", "1000"])).ok()
     assert {path: path.stat().st_mtime_ns for path in before} == before
     added = [path for path in folder.rglob("*_validation_*_scores_*.safetensors")
              if path not in before]

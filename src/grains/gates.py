@@ -86,5 +86,5 @@ def _states(lm, items, layers, max_tokens, generator, what) -> dict[int, Tensor]
             if layer in found:
                 found[layer].append(normalize(states[read.to(states.device)].float(), dim=-1).cpu())
 
-        replay(lm, batch.embeds, batch.kwargs, after=keep)
+        replay(lm, batch.embeds, batch.kwargs, stop=max(layers) + 1, after=keep)
     return {layer: torch.cat(parts) for layer, parts in found.items()}

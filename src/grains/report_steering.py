@@ -76,8 +76,8 @@ def front_views(front: pd.DataFrame, drawn: Figures, name: str) -> list[dict]:
     """Figure, sentences and tables for each limit on what unrelated questions may lose, the
     strictest first."""
     front = front.assign(control=front.is_control == "True",
-                         name=(front.method + " " + front["mode"]).str.strip())
-    front["name"] += np.where(front.control, " (control)", "")
+                         line=(front.method + " " + front["mode"]).str.strip())
+    front["name"] = front.line + np.where(front.control, " (control)", "")
     # One configuration may be the best at several prices: that is one comparison, not several.
     same = ["method", "mode", "score", "configuration", "p_value"]
     compared = front[~front.control].drop_duplicates(same)
@@ -136,7 +136,7 @@ def front_says(front: pd.DataFrame, score: str) -> str:
     best = told[told.max_ppl_increase == budget].sort_values("gain").iloc[-1]
     controls = part[part.control & (part.max_ppl_increase == budget)].sort_values("gain")
     beside = "" if controls.empty else (
-        f"; the best control there, {controls.iloc[-1]['name'].removesuffix(' (control)')}, gains "
+        f"; the best control there, {controls.iloc[-1].line}, gains "
         f"{points(controls.iloc[-1].gain)} ({p_is(controls.iloc[-1].p_value)})")
     return (f"By {SCORES[score]} accuracy, the lowest price at which a gain can be told from "
             f"chance is perplexity up by at most {100 * budget:g}\u00a0%: {best['name']} gains "
