@@ -40,21 +40,23 @@ import torch
 import token_ablation
 from grains import cli, costs, data, gates, lora, prompts, runs, stats, trained
 from grains.errors import UserError
-from grains.generation import generate
+from grains.generation import WIDTH, generate
 from grains.prompts import Encoded
 from grains.scoring import Configuration, Direction, batches, margins, score
 from grains.vectors import CONTROLS, METHODS, Gate, StatesFile, SteeringVectors
 
 SCORES = ("token", "sum")
+PRICES = ["perplexity_increase", "varied_increase", "answers_increase", "unrelated_change",
+          "repetition"]
 BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
 # Strengths are set a little under a price, as they lie between those that were measured.
 CAUTION = 0.95
-# Strengths tried for their price are doubled from the first: of vectors, of what was trained.
-FIRST_STRENGTH, FIRST_SCALE, DOUBLINGS = 0.01, 0.25, 6
+# The first strength tried for its price, how much stronger the next may be, and how many are.
+FIRST_STRENGTH, STEPS, ROUNDS = 0.02, (2.0, 4.0), 5
+# How often a strength between those is measured, until its price is as near as this.
+REFINEMENTS, PRECISION = 2, 0.1
 LEARNT = ("trained", "trained_random", "lora")
-# What was trained is for a strength of 1, whatever that costs; LoRA and trained vectors are tried
-# about there as well, random directions of the same lengths wherever trained vectors are.
-SCALES = (0.7, 1.0, 1.4, 2.0)
+SCALES = (0.5, 0.7, 1.0, 1.4)  # of what was learnt, which is for 1
 # What the neutral passages are for, by their number modulo 8. Of the unrelated questions the even
 # ones are for validation, the odd ones for test; those for training have a file of their own.
 TEXTS = {"training": (2, 3, 4, 6, 7), "validation": (0,), "test": (1, 5)}
@@ -72,22 +74,21 @@ def flags(kind: cli.Kind):
                        help="prices allowed: how much the perplexity of neutral text may rise")
     group.add_argument("--strengths_at", nargs="+", type=cli.positive_float,
                        help="prices by which strengths are set, unless --alphas gives some "
-                            "(default: every other one of those allowed)")
+                            "(default: the largest of those allowed, and the second below it)")
     group.add_argument("--max_unrelated_loss", type=cli.not_negative, default=0.02,
                        help="accuracy on unrelated questions that may be lost; results are given "
-                            "with and without this limit")
-    group.add_argument("--gated", nargs="*", default=["mean", "gradient", "random"],
-                       choices=METHODS, metavar="METHOD",
+                            "with and without this limit, and that of the price on what the model "
+                            "itself answers freely")
+    group.add_argument("--gated", nargs="*", default=[], choices=METHODS, metavar="METHOD",
                        help="those of --methods that also steer behind a gate, only where states "
-                            "look like those of the steering examples; none if it stands alone "
-                            "(default: %(default)s)")
+                            "look like those of the steering examples (default: none)")
     group.add_argument("--train_vectors", action=argparse.BooleanOptionalAction, default=True,
                        help="beside the vectors of --methods, train one a layer on the same "
                             "examples, behind the gate, held to what the model says of other text")
     group.add_argument("--lora", default="none", choices=("none", *lora.OBJECTIVES),
                        help="beside the vectors, train LoRA on the same examples")
-    group.add_argument("--num_generations", type=cli.positive, default=8,
-                       help="test questions answered freely, for repetition and length")
+    group.add_argument("--num_generations", type=cli.positive, default=24,
+                       help="questions answered freely, for validation and test")
     group.add_argument("--max_new_tokens", type=cli.positive, default=32, help="of those answers")
     group.add_argument("--document", help="Markdown file the tables are also written into")
     return parser
@@ -115,11 +116,11 @@ def main(kind: cli.Kind = cli.LLM) -> None:
             labels = set(chosen.configuration)
             configurations = [item for item in configurations if item.label in labels]
             own, questions = evaluate(lm, one, one, "test", configurations, args)
-            written = generations(lm, one, configurations, args)
+            written = free_answers(lm, one, "test", configurations, args)
             own = own.merge(written.groupby("configuration")[["repetition", "words"]].mean(),
                             on="configuration")
-            prices = own.set_index("configuration")[["perplexity_increase", "unrelated_change"]]
-            chosen[prices.columns] = prices.loc[chosen.configuration].to_numpy()
+            paid = own.set_index("configuration")[PRICES]
+            chosen[PRICES] = paid.loc[chosen.configuration].to_numpy()
             grids += [validated, own]
             answers.append((chosen, questions))
             texts.append(written)
@@ -216,31 +217,33 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
         for file, vectors in made.items():
             vectors.save(file)
     manifest = cli.evaluation_manifest(args, "experiment", lm, states, parts)
+    used = {*states["pos"].info["data"]["questions"],
+            *map(data.question_key, parts["validation"])}
+    parts["training"] = [example.pair() for example in cli.steering_examples(args)]
 
-    @cache  # read and encoded by what trains first, and not at all where nothing is left to train
+    @cache  # encoded by what trains first, and not at all where nothing is left to train
     def pairs() -> list[Encoded]:
-        return [prompts.encode(lm, example.pair(), args.prompt_style)
-                for example in cli.steering_examples(args)]
+        return [prompts.encode(lm, example, args.prompt_style) for example in parts["training"]]
 
     # Neither what is learnt nor what a configuration scores depends on what else is tried.
     flags = manifest["flags"]
     common = {name: flags[name] for name in ("prompt_style", "batch_tokens", "seed")}
     learning = manifest | {"flags": common | {"layer_idxs": flags["layer_idxs"]}}
     manifest = manifest | {"flags": common | {"alpha_units": flags["alpha_units"]}}
-    gated = [one for one in directions if one.method in args.gated]
+    one = Study(name, seed, parts, frozenset(used), directions, manifest)
+    gated = [direction for direction in directions if direction.method in args.gated]
     if gated or args.train_vectors:
-        layers = {layer for one in gated for layer in one.layers}
+        layers = {layer for direction in gated for layer in direction.layers}
         layers |= {*cli.parse_layers(args.layer_idxs, len(lm.layers))}
         gate, gate_manifest = learnt_gate(lm, args, pairs, sorted(layers), learning)
-        directions += [replace(one, mode=f"{one.mode} gated".strip(),
-                               vectors=replace(one.vectors, gate=gate)) for one in gated]
+        directions += [replace(direction, mode=f"{direction.mode} gated".strip(),
+                               vectors=replace(direction.vectors, gate=gate))
+                       for direction in gated]
     if args.train_vectors:
-        directions += trained_vectors(lm, args, pairs, states["pos"], gate, gate_manifest)
+        directions += trained_vectors(lm, args, one, pairs, states["pos"], gate, gate_manifest)
     if args.lora != "none":
         directions.append(trained_lora(lm, args, pairs, learning))
-    used = {*states["pos"].info["data"]["questions"],
-            *map(data.question_key, parts["validation"])}
-    return Study(name, seed, parts, frozenset(used), directions, manifest)
+    return one
 
 
 def learnt_gate(lm, args, pairs, layers: list[int], manifest: dict) -> tuple[Gate, dict]:
@@ -249,7 +252,7 @@ def learnt_gate(lm, args, pairs, layers: list[int], manifest: dict) -> tuple[Gat
     And the manifest of what it was learnt from.
     """
     path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_gate.safetensors"
-    others = [*neutral_items(lm, "training"), *unrelated_items(lm, "training")]
+    others = training_texts(lm) + unrelated_items(lm, "training")
     manifest = manifest | {"others": data.fingerprint([item.example for item in others]),
                            "gate": {"layers": layers, "positions": gates.POSITIONS,
                                     "penalty": gates.PENALTY},
@@ -264,7 +267,7 @@ def learnt_gate(lm, args, pairs, layers: list[int], manifest: dict) -> tuple[Gat
     return Gate(**runs.read_tensors(path)[0]), manifest
 
 
-def trained_vectors(lm, args, pairs, states: StatesFile, gate: Gate, manifest: dict
+def trained_vectors(lm, args, one: Study, pairs, states: StatesFile, gate: Gate, manifest: dict
                     ) -> list[Trained]:
     """Vectors trained on the steering examples, or as they were trained before.
 
@@ -272,16 +275,19 @@ def trained_vectors(lm, args, pairs, states: StatesFile, gate: Gate, manifest: d
     """
     layers = cli.parse_layers(args.layer_idxs, len(lm.layers))
     info = {**states.info, "stage": "steering_vectors", "method": "trained", "mode": ""}
+    answers = own_answers(lm, one, "training", args)
+    manifest = manifest | {"trained": trained.DEFAULTS,
+                           "answers": data.fingerprint([item.example for item in answers])}
 
     def train() -> dict[str, torch.Tensor]:
         norms = states.norms()
         vectors = trained.train(
-            lm, pairs(), neutral_items(lm, "training"), unrelated_items(lm, "training"), norms,
+            lm, pairs(), training_texts(lm), unrelated_items(lm, "training"), answers, norms,
             gate, layers, seed=args.seed, max_tokens=args.batch_tokens)
         return {"vectors": vectors, "norms": norms}
 
     path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_trained.safetensors"
-    once(path, manifest | {"trained": trained.DEFAULTS}, args, "trained vectors", train,
+    once(path, manifest, args, "trained vectors", train,
          lambda tensors: SteeringVectors(**tensors, info=info, gate=gate).save(path))
     # The same object as other methods' gate, so that they are scored in one batch.
     vectors = replace(SteeringVectors.load(path), gate=gate)
@@ -320,45 +326,58 @@ def once(path: Path, manifest: dict, args, what: str, make, save) -> None:
 
 
 def priced(lm, one: Study, args) -> list[Configuration]:
-    """Every direction at the strengths that cost certain prices (or at --alphas)."""
-    if args.alphas:
-        return [direction.at(alpha, args.alpha_units) for direction in one.directions
-                for alpha in dict.fromkeys(args.alphas)]
-    texts = neutral_items(lm, "validation")
-    wanted = np.sort(args.strengths_at or sorted(args.max_ppl_increase)[::2])
-    targets = np.log1p(CAUTION * wanted)
-    curves = {direction: [(0.0, 0.0)] for direction in one.directions
-              if direction.method != "trained_random"}
+    """Every direction at the strengths that cost certain prices (or at --alphas).
 
-    def measure(tried: list[tuple[Direction | Lora, float]]) -> None:
+    What was learnt has lengths of its own, and is tried at `SCALES` of them.
+    """
+    alphas = {direction: SCALES if direction.method in LEARNT else dict.fromkeys(args.alphas or ())
+              for direction in one.directions}
+    texts = neutral_items(lm, "validation")
+    targets = np.log1p(CAUTION * np.sort(
+        args.strengths_at or sorted(args.max_ppl_increase)[::-2][:2]))
+    curves = {direction: [(0.0, 0.0)] for direction in one.directions if not alphas[direction]}
+
+    def measure(tried: list[tuple[Direction, float]]) -> None:
         """Put what directions may cost at some strengths on their curves."""
+        if not tried:
+            return
         items = [direction.at(alpha, args.alpha_units) for direction, alpha in tried]
         bounds = costs.perplexity_bound(
             texts, scores_of(lm, texts, items, args, one, "validation_texts"))
         for (direction, alpha), bound in zip(tried, bounds[1:], strict=True):
             curves[direction] = sorted({*curves[direction], (alpha, np.log1p(bound))})
 
-    for doubling in range(DOUBLINGS):
-        tried = [(direction, (FIRST_SCALE if direction.method in LEARNT else FIRST_STRENGTH)
-                  * 2 ** doubling)
-                 for direction, curve in curves.items() if curve[-1][1] < targets[-1]]
-        if tried:
-            measure(tried)
-    measure([(direction, alpha) for direction, curve in curves.items()
-             for alpha in strengths(curve, targets)])
-    alphas = {direction: dict.fromkeys((*(SCALES if direction.method in LEARNT else ()),
-                                        *strengths(curve, targets)))
-              for direction, curve in curves.items()}
+    for _ in range(ROUNDS):
+        measure([(direction, stronger(curve, targets[-1])) for direction, curve in curves.items()
+                 if curve[-1][1] < targets[-1]])
+    for _ in range(REFINEMENTS):
+        measure([(direction, alpha) for direction, curve in curves.items()
+                 for alpha in strengths(curve, [
+                     target for target in targets
+                     if all(abs(rise / target - 1) > PRECISION for _, rise in curve)])])
+    alphas |= {direction: strengths(curve, targets) for direction, curve in curves.items()}
     return [direction.at(alpha, args.alpha_units) for direction in one.directions
-            for alpha in alphas[replace(direction, method="trained")
-                                if direction.method == "trained_random" else direction]]
+            for alpha in alphas[direction]]
+
+
+def stronger(curve: list[tuple[float, float]], target: float) -> float:
+    """The strength to try next, where a curve of (strength, rise of the loss) is below a target.
+
+    A rise goes with the square of the strength at first, faster then.
+    """
+    alpha, rise = curve[-1]
+    if not alpha:
+        return FIRST_STRENGTH
+    factor = np.sqrt(target / rise) if rise > 0 else np.inf
+    return float(f"{alpha * np.clip(factor, *STEPS):.3g}")
 
 
 def strengths(curve: list[tuple[float, float]], targets) -> list[float]:
     """Where a curve of (strength, rise of the loss) reaches each target.
 
-    The curve begins at (0, 0). Between its points a rise goes with the square of the strength. A
-    target that is never reached gives the largest strength tried.
+    The curve begins at (0, 0). Between points with a price a rise goes with a power of the
+    strength, before them with its square. A target that is never reached gives the largest
+    strength tried.
     """
     found = []
     for target in targets:
@@ -367,8 +386,12 @@ def strengths(curve: list[tuple[float, float]], targets) -> list[float]:
             found.append(curve[-1][0])
             continue
         (weaker, below), (stronger, above) = curve[reached[0] - 1:reached[0] + 1]
-        share = (target - below) / (above - below)
-        found.append(np.sqrt(weaker ** 2 + (stronger ** 2 - weaker ** 2) * share))
+        if below > 0:
+            share = np.log(target / below) / np.log(above / below)
+            found.append(weaker * (stronger / weaker) ** share)
+        else:
+            share = (target - below) / (above - below)
+            found.append(np.sqrt(weaker ** 2 + (stronger ** 2 - weaker ** 2) * share))
     return list(dict.fromkeys(float(f"{alpha:.3g}") for alpha in found))
 
 
@@ -389,17 +412,25 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
     table = grid_rows(one, other, part, every, leads)
     if other is one:
         neutral, unrelated = neutral_items(lm, part), unrelated_items(lm, part)
-        of_neutral, of_unrelated = (
+        answers = own_answers(lm, one, part, args)
+        of_neutral, of_unrelated, of_answers = (
             scores_of(lm, items, configurations, args, one, f"{part}_{what}")
-            for items, what in ((neutral, "texts"), (unrelated, "unrelated")))
-        perplexity = costs.perplexity_of(neutral, of_neutral)
+            for items, what in ((neutral, "texts"), (unrelated, "unrelated"), (answers, "answers")))
+        perplexity, of_own = (costs.perplexity_of(items, values) for items, values in (
+            (neutral, of_neutral), (answers, of_answers)))
         kept = costs.accuracy_of(unrelated, of_unrelated)
         table = table.assign(
             perplexity=perplexity, perplexity_increase=perplexity / perplexity[0] - 1,
             perplexity_bound=costs.perplexity_bound(neutral, of_neutral),
+            answers_increase=of_own / of_own[0] - 1,
             unrelated_accuracy=kept["token"], unrelated_change=kept["token"] - kept["token"][0],
             unrelated_accuracy_sum=kept["sum"],
             unrelated_change_sum=kept["sum"] - kept["sum"][0])
+        if part == "test":
+            varied = neutral_items(lm, part, costs.VARIED)
+            of_varied = costs.perplexity_of(varied, scores_of(lm, varied, configurations, args, one,
+                                                              f"{part}_varied"))
+            table = table.assign(varied_increase=of_varied / of_varied[0] - 1)
     return table, pd.concat([
         pd.DataFrame({"dataset": one.dataset, "evaluated_on": other.dataset, "seed": one.seed,
                       "configuration": item.label if item else "base",
@@ -412,10 +443,11 @@ def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
     """For every method, mode, price and limit: the configuration best on validation.
 
     Best is the mean of the two accuracies, in sum and per token, so that one configuration stands
-    for both. Once whatever happens to unrelated questions, once within --max_unrelated_loss. The
-    price of a configuration is the upper bound of what it costs (`costs.perplexity_bound`). The
-    base model is one of the choices: where no configuration is affordable and better, the rows say
-    base. A row for each score.
+    for both. The price of a configuration is the upper bound of what it costs on neutral text
+    (`costs.perplexity_bound`). Once whatever else happens; once within --max_unrelated_loss and,
+    on what the model itself answers freely, within the same price. The base model is one of the
+    choices: where no configuration is affordable and better, the rows say base. A row for each
+    score.
     """
     validated = validated.assign(both=validated[[f"accuracy_{kind}" for kind in SCORES]].mean(1))
     base, steered = validated.iloc[0], validated.iloc[1:]
@@ -424,9 +456,10 @@ def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
     for (method, mode), table in steered.groupby(["method", "mode"], sort=False):
         for budget, limit in itertools.product(args.max_ppl_increase,
                                                (np.inf, args.max_unrelated_loss)):
-            affordable = table[(table.perplexity_bound <= budget)
-                               & (lost[table.index] <= limit + 1e-9)
-                               & (table.both > base.both)]
+            affordable = table[(table.perplexity_bound <= budget) & (table.both > base.both)]
+            if limit < np.inf:
+                affordable = affordable[(lost[affordable.index] <= limit + 1e-9)
+                                        & (affordable.answers_increase <= budget)]
             best = affordable.sort_values(["both", "perplexity_increase"],
                                           ascending=[False, True])
             found = best.iloc[0] if len(best) else base
@@ -437,39 +470,61 @@ def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def generations(lm, one: Study, configurations, args) -> pd.DataFrame:
-    """Free answers to a few test questions, base and steered, how long and how repetitive."""
-    asked = encode(lm, one.parts["test"][:args.num_generations], args)
+def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFrame:
+    """Free answers to questions of one part, base and steered, how long and how repetitive."""
+    examples = one.parts[part]
+    if part != "training":
+        examples = examples[:args.num_generations]
+    asked = [prompts.encode(lm, example, args.prompt_style) for example in examples]
     manifest = one.manifest | {"configurations": [*map(identity, configurations)],
-                               "items": data.fingerprint([item.example for item in asked]),
+                               "items": data.fingerprint(examples),
                                "max_new_tokens": args.max_new_tokens}
-    path = args.parts_dir / f"{one.name}_generations_{runs.digest(manifest)}.csv"
+    path = args.parts_dir / f"{one.name}_{part}_answers_{runs.digest(manifest)}.csv"
+    groups = batches([(1 + len(configurations)) * (len(item.prompt_ids) + args.max_new_tokens)
+                      for item in asked], WIDTH * args.batch_tokens)
     work = runs.Run([path], manifest, args.overwrite)
     if not work.finished:
-        for _ in work.todo(1, f"{one.name} free answers"):
-            steered, tuned = by_kind(configurations)
-            texts = generate(lm, asked, steered, args.max_new_tokens)
+        steered, tuned = by_kind(configurations)
+        labels = ["base", *(item.label for item in configurations)]
+        for unit in work.todo(len(groups), f"{one.name} {part} free answers"):
+            batch = [asked[index] for index in groups[unit]]
+            texts = generate(lm, batch, steered, args.max_new_tokens)
             for item in tuned:
                 with lora.adapted(lm, item.adapter, item.alpha):
-                    texts += generate(lm, asked, [], args.max_new_tokens)
-            labels = ["base", *(item.label for item in configurations)]
-            work.save(0, {}, [
+                    texts += generate(lm, batch, [], args.max_new_tokens)
+            work.save(unit, {}, [
                 {"dataset": one.dataset, "seed": one.seed, "id": item.example.id,
                  "question": item.example.question, "configuration": label, "text": text,
                  "repetition": costs.repetition(text), "words": len(text.split())}
                 for label, answers in zip(labels, texts, strict=True)
-                for item, text in zip(asked, answers, strict=True)])
+                for item, text in zip(batch, answers, strict=True)])
         if work.all_done():
-            runs.write_rows(path, (rows for _, rows in work.units(1)))
+            runs.write_rows(path, (rows for _, rows in work.units(len(groups))))
         work.finish()
-    return pd.read_csv(path, keep_default_na=False)
+    return pd.read_csv(path, keep_default_na=False, dtype={"id": str, "text": str})
+
+
+def own_answers(lm, one: Study, part: str, args) -> list[Encoded]:
+    """Questions of one part with what the model itself, unsteered, answers them."""
+    texts = free_answers(lm, one, part, [], args).set_index("id").text
+    found = [replace(example, choices=(texts[example.id],), label=0)
+             for example in one.parts[part] if texts.get(example.id)]
+    if not found:
+        raise UserError(f"{lm.name} answers none of the {part} questions in words, so what "
+                        "steering does to free answers cannot be told: give another --prompt_style")
+    return [prompts.encode(lm, example, args.prompt_style) for example in found]
 
 
 @cache
-def neutral_items(lm, part: str) -> list[Encoded]:
-    """The neutral passages that are for one part of the experiment."""
-    return [costs.continuation(lm, text) for index, text in enumerate(costs.neutral_texts())
+def neutral_items(lm, part: str, path: Path = costs.NEUTRAL) -> list[Encoded]:
+    """The passages of a file that are for one part of the experiment."""
+    return [costs.continuation(lm, text) for index, text in enumerate(costs.neutral_texts(path))
             if index % 8 in TEXTS[part]]
+
+
+def training_texts(lm) -> list[Encoded]:
+    """Passages of prose and of other kinds, none of which sets a strength or reports a price."""
+    return neutral_items(lm, "training") + neutral_items(lm, "training", costs.VARIED)
 
 
 @cache
@@ -591,8 +646,7 @@ def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
                 "method": row.method, "mode": row.mode, "score": row.score,
                 "max_ppl_increase": row.max_ppl_increase,
                 "max_unrelated_loss": row.max_unrelated_loss, "configuration": row.configuration,
-                "perplexity_increase": row.perplexity_increase,
-                "unrelated_change": row.unrelated_change,
+                **{price: getattr(row, price) for price in PRICES},
                 "right": here[row.score].astype(float), "was": base[row.score].astype(float)}))
     every = pd.concat(parts).reset_index()
     keys = ["dataset", "evaluated_on", "method", "mode", "score", "max_ppl_increase",
@@ -614,8 +668,7 @@ def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
             "gain_low": gain_low, "gain_high": gain_high,
             "gain_seed_sd": (by_seed.right - by_seed.was).std(ddof=1) if len(seeds) > 1 else 0.0,
             "p_value": stats.sign_flip_p_value(gains),
-            "perplexity_increase": seeds.perplexity_increase.mean(),
-            "unrelated_change": seeds.unrelated_change.mean()})
+            **seeds[PRICES].mean()})
     return pd.DataFrame(rows)
 
 
@@ -625,16 +678,19 @@ def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     found = []
     own = table[table.dataset == table.evaluated_on]
     for (dataset, limit), limited in own.groupby(["dataset", "max_unrelated_loss"], sort=False):
-        kept = ("whatever happens to unrelated questions" if np.isinf(limit) else
-                f"losing at most {limit:.0%} of unrelated questions on validation")
+        kept = ("whatever else happens" if np.isinf(limit) else
+                "as dear at most on the model's own free answers, and losing at most "
+                f"{limit:.0%} of unrelated questions")
         for kind, rows in limited.groupby("score", sort=False):
             found.append((
                 f"{dataset}: gain in {kind} accuracy in points, {rows.questions.max()} test "
                 f"questions, base {rows.base_accuracy.iloc[0]:.1%}, {rows.seeds.max()} seed(s); "
                 f"{kept}; by the rise of perplexity allowed",
                 pivot(rows, "max_ppl_increase", "+{:.0%}")))
-        found.append((f"{dataset}: what these cost, measured rise of perplexity / change on "
-                      "unrelated questions",
+        found.append((f"{dataset}: what these cost on test, rise of perplexity on neutral text / "
+                      "on code, dialogue, other languages and the like / on the model's own free "
+                      "answers / change on unrelated questions in points / repetition in free "
+                      "answers",
                       pivot(limited[limited.score == SCORES[0]], "max_ppl_increase", "+{:.0%}",
                             prices)))
     away = table[(table.dataset != table.evaluated_on) & np.isinf(table.max_unrelated_loss)]
@@ -650,7 +706,9 @@ def gains(row) -> str:
 
 
 def prices(row) -> str:
-    return f"{row.perplexity_increase:+.1%} / {100 * row.unrelated_change:+.1f}"
+    return (f"{row.perplexity_increase:+.1%} / {row.varied_increase:+.1%} / "
+            f"{row.answers_increase:+.1%} / {100 * row.unrelated_change:+.1f} / "
+            f"{row.repetition:.2f}")
 
 
 def pivot(rows: pd.DataFrame, by: str, header: str, cell=gains) -> pd.DataFrame:

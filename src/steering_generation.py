@@ -16,13 +16,10 @@ if __name__ == "__main__":
 import pandas as pd
 
 from grains import cli, data, prompts, runs
-from grains.generation import generate
+from grains.generation import WIDTH, generate
 from grains.scoring import batches
 
 SHOWN = 3
-# Decoding keeps keys and values only, far less than the activations of a whole forward, and is
-# bound by reading the weights: so that many times more positions go into a batch.
-GENERATION_BATCHES = 8
 
 
 def flags(kind: cli.Kind):
@@ -50,7 +47,7 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     encoded = [prompts.encode(lm, example, style) for example in questions]
     rows = 1 + len(configurations)
     groups = batches([rows * (len(item.prompt_ids) + args.max_new_tokens) for item in encoded],
-                     GENERATION_BATCHES * args.batch_tokens)
+                     WIDTH * args.batch_tokens)
     output = cli.output_dir(args, "steering_generation") / f"{cli.evaluation_stem(args)}.csv"
     manifest = cli.evaluation_manifest(args, "steering_generation", lm, states,
                                        {"prompts": questions}) | {

@@ -100,14 +100,17 @@ def test_capability_is_that_of_every_choice_alone(smollm2):
     assert by_sum != by_token and len(set(by_sum)) > 1 and len(set(by_token)) > 1
 
 
-def test_the_embedded_texts():
-    rows = [json.loads(line) for line in costs.NEUTRAL.read_text(encoding="utf-8").splitlines()]
-    assert len(rows) >= 60 and len({row["topic"] for row in rows}) >= 8
+@pytest.mark.parametrize(("path", "least", "topics"), [(costs.NEUTRAL, 60, 8),
+                                                       (costs.VARIED, 48, 6)])
+def test_the_embedded_texts(path, least, topics):
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= least and len({row["topic"] for row in rows}) >= topics
     assert all(list(row) == ["id", "topic", "text"] for row in rows)
     for field in ("id", "text"):
         assert len({row[field] for row in rows}) == len(rows)
-    assert all(60 <= len(row["text"].split()) <= 120 for row in rows)
-    assert costs.neutral_texts() == [row["text"] for row in rows]
+    assert all((45 if row["topic"] == "code" else 60) <= len(row["text"].split()) <= 120
+               for row in rows)
+    assert costs.neutral_texts(path) == [row["text"] for row in rows]
 
 
 @pytest.mark.parametrize(("path", "least"), [(costs.UNRELATED, 200),

@@ -11,7 +11,8 @@ import torch
 from pytest import approx
 
 import experiment
-from grains import costs, models, runs
+from grains import costs, models, prompts, runs
+from grains.data import Example
 from grains.scoring import Configuration
 from grains.vectors import Gate, SteeringVectors
 
@@ -36,9 +37,10 @@ def made(commands, tmp_path_factory):
     command = ["experiment.py", "--model_name", model, "--datasets", f"first={first}",
                f"second={second}", "--num_samples", 3, "--num_validation", 4, "--top_k", 3,
                "--methods", "mean", "gradient", "random", "shuffled", "--mode", "pos", "--alphas",
-               *ALPHAS, "--seeds", *SEEDS, "--max_ppl_increase", *BUDGETS, "--lora", "dpo",
-               "--max_unrelated_loss", LIMIT, "--max_new_tokens", 4, "--document",
-               folder / "results.md", "--output_dir", folder]
+               *ALPHAS, "--gated", "mean", "gradient", "random", "--seeds", *SEEDS,
+               "--max_ppl_increase", *BUDGETS, "--lora", "dpo", "--max_unrelated_loss", LIMIT,
+               "--num_generations", 8, "--max_new_tokens", 4, "--document", folder / "results.md",
+               "--output_dir", folder]
     return command, commands.run(*command).ok(), folder, model
 
 
@@ -92,6 +94,57 @@ def test_prices_are_the_librarys(made):
     assert len(changed) and (changed.perplexity_increase.abs() > 0.001).all()
 
 
+def rows_of(folder, method):
+    """Rows of the ungated configurations of a method on the test questions of their own data."""
+    grid = tables(folder)[0]
+    return grid[(grid.method == method) & grid["mode"].isna() & (grid.part == "test")
+                & (grid.dataset == grid.evaluated_on)]
+
+
+def the_vectors(folder, row):
+    (path,) = folder.glob(f"*_parts/{row.dataset}_seed{row.seed}_pos_{row.method}*.safetensors")
+    return SteeringVectors.load(path)
+
+
+def test_the_price_on_other_kinds_of_text_is_the_librarys(made):
+    folder, lm = made[2], models.load(str(made[3]))
+    texts = costs.neutral_texts(costs.VARIED)[1::4]
+    base = costs.perplexity(lm, texts, [], 4096)[0]
+    rows = rows_of(folder, "random")
+    for row in rows.itertuples():
+        with the_vectors(folder, row).apply(lm, row.alpha, [0, 1, 2]):
+            paid = costs.perplexity(lm, texts, [], 4096)[0]
+        assert row.varied_increase == approx(paid / base - 1, rel=1e-3)
+    assert len(rows)
+
+
+def test_the_price_on_own_answers_is_the_models(made):
+    """Perplexity of what the base model wrote, from the model's own logits, steered by hooks."""
+    folder, lm = made[2], models.load(str(made[3]))
+    (path,) = folder.glob("*_generations.csv")
+    written = pd.read_csv(path, keep_default_na=False)
+    rows = rows_of(folder, "random")
+    for row in rows.itertuples():
+        base = written[(written.dataset == row.dataset) & (written.seed == row.seed)
+                       & (written.configuration == "base") & (written.text != "")]
+        losses, tokens = np.zeros(2), 0
+        for answer in base.itertuples():
+            prompt = lm.tokenizer(f"Q: {answer.question}\nA:").input_ids
+            example = Example("", answer.question, (answer.text,), 0)
+            (response,) = prompts.encode(lm, example).responses
+            ids = prompt + response
+            for index, strength in enumerate((0.0, row.alpha)):
+                with (the_vectors(folder, row).apply(lm, strength, [0, 1, 2]), torch.no_grad()):
+                    log_probs = lm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                losses[index] -= sum(log_probs[place - 1, ids[place]].item()
+                                     for place in range(len(prompt), len(ids)))
+            tokens += len(response)
+        assert len(base) >= 5
+        assert row.answers_increase == approx(np.exp((losses[1] - losses[0]) / tokens) - 1,
+                                              rel=1e-3)
+    assert len(rows)
+
+
 def test_answers_are_those_of_the_configurations(made):
     grid = tables(made[2])[0]
     (path,) = made[2].glob("*_generations.csv")
@@ -124,10 +177,11 @@ def test_the_document_has_every_gain_and_the_rest_of_the_file(made, commands):
     path.write_text(written)
 
 
-def test_strengths_follow_the_square_between_what_was_tried():
-    curve = [(0.0, 0.0), (1.0, 0.1), (2.0, 0.7)]
-    # 0.025 is a quarter of 0.1; 0.3 is a third of the way from 1 to 4; 9 is never reached
-    assert experiment.strengths(curve, [0.025, 0.3, 9.0]) == [0.5, approx(2 ** 0.5, abs=5e-3), 2.0]
+def test_strengths_follow_a_power_between_what_was_tried():
+    curve = [(0.0, 0.0), (1.0, 0.1), (2.0, 0.8)]
+    # 0.025 is a quarter of 0.1; 0.1 to 0.8 is a third power, and so 0.2; 9 is never reached
+    assert experiment.strengths(curve, [0.025, 0.2, 9.0]) == [
+        0.5, approx(2 ** (1 / 3), abs=5e-3), 2.0]
     assert experiment.strengths([(0.0, 0.0), (1.0, -0.1), (2.0, 0.2)], [0.1]) == [
         approx(3 ** 0.5, abs=5e-3)]
 
@@ -143,21 +197,28 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
     validated = grid[(grid.part == "validation") & (grid.method != "base")]
     trained, control = (validated[validated.method == method].alpha.tolist()
                         for method in ("trained", "trained_random"))
-    assert set(experiment.SCALES) < set(trained) and control == trained
-    validated = validated[~validated.alpha.isin(experiment.SCALES)
-                          & (validated.method != "trained_random")]
+    assert trained == control == [*experiment.SCALES] * 2  # of two data sets
+    strongest = experiment.FIRST_STRENGTH * experiment.STEPS[1] ** (experiment.ROUNDS - 1)
     reached = {}
-    for (_, method, _), rows in validated.groupby(["dataset", "method", "mode"], dropna=False):
-        first = (experiment.FIRST_SCALE if method in experiment.LEARNT
-                 else experiment.FIRST_STRENGTH)
-        strongest = first * 2 ** (experiment.DOUBLINGS - 1)
+    learnt = validated.method.isin(experiment.LEARNT)
+    for (_, method, _), rows in validated[~learnt].groupby(["dataset", "method", "mode"]):
         # A price that even the strongest does not cost stands last, for all that it costs.
         paid = rows[rows.alpha < strongest].perplexity_bound.to_numpy()
         assert paid == approx([0.0095, 0.038][:len(paid)], rel=0.15)
         assert len(paid) == 2 or rows.alpha.iloc[-1] == approx(strongest)
         assert (rows[rows.alpha == strongest].perplexity_bound < 0.038).all()
         reached[method] = max(len(paid), reached.get(method, 0))
-    assert reached["gradient"] and reached["mean"]  # trained to cost nothing, trained ones may
+    assert reached["gradient"] == 2 and reached["mean"]
+
+
+def test_a_stronger_strength_is_tried_where_the_square_law_says():
+    first, least, most = experiment.FIRST_STRENGTH, *experiment.STEPS
+    assert experiment.stronger([(0.0, 0.0)], 0.3) == first
+    # 0.1 paid 0.05: 0.3 is reached at sqrt(6) times as much; steps are neither too large nor small
+    assert experiment.stronger([(0.0, 0.0), (0.1, 0.05)], 0.3) == approx(0.1 * 6 ** 0.5, abs=5e-4)
+    assert experiment.stronger([(0.0, 0.0), (0.1, 0.001)], 0.3) == approx(0.1 * most)
+    assert experiment.stronger([(0.0, 0.0), (0.1, -0.1)], 0.3) == approx(0.1 * most)
+    assert experiment.stronger([(0.0, 0.0), (0.1, 0.29)], 0.3) == approx(0.1 * least)
 
 
 def test_a_strength_given_twice_and_layers_from_one_on(made, commands, tmp_path):
@@ -242,6 +303,8 @@ def test_the_front_follows_from_the_grid(made):
                              & (validated["mode"].fillna("") == row.mode)
                              & (lost <= row.max_unrelated_loss)
                              & (validated.perplexity_bound <= row.max_ppl_increase)]
+            if row.max_unrelated_loss < np.inf:
+                mine = mine[mine.answers_increase <= row.max_ppl_increase]
             best = max([validated.both["base"], *mine.both])
             assert validated.both[label] == approx(best, abs=1e-12)
             gains.append(tested[column][label] - tested[column]["base"])

@@ -239,7 +239,8 @@ def write_front(folder: Path, rows: list[dict], stem=STEM, limits=(None,)):
                 "accuracy": 0.4 + shown, "accuracy_low": 0.3 + shown,
                 "accuracy_high": 0.5 + shown, "gain": shown, "gain_low": shown - 0.04,
                 "gain_high": shown + 0.05, "p_value": row["p"],
-                "perplexity_increase": budget * 0.9, "unrelated_change": -0.012}
+                "perplexity_increase": budget * 0.9, "answers_increase": 0.07,
+                "repetition": 0.18, "unrelated_change": -0.012}
                 | ({} if limit is None else {"max_unrelated_loss": limit}))
     table = pd.DataFrame(lines)
     runs.write_table(folder / "steering" / f"{stem}_front.csv", table)
@@ -408,7 +409,8 @@ def test_front_table_and_sentence(tmp_path):
             assert table[name][BUDGETS.index(row.max_ppl_increase)] == (
                 f"{100 * row.gain:+.1f} [{100 * row.gain_low:.1f}, {100 * row.gain_high:.1f}] "
                 f"p = {row.p_value:g}{corrected[row.method]} perplexity "
-                f"{100 * row.perplexity_increase:+.1f} % unrelated -1.2")
+                f"{100 * row.perplexity_increase:+.1f} % own answers +7.0 % repetition 18.0 % "
+                "unrelated -1.2")
     assert [e.text for e in page.all("span", "told")] == [
         text for gains in ("\N{MINUS SIGN}2.0 +2.0 +5.0", "\N{MINUS SIGN}1.0 +1.0 +2.5")
         for text in gains.split()]
@@ -427,7 +429,8 @@ def test_what_is_chosen_at_several_prices_is_compared_once(tmp_path):
     assert len(captions) == 4 and all("the 4 different" in caption for caption in captions)
     # 4 x 0.01, the same again, then 2 x 0.03
     assert page.text.count("Holm 0.04") == page.text.count("Holm 0.06") == 2 * 2 * 3
-    assert "Gain and price, at most 2 points lost on unrelated questions" in plain(
+    assert ("Gain and price, at most 2 points lost on unrelated questions, and within the price on "
+            "the model's own free answers") in plain(
         page.all("h4")[0].text)
     assert "Gain and price, whatever is lost on unrelated questions" in [
         plain(e.text) for e in page.all("summary")]

@@ -16,6 +16,7 @@ PAIRS = [(W[:11], [W[20:24], W[30:33]]), (W[40:43], [W[20:22], W[22:25]]),
 # The texts hold rejected answers, so that what the pairs teach costs them.
 TEXTS = [(W[:11], [W[30:33]]), (W[40:43], [W[22:25]]), (W[44:46], [W[36:40]])]
 QUESTIONS = [(W[95:100], [W[1:3], W[3:6], W[6:7]]), (W[100:104], [W[7:9], W[9:10], W[11:14]])]
+ANSWERS = [(W[50:55], [W[60:64]]), (W[56:59], [W[66:69]])]
 LAYERS = [1, 3]
 
 
@@ -26,7 +27,7 @@ def lm(make_tiny):
 
 def items(lm):
     return [[encoded(lm, prompt, responses) for prompt, responses in group]
-            for group in (PAIRS, TEXTS, QUESTIONS)]
+            for group in (PAIRS, TEXTS, QUESTIONS, ANSWERS)]
 
 
 def norms(lm):
@@ -53,7 +54,7 @@ def own_values(lm, group, added=None):
             handle.remove()
 
 
-def own_loss(pairs, texts, questions, base, lengths):
+def own_loss(pairs, texts, questions, answers, base, lengths):
     """The loss as the module's description writes it, from log-likelihoods."""
     def kl(one, other):
         return (one.exp() * (one - other)).sum(1)
@@ -64,9 +65,10 @@ def own_loss(pairs, texts, questions, base, lengths):
     rises = (base[1] - texts)[:, 0] / lengths[1][:, 0]
     loss = loss + trained.TEXT_WEIGHT * torch.relu(rises).mean()
     for scale in (1.0, 0.3 * lengths[2]):
-        loss = loss + kl((base[2] / scale).log_softmax(1),
-                               (questions / scale).log_softmax(1)).mean()
-    return loss
+        loss = loss + 2 * kl((base[2] / scale).log_softmax(1),
+                             (questions / scale).log_softmax(1)).mean()
+    rises = (base[3] - answers)[:, 0] / lengths[3][:, 0]
+    return loss + torch.relu(rises - trained.ALLOWED).mean()
 
 
 def own_training(lm, groups, steps, rate):
@@ -101,6 +103,7 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight):
     """So few items make one group each. At the start the texts' loss has an edge, which rounding
     falls on either side of: its weight begins to count in a second test, from other vectors."""
     monkeypatch.setattr(trained, "TEXT_WEIGHT", weight)
+    monkeypatch.setattr(trained, "ALLOWED", -9.0)  # so that answers count at all
     if weight:
         monkeypatch.setattr(trained, "text_losses", lambda values, base, lengths: (
             (base - values) / lengths)[:, 0])
@@ -113,7 +116,7 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight):
 
 
 def test_the_pairs_are_preferred_or_the_texts_are_kept(lm, monkeypatch):
-    pairs, texts, _ = items(lm)
+    pairs, texts, *_ = items(lm)
     rises, margins = {}, {}
     with torch.no_grad():
         base = [own_values(lm, group) for group in (pairs, texts)]
@@ -139,6 +142,9 @@ def test_losses_by_hand():
     texts = trained.text_losses(torch.tensor([[-6.0], [-4.0]]), torch.tensor([[-5.0], [-5.0]]),
                                 torch.tensor([[2], [2]]))
     assert texts.tolist() == [0.5, 0.0]
+    answers = trained.answer_losses(torch.tensor([[-6.0], [-5.5]]), torch.tensor([[-5.0], [-5.0]]),
+                                    torch.tensor([[2], [2]]))
+    assert answers.tolist() == pytest.approx([0.2, 0.0])  # rises of 0.5 and 0.25, 0.3 allowed
     assert trained.question_losses(base, base, lengths).item() == pytest.approx(0, abs=1e-6)
     assert trained.question_losses(values, base, lengths).item() > 0.01
 
@@ -159,8 +165,8 @@ def test_the_seed_decides(lm, monkeypatch):
 
 
 def test_what_is_missing_is_refused(lm):
-    pairs, texts, questions = items(lm)
-    for groups, name in (([[], texts, questions], "pairs"), ([pairs, [], questions], "texts"),
-                         ([pairs, texts, []], "questions")):
+    for index, name in enumerate(("pairs", "texts", "questions", "answers")):
+        groups = items(lm)
+        groups[index] = []
         with pytest.raises(UserError, match=f"found no {name}"):
             trained.train(lm, *groups, norms(lm), gate(lm), LAYERS)

@@ -19,13 +19,14 @@ from grains.prompts import Encoded, encode
 from grains.scoring import Configuration, batches, margins, score
 
 NEUTRAL = data.PACKAGED / "neutral_text.jsonl"
+VARIED = data.PACKAGED / "varied_text.jsonl"
 UNRELATED = data.PACKAGED / "unrelated.jsonl"
 UNRELATED_TRAINING = data.PACKAGED / "unrelated_training.jsonl"
 
 
-def neutral_texts() -> list[str]:
-    """The embedded passages of ordinary prose."""
-    lines = NEUTRAL.read_text(encoding="utf-8").splitlines()
+def neutral_texts(path: Path = NEUTRAL) -> list[str]:
+    """The embedded passages of ordinary prose, or of other kinds (`VARIED`)."""
+    lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["text"] for line in lines]
 
 

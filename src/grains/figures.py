@@ -251,7 +251,7 @@ SHARES = ("unrelated_accuracy", "repetition")
 def draw_measure(axes: Axes, grid: pd.DataFrame, column: str) -> None:
     """A column of the grid over strength (see `draw_accuracy`), such as a price."""
     _over_strength(axes, grid, column)
-    if column == "perplexity_increase":
+    if column.endswith("_increase"):
         _price_scale(axes, "y")
         # Autoscaling was linear: the axis begins below what is there, and ends above it.
         lowest, highest = grid[column].min(), grid[column].max()

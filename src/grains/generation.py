@@ -11,6 +11,10 @@ from grains.prompts import Encoded
 from grains.scoring import Configuration
 from grains.vectors import steered
 
+# Decoding keeps keys and values only, far less than the activations of a whole forward, and is
+# bound by reading the weights: so that many times more positions go into a batch.
+WIDTH = 8
+
 
 @torch.inference_mode()
 def generate(

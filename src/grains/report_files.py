@@ -37,7 +37,8 @@ KINDS = {
         "steering_mc.py", ("configuration", "method", "mode", "layers", "part"),
         ("alpha", "questions", *_per_score("accuracy_{}", "accuracy_{}_low", "accuracy_{}_high",
                                            "p_value_{}")),
-        ("perplexity_increase", "unrelated_accuracy", "repetition", "words",
+        ("perplexity_increase", "varied_increase", "answers_increase", "unrelated_accuracy",
+         "repetition", "words",
          *_per_score("margin_{}"))),
     "questions": Kind(
         "steering_mc.py", ("configuration", "part", "id", *_per_score("correct_{}"))),
@@ -46,7 +47,7 @@ KINDS = {
         ("dataset", "method", "mode", "is_control", "score", "configuration", "seeds"),
         ("max_ppl_increase", "accuracy", "accuracy_low", "accuracy_high", "base_accuracy", "gain",
          "gain_low", "gain_high", "p_value", "perplexity_increase", "unrelated_change"),
-        ("max_unrelated_loss",)),
+        ("max_unrelated_loss", "varied_increase", "answers_increase", "repetition")),
     "generation": Kind(
         "steering_generation.py", ("prompt", "id", "question", "configuration", "base", "steered",
                                    "reference")),

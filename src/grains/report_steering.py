@@ -34,6 +34,10 @@ MEASURES = {
     "margin_token": ("lead of the preferred answer per token", "lead, per-token", number),
     "margin_sum": ("lead of the preferred answer, summed", "lead, summed", number),
     "perplexity_increase": ("increase of perplexity", "perplexity", signed_percent),
+    "varied_increase": ("increase of perplexity of code, dialogue, other languages and the like",
+                        "other text", signed_percent),
+    "answers_increase": ("increase of perplexity of its own free answers", "own answers",
+                         signed_percent),
     "unrelated_accuracy": ("accuracy on unrelated questions", "unrelated accuracy", percent),
     "repetition": ("repetition in free answers", "repetition", percent),
     "words": ("words of a free answer", "words", count)}
@@ -92,19 +96,22 @@ def front_views(front: pd.DataFrame, drawn: Figures, name: str) -> list[dict]:
 
 def limit_text(limit: float) -> str:
     return ("whatever is lost on unrelated questions" if limit == np.inf else
-            f"at most {100 * limit:g} points lost on unrelated questions")
+            f"at most {100 * limit:g} points lost on unrelated questions, and within the price on "
+            "the model's own free answers")
 
 
 def front_view(front: pd.DataFrame, limit: str, comparisons: int, drawn: Figures, name: str
                ) -> dict:
     budgets = sorted(front.max_ppl_increase.unique())
 
+    paid = {column: MEASURES[column] for column in present(front)}
+
     def cell(row) -> dict:
         return {"gain": points(row.gain), "interval": interval(row, "gain"), "p": p_is(row.p_value),
                 "corrected": "" if row.control else p_text(row.corrected),
                 "told": row.corrected < SIGNIFICANT,
-                "perplexity": signed_percent(row.perplexity_increase),
-                "unrelated": points(row.unrelated_change)}
+                "paid": [f"{name} {form(row[column])}" for column, (_, name, form) in paid.items()]
+                + [f"unrelated {points(row.unrelated_change)}"]}
 
     tables = []
     for score, rows in front.groupby("score", sort=False):

@@ -3,13 +3,16 @@
 The vectors of the method `gradient` are one step of an ascent on the pairs' objective. Here the
 ascent goes on, at all steered layers jointly, as in BiPO (Cao et al. 2024, arXiv 2406.00045),
 behind a gate (`grains.gates`), with a margin for a loss and with a price: of a batch of pairs, of
-texts and of questions,
+texts, of questions and of answers,
 
     - 1/2 log sigmoid(margin per token / 0.6) - 1/2 log sigmoid(summed margin / 10)
     + 3 max(0, rise of a text's negative log-likelihood per token)
-    + KL of the choice between a question's answers from the base model's, per token and summed
+    + 2 KL of the choice between a question's answers from the base model's, per token and summed
+    + max(0, rise of an answer's negative log-likelihood per token - ALLOWED)
 
-where a margin is log P(y+) - log P(y-). The paper has no such vectors.
+where a margin is log P(y+) - log P(y-). The answers are what the base model itself writes to the
+prompts of the pairs, where the gate is open: without them the vectors win the pairs by breaking its
+language there. The paper has no such vectors.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ from grains.scoring import batches
 from grains.vectors import Gate, steer
 
 DEFAULTS = {"epochs": 8, "learning_rate": 4e-4}
-TEXT_WEIGHT, QUESTION_WEIGHT = 3.0, 1.0
-PAIRS, TEXTS, QUESTIONS = 10, 3, 12  # of a step
+TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT = 3.0, 2.0, 1.0
+PAIRS, TEXTS, QUESTIONS, ANSWERS = 10, 3, 12, 10  # of a step
 # Units of the margins, twice their spread over a small model's questions: with smaller ones pairs
 # that are right already teach nothing, and fewer other questions follow.
 TOKEN_UNIT, SUM_UNIT = 0.6, 10.0
 CHOICE_UNIT = 0.3  # of the log-likelihoods per token that other questions are answered by
+ALLOWED = 0.3  # nats per token of an answer: what the model would say is to change
 
 
 def train(
@@ -43,6 +47,7 @@ def train(
     pairs: list[Encoded],
     texts: list[Encoded],
     questions: list[Encoded],
+    answers: list[Encoded],
     norms: Tensor,
     gate: Gate,
     layers: list[int],
@@ -55,6 +60,7 @@ def train(
 
     pairs: examples with two responses, the preferred one first. texts: see `costs.continuation`.
     questions: with equally many answers, of which none need be the right one.
+    answers: prompts with what the model itself answers, one response each.
     norms: (L,) median ||h_l||, the unit in which the vectors of all layers learn alike.
     gate: where they steer, in training as later.
     layers: those that are steered. max_tokens: positions computed at a time, which changes no
@@ -63,13 +69,16 @@ def train(
     what was trained. Raises UserError if something to train on is missing, or the loss is no
     number.
     """
-    for name, items in (("pairs", pairs), ("texts", texts), ("questions", questions)):
+    for name, items in (("pairs", pairs), ("texts", texts), ("questions", questions),
+                        ("answers", answers)):
         if not items:
-            raise UserError(f"training vectors needs pairs, texts and questions, found no {name}")
+            raise UserError("training vectors needs pairs, texts, questions and answers, found no "
+                            f"{name}")
     parts = [_Part(items, base_log_likelihoods(lm, items, max_tokens), *settings)
              for items, *settings in ((pairs, PAIRS, 1.0, pair_losses),
                                       (texts, TEXTS, TEXT_WEIGHT, text_losses),
-                                      (questions, QUESTIONS, QUESTION_WEIGHT, question_losses))]
+                                      (questions, QUESTIONS, QUESTION_WEIGHT, question_losses),
+                                      (answers, ANSWERS, ANSWER_WEIGHT, answer_losses))]
     fits = [fitting(lm, part.items, max_tokens) for part in parts]
     width, checkpointed = min(width for width, _ in fits), any(tight for _, tight in fits)
 
@@ -117,6 +126,11 @@ def pair_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
 def text_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
     """(n,) how much less likely a text (n, 1) is than to the base model, per token; 0 if more."""
     return ((base - values) / lengths)[:, 0].clamp_min(0)
+
+
+def answer_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
+    """(n,) how much less likely than to the base model an answer (n, 1) is, beyond `ALLOWED`."""
+    return (((base - values) / lengths)[:, 0] - ALLOWED).clamp_min(0)
 
 
 def question_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 
 experiment="${EXPERIMENT:-scripts/llm/run_experiment.sh}"
 run() {
-  bash "$experiment" --methods mean pca --gated --no-train_vectors --max_ppl_increase 0.1 "$@"
+  bash "$experiment" --methods mean pca --no-train_vectors --max_ppl_increase 0.1 "$@"
 }
 
 run "$@"
