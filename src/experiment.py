@@ -1,18 +1,20 @@
 """Experiment: what steering gains on held-out questions, at what price, beside controls.
 
 For every data set and seed: steering, validation and test questions that share none; stage 1 on the
-steering examples; the vectors of every method. Each is tried at the strengths that cost it the
-prices allowed, a rise of the perplexity of neutral text; the best affordable one on validation
+steering examples; the vectors of every method. Each is tried at strengths that cost it certain
+prices, a rise of the perplexity of neutral text; the best affordable one on validation
 questions is reported on test questions, and on those of the other data sets (transfer). Controls go
 through the same choice: random directions, the ablation of random tokens, gradients whose chosen
 and rejected answers are swapped at random. Vectors that are trained on the same examples stand
 beside them, with random directions of their lengths, and LoRA.
 
-Some methods are "gated" as well: they steer where states look like those of the steering examples.
-Trained vectors always are; the random directions of their lengths are tried at their strengths.
+Prices are the rise of perplexity on prose, on other kinds of text and on what the model itself
+answers freely to the questions, and accuracy lost on unrelated questions. No text that trains a
+vector or sets a strength reports a price: some are for training, some for choosing, others for the
+report.
 
-No text that trains a vector or sets a strength reports a price: of the neutral passages and of the
-unrelated questions some are for training, some for choosing, others for the report.
+Methods may be "gated" as well: they steer where states look like those of the steering examples.
+Trained vectors always are, and so are the random directions of their lengths.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ from grains.scoring import Configuration, Direction, batches, margins, score
 from grains.vectors import CONTROLS, METHODS, Gate, StatesFile, SteeringVectors
 
 SCORES = ("token", "sum")
-PRICES = ["perplexity_increase", "varied_increase", "answers_increase", "unrelated_change",
-          "repetition"]
+OF_ANSWERS = ["answers_increase", "repetition"]  # prices on the data set's own questions
+PRICES = ["perplexity_increase", "varied_increase", "unrelated_change", *OF_ANSWERS]
 BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
 # Strengths are set a little under a price, as they lie between those that were measured.
 CAUTION = 0.95
@@ -74,7 +76,8 @@ def flags(kind: cli.Kind):
                        help="prices allowed: how much the perplexity of neutral text may rise")
     group.add_argument("--strengths_at", nargs="+", type=cli.positive_float,
                        help="prices by which strengths are set, unless --alphas gives some "
-                            "(default: the largest of those allowed, and the second below it)")
+                            "(default: every other one of those allowed); what was learnt is "
+                            "tried at fixed shares of its length instead")
     group.add_argument("--max_unrelated_loss", type=cli.not_negative, default=0.02,
                        help="accuracy on unrelated questions that may be lost; results are given "
                             "with and without this limit, and that of the price on what the model "
@@ -84,7 +87,8 @@ def flags(kind: cli.Kind):
                             "look like those of the steering examples (default: none)")
     group.add_argument("--train_vectors", action=argparse.BooleanOptionalAction, default=True,
                        help="beside the vectors of --methods, train one a layer on the same "
-                            "examples, behind the gate, held to what the model says of other text")
+                            "examples, behind the gate, held to what the model says of other text "
+                            "and itself answers")
     group.add_argument("--lora", default="none", choices=("none", *lora.OBJECTIVES),
                        help="beside the vectors, train LoRA on the same examples")
     group.add_argument("--num_generations", type=cli.positive, default=24,
@@ -128,7 +132,7 @@ def main(kind: cli.Kind = cli.LLM) -> None:
                 if other is not one:
                     grid, questions = evaluate(lm, one, other, "test", configurations, args)
                     grids.append(grid)
-                    answers.append((chosen, questions))
+                    answers.append((chosen.assign(**dict.fromkeys(OF_ANSWERS, np.nan)), questions))
     if not runs.processes().is_main_process:
         return
     grid, table = pd.concat(grids), front(answers)
@@ -276,14 +280,16 @@ def trained_vectors(lm, args, one: Study, pairs, states: StatesFile, gate: Gate,
     layers = cli.parse_layers(args.layer_idxs, len(lm.layers))
     info = {**states.info, "stage": "steering_vectors", "method": "trained", "mode": ""}
     answers = own_answers(lm, one, "training", args)
-    manifest = manifest | {"trained": trained.DEFAULTS,
-                           "answers": data.fingerprint([item.example for item in answers])}
+    manifest = manifest | {"trained": {**trained.DEFAULTS, **trained.RECIPE},
+                           "answers": data.fingerprint(answers),
+                           "max_new_tokens": args.max_new_tokens}
 
     def train() -> dict[str, torch.Tensor]:
         norms = states.norms()
         vectors = trained.train(
-            lm, pairs(), training_texts(lm), unrelated_items(lm, "training"), answers, norms,
-            gate, layers, seed=args.seed, max_tokens=args.batch_tokens)
+            lm, pairs(), training_texts(lm), unrelated_items(lm, "training"),
+            unfinished(lm, answers, args), norms, gate, layers, seed=args.seed,
+            max_tokens=args.batch_tokens)
         return {"vectors": vectors, "norms": norms}
 
     path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_trained.safetensors"
@@ -334,7 +340,7 @@ def priced(lm, one: Study, args) -> list[Configuration]:
               for direction in one.directions}
     texts = neutral_items(lm, "validation")
     targets = np.log1p(CAUTION * np.sort(
-        args.strengths_at or sorted(args.max_ppl_increase)[::-2][:2]))
+        args.strengths_at or sorted(args.max_ppl_increase)[::2]))
     curves = {direction: [(0.0, 0.0)] for direction in one.directions if not alphas[direction]}
 
     def measure(tried: list[tuple[Direction, float]]) -> None:
@@ -412,7 +418,7 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
     table = grid_rows(one, other, part, every, leads)
     if other is one:
         neutral, unrelated = neutral_items(lm, part), unrelated_items(lm, part)
-        answers = own_answers(lm, one, part, args)
+        answers = unfinished(lm, own_answers(lm, one, part, args), args)
         of_neutral, of_unrelated, of_answers = (
             scores_of(lm, items, configurations, args, one, f"{part}_{what}")
             for items, what in ((neutral, "texts"), (unrelated, "unrelated"), (answers, "answers")))
@@ -471,19 +477,22 @@ def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
 
 
 def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFrame:
-    """Free answers to questions of one part, base and steered, how long and how repetitive."""
+    """Free answers to questions of one part, base and steered, how long and how repetitive.
+
+    number: of the question in its part.
+    """
     examples = one.parts[part]
     if part != "training":
         examples = examples[:args.num_generations]
-    asked = [prompts.encode(lm, example, args.prompt_style) for example in examples]
     manifest = one.manifest | {"configurations": [*map(identity, configurations)],
                                "items": data.fingerprint(examples),
                                "max_new_tokens": args.max_new_tokens}
     path = args.parts_dir / f"{one.name}_{part}_answers_{runs.digest(manifest)}.csv"
-    groups = batches([(1 + len(configurations)) * (len(item.prompt_ids) + args.max_new_tokens)
-                      for item in asked], WIDTH * args.batch_tokens)
     work = runs.Run([path], manifest, args.overwrite)
     if not work.finished:
+        asked = [prompts.encode(lm, example, args.prompt_style) for example in examples]
+        groups = batches([(1 + len(configurations)) * (len(item.prompt_ids) + args.max_new_tokens)
+                          for item in asked], WIDTH * args.batch_tokens)
         steered, tuned = by_kind(configurations)
         labels = ["base", *(item.label for item in configurations)]
         for unit in work.todo(len(groups), f"{one.name} {part} free answers"):
@@ -493,26 +502,40 @@ def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFram
                 with lora.adapted(lm, item.adapter, item.alpha):
                     texts += generate(lm, batch, [], args.max_new_tokens)
             work.save(unit, {}, [
-                {"dataset": one.dataset, "seed": one.seed, "id": item.example.id,
-                 "question": item.example.question, "configuration": label, "text": text,
-                 "repetition": costs.repetition(text), "words": len(text.split())}
+                {"dataset": one.dataset, "seed": one.seed, "number": number,
+                 "id": examples[number].id, "question": examples[number].question,
+                 "configuration": label, "text": text, "repetition": costs.repetition(text),
+                 "words": len(text.split())}
                 for label, answers in zip(labels, texts, strict=True)
-                for item, text in zip(batch, answers, strict=True)])
+                for number, text in zip(groups[unit], answers, strict=True)])
         if work.all_done():
             runs.write_rows(path, (rows for _, rows in work.units(len(groups))))
         work.finish()
     return pd.read_csv(path, keep_default_na=False, dtype={"id": str, "text": str})
 
 
-def own_answers(lm, one: Study, part: str, args) -> list[Encoded]:
-    """Questions of one part with what the model itself, unsteered, answers them."""
-    texts = free_answers(lm, one, part, [], args).set_index("id").text
-    found = [replace(example, choices=(texts[example.id],), label=0)
-             for example in one.parts[part] if texts.get(example.id)]
+def own_answers(lm, one: Study, part: str, args) -> list[data.Example]:
+    """Questions of one part with what the model itself, unsteered, answers as their only choice.
+
+    A prompt that all examples share (ToxiGen's) has the same answer in every part.
+    """
+    written = free_answers(lm, one, part, [], args).sort_values("number")
+    return [replace(one.parts[part][row.number], choices=(row.text,), label=0)
+            for row in written.itertuples() if row.text]
+
+
+def unfinished(lm, answered: list[data.Example], args) -> list[Encoded]:
+    """Answers of the model, which may be cut off, and no text that it can be given again."""
+    found = []
+    for example in answered:
+        try:
+            found.append(prompts.encode(lm, example, args.prompt_style, finished=False))
+        except UserError as error:
+            print(f"note: left out what {lm.name} answers: {error}")
     if not found:
-        raise UserError(f"{lm.name} answers none of the {part} questions in words, so what "
-                        "steering does to free answers cannot be told: give another --prompt_style")
-    return [prompts.encode(lm, example, args.prompt_style) for example in found]
+        raise UserError(f"{lm.name} answers no question in words, so what steering does to free "
+                        "answers cannot be told: give another --prompt_style")
+    return found
 
 
 @cache
@@ -679,8 +702,8 @@ def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     own = table[table.dataset == table.evaluated_on]
     for (dataset, limit), limited in own.groupby(["dataset", "max_unrelated_loss"], sort=False):
         kept = ("whatever else happens" if np.isinf(limit) else
-                "as dear at most on the model's own free answers, and losing at most "
-                f"{limit:.0%} of unrelated questions")
+                "on validation as dear at most on the model's own free answers, and losing at "
+                f"most {limit:.0%} of unrelated questions")
         for kind, rows in limited.groupby("score", sort=False):
             found.append((
                 f"{dataset}: gain in {kind} accuracy in points, {rows.questions.max()} test "

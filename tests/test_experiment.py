@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -94,10 +95,10 @@ def test_prices_are_the_librarys(made):
     assert len(changed) and (changed.perplexity_increase.abs() > 0.001).all()
 
 
-def rows_of(folder, method):
-    """Rows of the ungated configurations of a method on the test questions of their own data."""
+def rows_of(folder, method, part="test"):
+    """Rows of the ungated configurations of a method on questions of their own data."""
     grid = tables(folder)[0]
-    return grid[(grid.method == method) & grid["mode"].isna() & (grid.part == "test")
+    return grid[(grid.method == method) & grid["mode"].isna() & (grid.part == part)
                 & (grid.dataset == grid.evaluated_on)]
 
 
@@ -121,12 +122,13 @@ def test_the_price_on_other_kinds_of_text_is_the_librarys(made):
 def test_the_price_on_own_answers_is_the_models(made):
     """Perplexity of what the base model wrote, from the model's own logits, steered by hooks."""
     folder, lm = made[2], models.load(str(made[3]))
-    (path,) = folder.glob("*_generations.csv")
-    written = pd.read_csv(path, keep_default_na=False)
-    rows = rows_of(folder, "random")
-    for row in rows.itertuples():
-        base = written[(written.dataset == row.dataset) & (written.seed == row.seed)
-                       & (written.configuration == "base") & (written.text != "")]
+    rows = pd.concat([rows_of(folder, "random", part) for part in ("validation", "test")])
+    asked = {}
+    for row in rows[(rows.alpha == max(ALPHAS))].itertuples():
+        base = pd.concat(pd.read_csv(path, keep_default_na=False) for path in folder.glob(
+            f"*_parts/{row.dataset}_seed{row.seed}_{row.part}_answers_*.csv"))
+        base = base[(base.configuration == "base") & (base.text != "")].drop_duplicates("number")
+        asked.setdefault((row.dataset, row.seed), []).append({*base.question})
         losses, tokens = np.zeros(2), 0
         for answer in base.itertuples():
             prompt = lm.tokenizer(f"Q: {answer.question}\nA:").input_ids
@@ -139,10 +141,10 @@ def test_the_price_on_own_answers_is_the_models(made):
                 losses[index] -= sum(log_probs[place - 1, ids[place]].item()
                                      for place in range(len(prompt), len(ids)))
             tokens += len(response)
-        assert len(base) >= 5
         assert row.answers_increase == approx(np.exp((losses[1] - losses[0]) / tokens) - 1,
                                               rel=1e-3)
-    assert len(rows)
+    assert any(len(parts) == 2 for parts in asked.values())
+    assert all(not parts[0] & parts[-1] for parts in asked.values() if len(parts) == 2)
 
 
 def test_answers_are_those_of_the_configurations(made):
@@ -201,7 +203,8 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
     strongest = experiment.FIRST_STRENGTH * experiment.STEPS[1] ** (experiment.ROUNDS - 1)
     reached = {}
     learnt = validated.method.isin(experiment.LEARNT)
-    for (_, method, _), rows in validated[~learnt].groupby(["dataset", "method", "mode"]):
+    for (_, method, _), rows in validated[~learnt].groupby(["dataset", "method", "mode"],
+                                                 dropna=False):
         # A price that even the strongest does not cost stands last, for all that it costs.
         paid = rows[rows.alpha < strongest].perplexity_bound.to_numpy()
         assert paid == approx([0.0095, 0.038][:len(paid)], rel=0.15)
@@ -316,6 +319,28 @@ def test_the_front_follows_from_the_grid(made):
         assert row.accuracy - row.base_accuracy == approx(row.gain, abs=1e-9)
 
 
+def test_what_is_chosen_by_hand():
+    """Of five strengths: too dear, breaks free answers, loses other questions, best, safe."""
+    validated = pd.DataFrame({
+        "configuration": ["base", "dear", "breaks", "loses", "best", "safe"],
+        "method": ["base", *["m"] * 5], "mode": "",
+        "accuracy_token": [0.3, 0.9, 0.8, 0.7, 0.6, 0.5],
+        "accuracy_sum": [0.4, 0.4, 0.4, 0.4, 0.4, 0.4],
+        "perplexity_bound": [0.0, 0.2, 0.05, 0.05, 0.05, 0.01],
+        "perplexity_increase": [0.0, 0.1, 0.04, 0.04, 0.04, 0.0],
+        "answers_increase": [0.0, 0.0, 0.2, 0.05, 0.05, 0.01],
+        "unrelated_change": [0.0, 0.0, 0.0, 0.0, -0.02, 0.0],
+        "unrelated_change_sum": [0.0, 0.0, 0.0, -0.03, 0.0, 0.0]})
+    args = SimpleNamespace(max_ppl_increase=[0.005, 0.02, 0.1, 0.3], max_unrelated_loss=0.02)
+    chosen = experiment.choose(validated, args)
+    for limit, expected in ((np.inf, ["base", "safe", "breaks", "dear"]),
+                            (0.02, ["base", "safe", "best", "dear"])):
+        rows = chosen[(chosen.max_unrelated_loss == limit) & (chosen.score == "sum")]
+        assert rows.configuration.tolist() == expected
+    assert chosen[chosen.score == "token"].validation_gain.tolist() == approx(
+        [0.0, 0.0, 0.2, 0.2, 0.5, 0.3, 0.6, 0.6])
+
+
 def test_what_is_done_is_not_done_again(made, commands):
     command, result, folder, _ = made
     learnt = ("gate", "trained", "lora", "scores")
@@ -324,9 +349,25 @@ def test_what_is_done_is_not_done_again(made, commands):
     assert all(any(what in path.name for path in before) for what in learnt)
     again = commands.run(*command).ok()
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    for what in ("training vectors", "LoRA (dpo)", "gates", "_test_"):
+    for what in ("training vectors", "LoRA (dpo)", "gates", "_test_", "free answers"):
         assert what in result.err and what not in again.err
     assert result.out.splitlines()[-2:] == again.out.splitlines()[-2:]
+
+
+def test_scenes_through_a_chat_template(commands, tmp_path):
+    """The embedded vision-language model: pictures train, choose and are answered freely."""
+    commands.run("experiment_vlm.py", "--model_name", "shapes-vlm", "--dataset_name", "shapes",
+                 "--num_samples", 3, "--num_validation", 3, "--num_test", 4, "--seeds", 0,
+                 "--top_k", 3, "--methods", "random", "--alphas", 0.1, "--max_ppl_increase", 1000,
+                 "--num_generations", 2, "--max_new_tokens", 4, "--output_dir", tmp_path).ok()
+    grid = tables(tmp_path)[0]
+    validated = grid[grid.part == "validation"].set_index("configuration")
+    assert len(validated) == 2 + 2 * len(experiment.SCALES)
+    assert validated.answers_increase["base"] == 0
+    assert (validated.answers_increase.drop("base").abs() > 1e-9).all()
+    assert set(grid[grid.part == "test"].questions) == {4}
+    written = pd.read_csv(next(tmp_path.glob("*_generations.csv")), keep_default_na=False)
+    assert set(written.number) == {0, 1} and (written.text != "").all()
 
 
 def test_an_answer_alone_is_refused(made, commands, tmp_path):

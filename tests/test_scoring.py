@@ -127,6 +127,14 @@ SMOLLM2 = [
 ]
 
 
+def test_an_unfinished_answer_has_no_end_of_turn(smollm2):
+    end = smollm2.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for style, ends in (("chat", [end]), ("qa", [])):
+        whole, cut = (prompts.encode(smollm2, SMOLLM2[0], style, finished=finished)
+                      for finished in (True, False))
+        assert whole.responses == [response + ends for response in cut.responses]
+
+
 def test_smollm2(smollm2):
     """The loss of transformers, and three configurations, on prompts of two styles."""
     encodings = [prompts.encode(smollm2, item, style)

@@ -94,13 +94,14 @@ def _content_of_turn(lm: LanguageModel, text: str, has_image: bool = False) -> s
 
 
 def encode(lm: LanguageModel, example: Example, style: str = "qa",
-           picture: Image | None = None) -> Encoded:
+           picture: Image | None = None, finished: bool = True) -> Encoded:
     """Tokenize an example, its picture included.
 
     A response's tokens are those that follow the prompt's when both are tokenized as one text;
     where a tokenizer merges across the border, the two are tokenized apart.
 
     picture: takes the place of the example's own (a blank one, say).
+    finished: in the style chat, whether the turn ends behind a response.
     Raises UserError for an empty prompt or response and for one longer than the context.
     """
     if lm.processor is not None:
@@ -111,7 +112,7 @@ def encode(lm: LanguageModel, example: Example, style: str = "qa",
     text_ids = _ids(lm, text)
     if not text_ids:
         raise UserError(f"example {example.id}: its prompt tokenizes to nothing")
-    end = _end_of_turn(lm) if style == "chat" else ""
+    end = _end_of_turn(lm) if style == "chat" and finished else ""
     responses = [_response_ids(lm, text, text_ids, space + choice, end, example)
                  for choice in example.choices]
     if example.image is not None:

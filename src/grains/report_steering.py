@@ -89,15 +89,17 @@ def front_views(front: pd.DataFrame, drawn: Figures, name: str) -> list[dict]:
     front = front.merge(compared, "left", same)
     limits = front.get("max_unrelated_loss", pd.Series(np.inf, front.index))
     several = limits.nunique() > 1
-    return [front_view(rows, limit_text(limit) if several else "", len(compared), drawn,
+    return [front_view(rows, limit_text(limit, rows) if several else "", len(compared), drawn,
                        name + f"_unrelated-{limit:g}" * several)
             for limit, rows in front.groupby(limits)]
 
 
-def limit_text(limit: float) -> str:
-    return ("whatever is lost on unrelated questions" if limit == np.inf else
-            f"at most {100 * limit:g} points lost on unrelated questions, and within the price on "
-            "the model's own free answers")
+def limit_text(limit: float, front: pd.DataFrame) -> str:
+    if limit == np.inf:
+        return "whatever is lost on unrelated questions"
+    own = ", and within the price on the model's own free answers"  # not in fronts of before
+    return (f"at most {100 * limit:g} points lost on unrelated questions"
+            + own * ("answers_increase" in front))
 
 
 def front_view(front: pd.DataFrame, limit: str, comparisons: int, drawn: Figures, name: str

@@ -40,6 +40,9 @@ PAIRS, TEXTS, QUESTIONS, ANSWERS = 10, 3, 12, 10  # of a step
 TOKEN_UNIT, SUM_UNIT = 0.6, 10.0
 CHOICE_UNIT = 0.3  # of the log-likelihoods per token that other questions are answered by
 ALLOWED = 0.3  # nats per token of an answer: what the model would say is to change
+RECIPE = {"weights": [TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT],
+          "sizes": [PAIRS, TEXTS, QUESTIONS, ANSWERS],
+          "units": [TOKEN_UNIT, SUM_UNIT, CHOICE_UNIT], "allowed": ALLOWED}
 
 
 def train(
