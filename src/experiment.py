@@ -42,7 +42,7 @@ import torch
 import token_ablation
 from grains import cli, costs, data, gates, lora, prompts, runs, stats, trained
 from grains.errors import UserError
-from grains.generation import WIDTH, generate
+from grains.generation import decoding_batches, generate
 from grains.prompts import Encoded
 from grains.scoring import Configuration, Direction, batches, margins, score
 from grains.vectors import CONTROLS, METHODS, Gate, StatesFile, SteeringVectors
@@ -223,11 +223,14 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
     manifest = cli.evaluation_manifest(args, "experiment", lm, states, parts)
     used = {*states["pos"].info["data"]["questions"],
             *map(data.question_key, parts["validation"])}
-    parts["training"] = [example.pair() for example in cli.steering_examples(args)]
 
-    @cache  # encoded by what trains first, and not at all where nothing is left to train
+    @cache  # read by what trains first, and encoded only where something is left to train
+    def examples() -> list[data.Example]:
+        return [example.pair() for example in cli.steering_examples(args)]
+
+    @cache
     def pairs() -> list[Encoded]:
-        return [prompts.encode(lm, example, args.prompt_style) for example in parts["training"]]
+        return [prompts.encode(lm, example, args.prompt_style) for example in examples()]
 
     # Neither what is learnt nor what a configuration scores depends on what else is tried.
     flags = manifest["flags"]
@@ -239,23 +242,25 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
     if gated or args.train_vectors:
         layers = {layer for direction in gated for layer in direction.layers}
         layers |= {*cli.parse_layers(args.layer_idxs, len(lm.layers))}
-        gate, gate_manifest = learnt_gate(lm, args, pairs, sorted(layers), learning)
+        gate, gate_manifest = learnt_gate(lm, one, args, pairs, sorted(layers), learning)
         directions += [replace(direction, mode=f"{direction.mode} gated".strip(),
                                vectors=replace(direction.vectors, gate=gate))
                        for direction in gated]
     if args.train_vectors:
-        directions += trained_vectors(lm, args, one, pairs, states["pos"], gate, gate_manifest)
+        parts["training"] = examples()
+        directions += trained_vectors(lm, one, args, pairs, states["pos"], gate, gate_manifest)
     if args.lora != "none":
-        directions.append(trained_lora(lm, args, pairs, learning))
+        directions.append(trained_lora(lm, one, args, pairs, learning))
     return one
 
 
-def learnt_gate(lm, args, pairs, layers: list[int], manifest: dict) -> tuple[Gate, dict]:
+def learnt_gate(lm, one: Study, args, pairs, layers: list[int], manifest: dict
+                ) -> tuple[Gate, dict]:
     """The gate between the steering examples and other text, or as it was learnt before.
 
     And the manifest of what it was learnt from.
     """
-    path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_gate.safetensors"
+    path = args.parts_dir / f"{one.name}_gate.safetensors"
     others = training_texts(lm) + unrelated_items(lm, "training")
     manifest = manifest | {"others": data.fingerprint([item.example for item in others]),
                            "gate": {"layers": layers, "positions": gates.POSITIONS,
@@ -271,7 +276,7 @@ def learnt_gate(lm, args, pairs, layers: list[int], manifest: dict) -> tuple[Gat
     return Gate(**runs.read_tensors(path)[0]), manifest
 
 
-def trained_vectors(lm, args, one: Study, pairs, states: StatesFile, gate: Gate, manifest: dict
+def trained_vectors(lm, one: Study, args, pairs, states: StatesFile, gate: Gate, manifest: dict
                     ) -> list[Trained]:
     """Vectors trained on the steering examples, or as they were trained before.
 
@@ -292,7 +297,7 @@ def trained_vectors(lm, args, one: Study, pairs, states: StatesFile, gate: Gate,
             max_tokens=args.batch_tokens)
         return {"vectors": vectors, "norms": norms}
 
-    path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_trained.safetensors"
+    path = args.parts_dir / f"{one.name}_trained.safetensors"
     once(path, manifest, args, "trained vectors", train,
          lambda tensors: SteeringVectors(**tensors, info=info, gate=gate).save(path))
     # The same object as other methods' gate, so that they are scored in one batch.
@@ -309,9 +314,9 @@ def random_like(vectors: SteeringVectors, seed: int) -> SteeringVectors:
                    info={**vectors.info, "method": "trained_random"})
 
 
-def trained_lora(lm, args, pairs, manifest: dict) -> Lora:
+def trained_lora(lm, one: Study, args, pairs, manifest: dict) -> Lora:
     """LoRA's adapter, trained on the steering examples, or as it was trained before."""
-    path = args.parts_dir / f"{args.dataset_name}_seed{args.seed}_lora.safetensors"
+    path = args.parts_dir / f"{one.name}_lora.safetensors"
     manifest = manifest | {"lora": {"objective": args.lora, **lora.DEFAULTS},
                            "peft": version("peft")}
     once(path, manifest, args, f"LoRA ({args.lora})",
@@ -358,9 +363,7 @@ def priced(lm, one: Study, args) -> list[Configuration]:
                  if curve[-1][1] < targets[-1]])
     for _ in range(REFINEMENTS):
         measure([(direction, alpha) for direction, curve in curves.items()
-                 for alpha in strengths(curve, [
-                     target for target in targets
-                     if all(abs(rise / target - 1) > PRECISION for _, rise in curve)])])
+                 for alpha in strengths(curve, unmet(curve, targets))])
     alphas |= {direction: strengths(curve, targets) for direction, curve in curves.items()}
     return [direction.at(alpha, args.alpha_units) for direction in one.directions
             for alpha in alphas[direction]]
@@ -376,6 +379,12 @@ def stronger(curve: list[tuple[float, float]], target: float) -> float:
         return FIRST_STRENGTH
     factor = np.sqrt(target / rise) if rise > 0 else np.inf
     return float(f"{alpha * np.clip(factor, *STEPS):.3g}")
+
+
+def unmet(curve: list[tuple[float, float]], targets) -> list[float]:
+    """The targets that no rise of a curve of (strength, rise of the loss) is near."""
+    return [target for target in targets
+            if all(abs(rise / target - 1) > PRECISION for _, rise in curve)]
 
 
 def strengths(curve: list[tuple[float, float]], targets) -> list[float]:
@@ -417,26 +426,28 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
     every = [None, *configurations]
     table = grid_rows(one, other, part, every, leads)
     if other is one:
+        def scored(items: list[Encoded], what: str) -> list[np.ndarray]:
+            return scores_of(lm, items, configurations, args, one, f"{part}_{what}")
+
+        def increase(items: list[Encoded], what: str) -> np.ndarray:
+            perplexity = costs.perplexity_of(items, scored(items, what))
+            return perplexity / perplexity[0] - 1
+
         neutral, unrelated = neutral_items(lm, part), unrelated_items(lm, part)
-        answers = unfinished(lm, own_answers(lm, one, part, args), args)
-        of_neutral, of_unrelated, of_answers = (
-            scores_of(lm, items, configurations, args, one, f"{part}_{what}")
-            for items, what in ((neutral, "texts"), (unrelated, "unrelated"), (answers, "answers")))
-        perplexity, of_own = (costs.perplexity_of(items, values) for items, values in (
-            (neutral, of_neutral), (answers, of_answers)))
-        kept = costs.accuracy_of(unrelated, of_unrelated)
+        of_neutral = scored(neutral, "texts")
+        perplexity = costs.perplexity_of(neutral, of_neutral)
+        kept = costs.accuracy_of(unrelated, scored(unrelated, "unrelated"))
         table = table.assign(
             perplexity=perplexity, perplexity_increase=perplexity / perplexity[0] - 1,
             perplexity_bound=costs.perplexity_bound(neutral, of_neutral),
-            answers_increase=of_own / of_own[0] - 1,
+            answers_increase=increase(unfinished(lm, own_answers(lm, one, part, args), args),
+                                      "answers"),
             unrelated_accuracy=kept["token"], unrelated_change=kept["token"] - kept["token"][0],
             unrelated_accuracy_sum=kept["sum"],
             unrelated_change_sum=kept["sum"] - kept["sum"][0])
         if part == "test":
-            varied = neutral_items(lm, part, costs.VARIED)
-            of_varied = costs.perplexity_of(varied, scores_of(lm, varied, configurations, args, one,
-                                                              f"{part}_varied"))
-            table = table.assign(varied_increase=of_varied / of_varied[0] - 1)
+            table = table.assign(
+                varied_increase=increase(neutral_items(lm, part, costs.VARIED), "varied"))
     return table, pd.concat([
         pd.DataFrame({"dataset": one.dataset, "evaluated_on": other.dataset, "seed": one.seed,
                       "configuration": item.label if item else "base",
@@ -491,8 +502,7 @@ def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFram
     work = runs.Run([path], manifest, args.overwrite)
     if not work.finished:
         asked = [prompts.encode(lm, example, args.prompt_style) for example in examples]
-        groups = batches([(1 + len(configurations)) * (len(item.prompt_ids) + args.max_new_tokens)
-                          for item in asked], WIDTH * args.batch_tokens)
+        groups = decoding_batches(asked, configurations, args.max_new_tokens, args.batch_tokens)
         steered, tuned = by_kind(configurations)
         labels = ["base", *(item.label for item in configurations)]
         for unit in work.todo(len(groups), f"{one.name} {part} free answers"):
@@ -594,7 +604,7 @@ def scores_of(lm, items: list[Encoded], configurations, args, one: Study, what: 
                   args)
         kept |= {known: (path, row) for row, known in enumerate(scored)}
     rows = [kept[known] for known in wanted]
-    files = {path: runs.read_tensors(path)[0] for path, _ in rows}
+    files = {path: runs.read_tensors(path)[0] for path in {path for path, _ in rows}}
     return [np.stack([files[path][str(index)].numpy()[row] for path, row in rows])
             for index in range(len(items))]
 

@@ -16,8 +16,7 @@ if __name__ == "__main__":
 import pandas as pd
 
 from grains import cli, data, prompts, runs
-from grains.generation import WIDTH, generate
-from grains.scoring import batches
+from grains.generation import decoding_batches, generate
 
 SHOWN = 3
 
@@ -45,9 +44,7 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     style = args.generation_style or ("chat" if lm.tokenizer.chat_template else args.prompt_style)
 
     encoded = [prompts.encode(lm, example, style) for example in questions]
-    rows = 1 + len(configurations)
-    groups = batches([rows * (len(item.prompt_ids) + args.max_new_tokens) for item in encoded],
-                     WIDTH * args.batch_tokens)
+    groups = decoding_batches(encoded, configurations, args.max_new_tokens, args.batch_tokens)
     output = cli.output_dir(args, "steering_generation") / f"{cli.evaluation_stem(args)}.csv"
     manifest = cli.evaluation_manifest(args, "steering_generation", lm, states,
                                        {"prompts": questions}) | {

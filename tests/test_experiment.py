@@ -124,7 +124,7 @@ def test_the_price_on_own_answers_is_the_models(made):
     folder, lm = made[2], models.load(str(made[3]))
     rows = pd.concat([rows_of(folder, "random", part) for part in ("validation", "test")])
     asked = {}
-    for row in rows[(rows.alpha == max(ALPHAS))].itertuples():
+    for row in rows[rows.alpha == max(ALPHAS)].itertuples():
         base = pd.concat(pd.read_csv(path, keep_default_na=False) for path in folder.glob(
             f"*_parts/{row.dataset}_seed{row.seed}_{row.part}_answers_*.csv"))
         base = base[(base.configuration == "base") & (base.text != "")].drop_duplicates("number")
@@ -136,7 +136,7 @@ def test_the_price_on_own_answers_is_the_models(made):
             (response,) = prompts.encode(lm, example).responses
             ids = prompt + response
             for index, strength in enumerate((0.0, row.alpha)):
-                with (the_vectors(folder, row).apply(lm, strength, [0, 1, 2]), torch.no_grad()):
+                with the_vectors(folder, row).apply(lm, strength, [0, 1, 2]), torch.no_grad():
                     log_probs = lm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
                 losses[index] -= sum(log_probs[place - 1, ids[place]].item()
                                      for place in range(len(prompt), len(ids)))
@@ -202,9 +202,8 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
     assert trained == control == [*experiment.SCALES] * 2  # of two data sets
     strongest = experiment.FIRST_STRENGTH * experiment.STEPS[1] ** (experiment.ROUNDS - 1)
     reached = {}
-    learnt = validated.method.isin(experiment.LEARNT)
-    for (_, method, _), rows in validated[~learnt].groupby(["dataset", "method", "mode"],
-                                                 dropna=False):
+    validated = validated[~validated.method.isin(experiment.LEARNT)]
+    for (_, method, _), rows in validated.groupby(["dataset", "method", "mode"], dropna=False):
         # A price that even the strongest does not cost stands last, for all that it costs.
         paid = rows[rows.alpha < strongest].perplexity_bound.to_numpy()
         assert paid == approx([0.0095, 0.038][:len(paid)], rel=0.15)

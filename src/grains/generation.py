@@ -8,12 +8,23 @@ from torch import Tensor
 from grains import vision
 from grains.models import LanguageModel
 from grains.prompts import Encoded
-from grains.scoring import Configuration
+from grains.scoring import Configuration, batches
 from grains.vectors import steered
 
 # Decoding keeps keys and values only, far less than the activations of a whole forward, and is
 # bound by reading the weights: so that many times more positions go into a batch.
 WIDTH = 8
+
+
+def decoding_batches(encoded: list[Encoded], configurations: list[Configuration],
+                     max_new_tokens: int, max_tokens: int) -> list[list[int]]:
+    """Indices of prompts that are continued together, unsteered and under each configuration.
+
+    max_tokens: positions of a batch in a whole forward (see `batches`).
+    """
+    rows = 1 + len(configurations)
+    return batches([rows * (len(item.prompt_ids) + max_new_tokens) for item in encoded],
+                   WIDTH * max_tokens)
 
 
 @torch.inference_mode()

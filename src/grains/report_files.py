@@ -38,8 +38,7 @@ KINDS = {
         ("alpha", "questions", *_per_score("accuracy_{}", "accuracy_{}_low", "accuracy_{}_high",
                                            "p_value_{}")),
         ("perplexity_increase", "varied_increase", "answers_increase", "unrelated_accuracy",
-         "repetition", "words",
-         *_per_score("margin_{}"))),
+         "repetition", "words", *_per_score("margin_{}"))),
     "questions": Kind(
         "steering_mc.py", ("configuration", "part", "id", *_per_score("correct_{}"))),
     "front": Kind(

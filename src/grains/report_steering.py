@@ -105,7 +105,6 @@ def limit_text(limit: float, front: pd.DataFrame) -> str:
 def front_view(front: pd.DataFrame, limit: str, comparisons: int, drawn: Figures, name: str
                ) -> dict:
     budgets = sorted(front.max_ppl_increase.unique())
-
     paid = {column: MEASURES[column] for column in present(front)}
 
     def cell(row) -> dict:
