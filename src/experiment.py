@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import glob
 import hashlib
-import itertools
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
@@ -58,7 +57,8 @@ FIRST_STRENGTH, STEPS, ROUNDS = 0.02, (2.0, 4.0), 5
 # How often a strength between those is measured, until its price is as near as this.
 REFINEMENTS, PRECISION = 2, 0.1
 LEARNT = ("trained", "trained_random", "lora")
-SCALES = (0.5, 0.7, 1.0, 1.4)  # of what was learnt, which is for 1
+SCALES = (0.5, 1.0, 2.0, 3.0)  # of what was learnt
+DRAWN = 2  # answers of the model itself to a steering question, to train on
 # What the neutral passages are for, by their number modulo 8. Of the unrelated questions the even
 # ones are for validation, the odd ones for test; those for training have a file of their own.
 TEXTS = {"training": (2, 3, 4, 6, 7), "validation": (0,), "test": (1, 5)}
@@ -80,8 +80,8 @@ def flags(kind: cli.Kind):
                             "tried at fixed shares of its length instead")
     group.add_argument("--max_unrelated_loss", type=cli.not_negative, default=0.02,
                        help="accuracy on unrelated questions that may be lost; results are given "
-                            "with and without this limit, and that of the price on what the model "
-                            "itself answers freely")
+                            "without this limit, with it, and with it and within the same price "
+                            "on what the base model answers freely")
     group.add_argument("--gated", nargs="*", default=[], choices=METHODS, metavar="METHOD",
                        help="those of --methods that also steer behind a gate, only where states "
                             "look like those of the steering examples (default: none)")
@@ -174,7 +174,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Trained(Direction):
-    """Trained vectors, whose lengths were learnt: a strength of 1 is what they were trained for."""
+    """Trained vectors, whose lengths were learnt: a strength of 1 is as long as they are."""
 
     def at(self, alpha: float, units: str = "relative") -> Configuration:
         return super().at(alpha, "absolute")
@@ -456,14 +456,21 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
         for index, item in enumerate(every)])
 
 
+def limits(args) -> list[str]:
+    """What a configuration must keep, beside its price on neutral text, to be chosen."""
+    kept = f"losing at most {100 * args.max_unrelated_loss:g} points on unrelated questions"
+    return ["whatever else happens", kept,
+            f"{kept}, and within the same price on what the base model answers freely"]
+
+
 def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
     """For every method, mode, price and limit: the configuration best on validation.
 
     Best is the mean of the two accuracies, in sum and per token, so that one configuration stands
     for both. The price of a configuration is the upper bound of what it costs on neutral text
-    (`costs.perplexity_bound`). Once whatever else happens; once within --max_unrelated_loss and,
-    on what the model itself answers freely, within the same price. The base model is one of the
-    choices: where no configuration is affordable and better, the rows say base. A row for each
+    (`costs.perplexity_bound`). Once whatever else happens; once within --max_unrelated_loss; once
+    also, on what the model itself answers freely, within the same price. The base model is one of
+    the choices: where no configuration is affordable and better, the rows say base. A row for each
     score.
     """
     validated = validated.assign(both=validated[[f"accuracy_{kind}" for kind in SCORES]].mean(1))
@@ -471,49 +478,54 @@ def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
     lost = -steered[["unrelated_change", "unrelated_change_sum"]].min(axis=1)
     rows = []
     for (method, mode), table in steered.groupby(["method", "mode"], sort=False):
-        for budget, limit in itertools.product(args.max_ppl_increase,
-                                               (np.inf, args.max_unrelated_loss)):
+        for budget in args.max_ppl_increase:
             affordable = table[(table.perplexity_bound <= budget) & (table.both > base.both)]
-            if limit < np.inf:
-                affordable = affordable[(lost[affordable.index] <= limit + 1e-9)
-                                        & (affordable.answers_increase <= budget)]
-            best = affordable.sort_values(["both", "perplexity_increase"],
-                                          ascending=[False, True])
-            found = best.iloc[0] if len(best) else base
-            rows += [{"method": method, "mode": mode, "score": kind, "max_ppl_increase": budget,
-                      "max_unrelated_loss": limit, "configuration": found.configuration,
-                      "validation_gain": found[f"accuracy_{kind}"] - base[f"accuracy_{kind}"]}
-                     for kind in SCORES]
+            kept = affordable[lost[affordable.index] <= args.max_unrelated_loss + 1e-9]
+            allowed = affordable, kept, kept[kept.answers_increase <= budget]
+            for limit, choices in zip(limits(args), allowed, strict=True):
+                best = choices.sort_values(["both", "perplexity_increase"],
+                                           ascending=[False, True])
+                found = best.iloc[0] if len(best) else base
+                rows += [{"method": method, "mode": mode, "score": kind,
+                          "max_ppl_increase": budget, "limit": limit,
+                          "configuration": found.configuration,
+                          "validation_gain": found[f"accuracy_{kind}"] - base[f"accuracy_{kind}"]}
+                         for kind in SCORES]
     return pd.DataFrame(rows)
 
 
 def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFrame:
     """Free answers to questions of one part, base and steered, how long and how repetitive.
 
-    number: of the question in its part.
+    Greedy ones to the first --num_generations; to train on, several to each, drawn at temperature
+    1 and as the model's generation settings say otherwise (by default, of the 50 likeliest tokens).
+    number: of the question in its part, and so on in its repetitions.
     """
-    examples = one.parts[part]
+    examples, repeated, temperature = one.parts[part], DRAWN, 1.0
     if part != "training":
-        examples = examples[:args.num_generations]
+        examples, repeated, temperature = examples[:args.num_generations], 1, 0.0
     manifest = one.manifest | {"configurations": [*map(identity, configurations)],
-                               "items": data.fingerprint(examples),
+                               "items": data.fingerprint(examples * repeated),
                                "max_new_tokens": args.max_new_tokens}
+    if temperature:
+        manifest["temperature"] = temperature
     path = args.parts_dir / f"{one.name}_{part}_answers_{runs.digest(manifest)}.csv"
     work = runs.Run([path], manifest, args.overwrite)
     if not work.finished:
-        asked = [prompts.encode(lm, example, args.prompt_style) for example in examples]
+        asked = [prompts.encode(lm, example, args.prompt_style) for example in examples] * repeated
         groups = decoding_batches(asked, configurations, args.max_new_tokens, args.batch_tokens)
         steered, tuned = by_kind(configurations)
         labels = ["base", *(item.label for item in configurations)]
         for unit in work.todo(len(groups), f"{one.name} {part} free answers"):
             batch = [asked[index] for index in groups[unit]]
-            texts = generate(lm, batch, steered, args.max_new_tokens)
+            texts = generate(lm, batch, steered, args.max_new_tokens, temperature,
+                             1000 * one.seed + unit)
             for item in tuned:
                 with lora.adapted(lm, item.adapter, item.alpha):
                     texts += generate(lm, batch, [], args.max_new_tokens)
             work.save(unit, {}, [
                 {"dataset": one.dataset, "seed": one.seed, "number": number,
-                 "id": examples[number].id, "question": examples[number].question,
+                 "id": asked[number].example.id, "question": asked[number].example.question,
                  "configuration": label, "text": text, "repetition": costs.repetition(text),
                  "words": len(text.split())}
                 for label, answers in zip(labels, texts, strict=True)
@@ -527,10 +539,11 @@ def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFram
 def own_answers(lm, one: Study, part: str, args) -> list[data.Example]:
     """Questions of one part with what the model itself, unsteered, answers as their only choice.
 
-    A prompt that all examples share (ToxiGen's) has the same answer in every part.
+    A prompt that all examples share (ToxiGen's) has the same answer in validation and test.
     """
     written = free_answers(lm, one, part, [], args).sort_values("number")
-    return [replace(one.parts[part][row.number], choices=(row.text,), label=0)
+    examples = one.parts[part]
+    return [replace(examples[row.number % len(examples)], choices=(row.text,), label=0)
             for row in written.itertuples() if row.text]
 
 
@@ -678,12 +691,11 @@ def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
                 "dataset": here.dataset, "evaluated_on": here.evaluated_on, "seed": here.seed,
                 "method": row.method, "mode": row.mode, "score": row.score,
                 "max_ppl_increase": row.max_ppl_increase,
-                "max_unrelated_loss": row.max_unrelated_loss, "configuration": row.configuration,
+                "limit": row.limit, "configuration": row.configuration,
                 **{price: getattr(row, price) for price in PRICES},
                 "right": here[row.score].astype(float), "was": base[row.score].astype(float)}))
     every = pd.concat(parts).reset_index()
-    keys = ["dataset", "evaluated_on", "method", "mode", "score", "max_ppl_increase",
-            "max_unrelated_loss"]
+    keys = ["dataset", "evaluated_on", "method", "mode", "score", "max_ppl_increase", "limit"]
     rows = []
     for names, table in every.groupby(keys, sort=False):
         by_question = table.groupby("id")[["right", "was"]].mean()
@@ -710,15 +722,12 @@ def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     others' questions."""
     found = []
     own = table[table.dataset == table.evaluated_on]
-    for (dataset, limit), limited in own.groupby(["dataset", "max_unrelated_loss"], sort=False):
-        kept = ("whatever else happens" if np.isinf(limit) else
-                "on validation as dear at most on the model's own free answers, and losing at "
-                f"most {limit:.0%} of unrelated questions")
+    for (dataset, limit), limited in own.groupby(["dataset", "limit"], sort=False):
         for kind, rows in limited.groupby("score", sort=False):
             found.append((
                 f"{dataset}: gain in {kind} accuracy in points, {rows.questions.max()} test "
                 f"questions, base {rows.base_accuracy.iloc[0]:.1%}, {rows.seeds.max()} seed(s); "
-                f"{kept}; by the rise of perplexity allowed",
+                f"chosen on validation {limit}; by the rise of perplexity allowed",
                 pivot(rows, "max_ppl_increase", "+{:.0%}")))
         found.append((f"{dataset}: what these cost on test, rise of perplexity on neutral text / "
                       "on code, dialogue, other languages and the like / on the model's own free "
@@ -726,7 +735,7 @@ def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
                       "answers",
                       pivot(limited[limited.score == SCORES[0]], "max_ppl_increase", "+{:.0%}",
                             prices)))
-    away = table[(table.dataset != table.evaluated_on) & np.isinf(table.max_unrelated_loss)]
+    away = table[(table.dataset != table.evaluated_on) & (table.limit == table.limit.iloc[0])]
     for (dataset, kind, budget), rows in away.groupby(["dataset", "score", "max_ppl_increase"],
                                                       sort=False):
         found.append((f"{dataset}'s vectors at +{budget:.0%} on other data sets: gain in {kind} "

@@ -147,6 +147,30 @@ def test_the_price_on_own_answers_is_the_models(made):
     assert all(not parts[0] & parts[-1] for parts in asked.values() if len(parts) == 2)
 
 
+def test_answers_to_train_on_are_drawn_several_times(made):
+    differing = 0
+    for name in ("first", "second"):
+        for seed in SEEDS:
+            (path,) = made[2].glob(f"*_parts/{name}_seed{seed}_training_answers_*.csv")
+            written = pd.read_csv(path, keep_default_na=False).sort_values("number")
+            assert written.number.tolist() == [*range(3 * experiment.DRAWN)]
+            one, other = written[:3], written[3:6]
+            assert one.question.tolist() == other.question.tolist()
+            assert one.question.nunique() == 3
+            differing += (one.text.to_numpy() != other.text.to_numpy()).sum()
+    assert differing > 6  # of 12; greedy ones would not differ at all
+
+
+def test_own_answers_belong_to_their_questions(monkeypatch):
+    examples = [Example(name, f"question {name}", ("yes", "no"), 0) for name in "ab"]
+    written = pd.DataFrame({"number": [3, 0, 2, 1], "text": ["four", "one", "", "two"]})
+    monkeypatch.setattr(experiment, "free_answers", lambda *_: written)
+    found = experiment.own_answers(None, SimpleNamespace(parts={"training": examples}),
+                                   "training", None)
+    assert [(item.question, item.choices) for item in found] == [
+        ("question a", ("one",)), ("question b", ("two",)), ("question b", ("four",))]
+
+
 def test_answers_are_those_of_the_configurations(made):
     grid = tables(made[2])[0]
     (path,) = made[2].glob("*_generations.csv")
@@ -168,10 +192,15 @@ def test_the_document_has_every_gain_and_the_rest_of_the_file(made, commands):
     written = path.read_text()
     front = tables(folder)[1]
     own = front[front.dataset == front.evaluated_on]
-    for _, rows in own.groupby(["dataset", "score", "max_unrelated_loss", "method", "mode"]):
+    sections = written.split("\n**")
+    for names, rows in own.groupby(["dataset", "score", "limit", "method", "mode"]):
+        (section,) = (part for part in sections
+                      if part.startswith("{}: gain in {} accuracy".format(*names))
+                      and f"chosen on validation {names[2]};" in part)
         cells = [f"{100 * r.gain:+.1f} [{100 * r.gain_low:+.1f}, {100 * r.gain_high:+.1f}]"
                  for r in rows.sort_values("max_ppl_increase").itertuples()]
-        assert " | ".join(cells) in written
+        line = " ".join(names[3:]).strip()
+        assert f"| {line} | {' | '.join(cells)} |" in section
     assert "--document results.md" in written and str(path) not in written
     path.write_text("before\n" + written + "after\n")
     commands.run(*command).ok()
@@ -289,7 +318,8 @@ def test_the_front_follows_from_the_grid(made):
     grid, front = tables(made[2])
     own = front[front.dataset == front.evaluated_on]
     # of data sets, methods, scores, prices and limits
-    assert len(own) == 2 * len(LINES) * 2 * len(BUDGETS) * 2 and len(front) == 2 * len(own)
+    assert len(own) == 2 * len(LINES) * 2 * len(BUDGETS) * 3 and len(front) == 2 * len(own)
+    free, _, strictest = front.limit.unique()
     assert set(zip(own.method, own["mode"], strict=True)) == LINES
     for row in own.itertuples():
         gains, accuracies = [], []
@@ -303,9 +333,10 @@ def test_the_front_follows_from_the_grid(made):
             lost = -validated[["unrelated_change", "unrelated_change_sum"]].min(axis=1)
             mine = validated[(validated.method == row.method)
                              & (validated["mode"].fillna("") == row.mode)
-                             & (lost <= row.max_unrelated_loss)
                              & (validated.perplexity_bound <= row.max_ppl_increase)]
-            if row.max_unrelated_loss < np.inf:
+            if row.limit != free:
+                mine = mine[lost[mine.index] <= float(LIMIT)]
+            if row.limit == strictest:
                 mine = mine[mine.answers_increase <= row.max_ppl_increase]
             best = max([validated.both["base"], *mine.both])
             assert validated.both[label] == approx(best, abs=1e-12)
@@ -319,25 +350,27 @@ def test_the_front_follows_from_the_grid(made):
 
 
 def test_what_is_chosen_by_hand():
-    """Of five strengths: too dear, breaks free answers, loses other questions, best, safe."""
+    """Of six strengths: too dear, loses other questions and breaks free answers, breaks these,
+    loses those, best, safe."""
     validated = pd.DataFrame({
-        "configuration": ["base", "dear", "breaks", "loses", "best", "safe"],
-        "method": ["base", *["m"] * 5], "mode": "",
-        "accuracy_token": [0.3, 0.9, 0.8, 0.7, 0.6, 0.5],
-        "accuracy_sum": [0.4, 0.4, 0.4, 0.4, 0.4, 0.4],
-        "perplexity_bound": [0.0, 0.2, 0.05, 0.05, 0.05, 0.01],
-        "perplexity_increase": [0.0, 0.1, 0.04, 0.04, 0.04, 0.0],
-        "answers_increase": [0.0, 0.0, 0.2, 0.05, 0.05, 0.01],
-        "unrelated_change": [0.0, 0.0, 0.0, 0.0, -0.02, 0.0],
-        "unrelated_change_sum": [0.0, 0.0, 0.0, -0.03, 0.0, 0.0]})
+        "configuration": ["base", "dear", "breaks", "reckless", "loses", "best", "safe"],
+        "method": ["base", *["m"] * 6], "mode": "",
+        "accuracy_token": [0.3, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5],
+        "accuracy_sum": 0.4,
+        "perplexity_bound": [0.0, 0.2, 0.05, 0.05, 0.05, 0.05, 0.01],
+        "perplexity_increase": [0.0, 0.1, 0.04, 0.04, 0.04, 0.04, 0.0],
+        "answers_increase": [0.0, 0.0, 0.2, 0.2, 0.05, 0.05, 0.01],
+        "unrelated_change": [0.0, 0.0, -0.03, 0.0, 0.0, -0.02, 0.0],
+        "unrelated_change_sum": [0.0, 0.0, 0.0, 0.0, -0.03, 0.0, 0.0]})
     args = SimpleNamespace(max_ppl_increase=[0.005, 0.02, 0.1, 0.3], max_unrelated_loss=0.02)
     chosen = experiment.choose(validated, args)
-    for limit, expected in ((np.inf, ["base", "safe", "breaks", "dear"]),
-                            (0.02, ["base", "safe", "best", "dear"])):
-        rows = chosen[(chosen.max_unrelated_loss == limit) & (chosen.score == "sum")]
+    for limit, expected in zip(experiment.limits(args), (
+            ["base", "safe", "breaks", "dear"], ["base", "safe", "reckless", "dear"],
+            ["base", "safe", "best", "dear"]), strict=True):
+        rows = chosen[(chosen.limit == limit) & (chosen.score == "sum")]
         assert rows.configuration.tolist() == expected
     assert chosen[chosen.score == "token"].validation_gain.tolist() == approx(
-        [0.0, 0.0, 0.2, 0.2, 0.5, 0.3, 0.6, 0.6])
+        [*[0.0] * 3, *[0.2] * 3, 0.5, 0.45, 0.3, *[0.6] * 3])
 
 
 def test_what_is_done_is_not_done_again(made, commands):

@@ -222,10 +222,10 @@ def picture_results(folder: Path, size=(24, 12)) -> dict:
 BUDGETS = (0.02, 0.05, 0.1)
 
 
-def write_front(folder: Path, rows: list[dict], stem=STEM, limits=(None,)):
+def write_front(folder: Path, rows: list[dict], stem=STEM, limits=("whatever else happens",)):
     """rows: method, gain of each budget, p; one configuration a budget unless it is named.
 
-    limits: on what unrelated questions may lose; under each the same is chosen.
+    limits: on what else may be lost; under each the same is chosen.
     """
     lines = []
     for row, score, limit in product(rows, ("token", "sum"), limits):
@@ -233,15 +233,14 @@ def write_front(folder: Path, rows: list[dict], stem=STEM, limits=(None,)):
             shown = gain / (1 if score == "token" else 2)
             lines.append({
                 "dataset": "things", "method": row["method"], "mode": row.get("mode", ""),
-                "is_control": row["method"] == "random", "score": score,
+                "is_control": row["method"] == "random", "score": score, "limit": limit,
                 "max_ppl_increase": budget, "base_accuracy": 0.4, "seeds": 3,
                 "configuration": row.get("configuration", f"{row['method']} @ 1-2 x {budget}"),
                 "accuracy": 0.4 + shown, "accuracy_low": 0.3 + shown,
                 "accuracy_high": 0.5 + shown, "gain": shown, "gain_low": shown - 0.04,
                 "gain_high": shown + 0.05, "p_value": row["p"],
                 "perplexity_increase": budget * 0.9, "answers_increase": 0.07,
-                "repetition": 0.18, "unrelated_change": -0.012}
-                | ({} if limit is None else {"max_unrelated_loss": limit}))
+                "repetition": 0.18, "unrelated_change": -0.012})
     table = pd.DataFrame(lines)
     runs.write_table(folder / "steering" / f"{stem}_front.csv", table)
     return table
@@ -423,17 +422,14 @@ def test_what_is_chosen_at_several_prices_is_compared_once(tmp_path):
     write_front(tmp_path, [
         {"method": "mean", "mode": "pos", "gains": (0.08,) * 3, "p": 0.01, "configuration": "m"},
         {"method": "gradient", "gains": (0.05,) * 3, "p": 0.03, "configuration": "g"},
-        {"method": "random", "gains": (0.0,) * 3, "p": 1.0}], limits=(0.02, np.inf))
+        {"method": "random", "gains": (0.0,) * 3, "p": 1.0}], limits=("freely", "strictly"))
     page = page_of(tmp_path)
     captions = [caption for caption in page.tables() if "may rise" in caption]
     assert len(captions) == 4 and all("the 4 different" in caption for caption in captions)
     # 4 x 0.01, the same again, then 2 x 0.03
     assert page.text.count("Holm 0.04") == page.text.count("Holm 0.06") == 2 * 2 * 3
-    assert ("Gain and price, at most 2 points lost on unrelated questions, and within the price on "
-            "the model's own free answers") in plain(
-        page.all("h4")[0].text)
-    assert "Gain and price, whatever is lost on unrelated questions" in [
-        plain(e.text) for e in page.all("summary")]
+    assert "Gain and price, strictly" in plain(page.all("h4")[0].text)
+    assert "Gain and price, freely" in [plain(e.text) for e in page.all("summary")]
 
 
 def test_a_front_without_gains(tmp_path):

@@ -43,10 +43,10 @@ KINDS = {
         "steering_mc.py", ("configuration", "part", "id", *_per_score("correct_{}"))),
     "front": Kind(
         "experiment.py",
-        ("dataset", "method", "mode", "is_control", "score", "configuration", "seeds"),
+        ("dataset", "method", "mode", "is_control", "score", "limit", "configuration", "seeds"),
         ("max_ppl_increase", "accuracy", "accuracy_low", "accuracy_high", "base_accuracy", "gain",
          "gain_low", "gain_high", "p_value", "perplexity_increase", "unrelated_change"),
-        ("max_unrelated_loss", "varied_increase", "answers_increase", "repetition")),
+        ("varied_increase", "answers_increase", "repetition")),
     "generation": Kind(
         "steering_generation.py", ("prompt", "id", "question", "configuration", "base", "steered",
                                    "reference")),

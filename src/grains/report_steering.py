@@ -77,8 +77,7 @@ def evaluation_views(stem: Path, files: dict[str, Path], named: str, drawn: Figu
 
 
 def front_views(front: pd.DataFrame, drawn: Figures, name: str) -> list[dict]:
-    """Figure, sentences and tables for each limit on what unrelated questions may lose, the
-    strictest first."""
+    """Figure, sentences and tables for each limit on what else may be lost, the strictest first."""
     front = front.assign(control=front.is_control == "True",
                          line=(front.method + " " + front["mode"]).str.strip())
     front["name"] = front.line + np.where(front.control, " (control)", "")
@@ -87,19 +86,10 @@ def front_views(front: pd.DataFrame, drawn: Figures, name: str) -> list[dict]:
     compared = front[~front.control].drop_duplicates(same)
     compared = compared[same].assign(corrected=stats.holm(compared.p_value.to_numpy(float)))
     front = front.merge(compared, "left", same)
-    limits = front.get("max_unrelated_loss", pd.Series(np.inf, front.index))
-    several = limits.nunique() > 1
-    return [front_view(rows, limit_text(limit, rows) if several else "", len(compared), drawn,
-                       name + f"_unrelated-{limit:g}" * several)
-            for limit, rows in front.groupby(limits)]
-
-
-def limit_text(limit: float, front: pd.DataFrame) -> str:
-    if limit == np.inf:
-        return "whatever is lost on unrelated questions"
-    own = ", and within the price on the model's own free answers"  # not in fronts of before
-    return (f"at most {100 * limit:g} points lost on unrelated questions"
-            + own * ("answers_increase" in front))
+    limited = [*front.groupby("limit", sort=False)][::-1]
+    return [front_view(rows, limit, len(compared), drawn,
+                       name + f"_limit-{index}" * (len(limited) > 1))
+            for index, (limit, rows) in enumerate(limited)]
 
 
 def front_view(front: pd.DataFrame, limit: str, comparisons: int, drawn: Figures, name: str
@@ -118,13 +108,13 @@ def front_view(front: pd.DataFrame, limit: str, comparisons: int, drawn: Figures
     for score, rows in front.groupby("score", sort=False):
         found = {(row["name"], row.max_ppl_increase): cell(row) for _, row in rows.iterrows()}
         tables.append({
-            "title": SCORES[score] + f", {limit}" * bool(limit),
+            "title": f"{SCORES[score]}, {limit}",
             "base": percent(rows.base_accuracy.iloc[0]),
             "rows": [(name, [found[name, budget] for budget in budgets])
                      for name in dict.fromkeys(rows["name"])]})
     height = 1.1 + 2.6 * front.score.nunique() + 0.18 * (front["name"].nunique() // 3)
     alt = (f"Gain in accuracy over the measured increase of perplexity for {series(front)}"
-           + f", {limit}" * bool(limit) + "; the tables below have every number.")
+           + f", {limit}; the tables below have every number.")
     return {"figure": drawn.add(name, lambda figure: figures.fill_front(figure, front), height,
                                 alt),
             "tables": tables, "limit": limit, "comparisons": comparisons,

@@ -5,20 +5,24 @@ ascent goes on, at all steered layers jointly, as in BiPO (Cao et al. 2024, arXi
 behind a gate (`grains.gates`), with a margin for a loss and with a price: of a batch of pairs, of
 texts, of questions and of answers,
 
-    - 1/2 log sigmoid(margin per token / 0.6) - 1/2 log sigmoid(summed margin / 10)
-    + 3 max(0, rise of a text's negative log-likelihood per token)
-    + 2 KL of the choice between a question's answers from the base model's, per token and summed
+    - PAIR_WEIGHT/2 (log sigmoid(margin per token / 1.5) + log sigmoid(summed margin / 24))
+    + TEXT_WEIGHT max(0, rise of a text's negative log-likelihood per token)
+    + KL of the choice between a question's answers from the base model's, per token and summed
     + max(0, rise of an answer's negative log-likelihood per token - ALLOWED)
 
 where a margin is log P(y+) - log P(y-). The answers are what the base model itself writes to the
 prompts of the pairs, where the gate is open: without them the vectors win the pairs by breaking its
-language there. The paper has no such vectors.
+language there. They are drawn, as the most likely ones of a small model repeat themselves. Texts
+and questions are held at vectors longer than those that learn, and every step leaves out layers
+drawn at random (dropout), as 50 pairs are soon known by heart; what is made is the mean of several
+runs, which share what the pairs teach and not what their order did. The paper has no such vectors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,16 +37,20 @@ from grains.scoring import batches
 from grains.vectors import Gate, steer
 
 DEFAULTS = {"epochs": 8, "learning_rate": 4e-4}
-TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT = 3.0, 2.0, 1.0
+PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT = 2.2, 3.0, 1.0, 1.0
 PAIRS, TEXTS, QUESTIONS, ANSWERS = 10, 3, 12, 10  # of a step
-# Units of the margins, twice their spread over a small model's questions: with smaller ones pairs
-# that are right already teach nothing, and fewer other questions follow.
-TOKEN_UNIT, SUM_UNIT = 0.6, 10.0
+# Units of the margins, five times their spread over a small model's questions: with smaller ones
+# pairs that are right already teach nothing, and fewer other questions follow.
+TOKEN_UNIT, SUM_UNIT = 1.5, 24.0
 CHOICE_UNIT = 0.3  # of the log-likelihoods per token that other questions are answered by
-ALLOWED = 0.3  # nats per token of an answer: what the model would say is to change
-RECIPE = {"weights": [TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT],
+ALLOWED = 0.6  # nats per token of an answer: what the model would say is to change
+DROPPED = 0.5  # chance of one of many layers to be left out in a step
+RUNS = 2
+HELD_AT = 1.5  # length at which texts and questions are held, so that others are kept at 1
+RECIPE = {"weights": [PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT],
           "sizes": [PAIRS, TEXTS, QUESTIONS, ANSWERS],
-          "units": [TOKEN_UNIT, SUM_UNIT, CHOICE_UNIT], "allowed": ALLOWED}
+          "units": [TOKEN_UNIT, SUM_UNIT, CHOICE_UNIT], "allowed": ALLOWED, "dropped": DROPPED,
+          "held_at": HELD_AT, "runs": RUNS}
 
 
 def train(
@@ -63,14 +71,14 @@ def train(
 
     pairs: examples with two responses, the preferred one first. texts: see `costs.continuation`.
     questions: with equally many answers, of which none need be the right one.
-    answers: prompts with what the model itself answers, one response each.
+    answers: prompts with an answer drawn from the model itself, one response each.
     norms: (L,) median ||h_l||, the unit in which the vectors of all layers learn alike.
     gate: where they steer, in training as later.
     layers: those that are steered. max_tokens: positions computed at a time, which changes no
         more than rounding.
-    Returns (L, D), zero at the other layers; added as they are (alpha 1, absolute units) they are
-    what was trained. Raises UserError if something to train on is missing, or the loss is no
-    number.
+    Returns (L, D), zero at the other layers: the mean of what the runs learnt, to be added as it
+    is (alpha 1, absolute units) or longer. Raises UserError if something to train on is missing,
+    or the loss is no number.
     """
     for name, items in (("pairs", pairs), ("texts", texts), ("questions", questions),
                         ("answers", answers)):
@@ -78,45 +86,58 @@ def train(
             raise UserError("training vectors needs pairs, texts, questions and answers, found no "
                             f"{name}")
     parts = [_Part(items, base_log_likelihoods(lm, items, max_tokens), *settings)
-             for items, *settings in ((pairs, PAIRS, 1.0, pair_losses),
-                                      (texts, TEXTS, TEXT_WEIGHT, text_losses),
-                                      (questions, QUESTIONS, QUESTION_WEIGHT, question_losses),
-                                      (answers, ANSWERS, ANSWER_WEIGHT, answer_losses))]
+             for items, *settings in (
+                 (pairs, PAIRS, PAIR_WEIGHT, 1.0, pair_losses),
+                 (texts, TEXTS, TEXT_WEIGHT, HELD_AT, text_losses),
+                 (questions, QUESTIONS, QUESTION_WEIGHT, HELD_AT, question_losses),
+                 (answers, ANSWERS, ANSWER_WEIGHT, 1.0, answer_losses))]
     fits = [fitting(lm, part.items, max_tokens) for part in parts]
     width, checkpointed = min(width for width, _ in fits), any(tight for _, tight in fits)
 
-    vectors = torch.zeros(len(layers), lm.hidden_size, requires_grad=True)
     row = {layer: index for index, layer in enumerate(layers)}
 
-    def after(layer: int, states: Tensor) -> Tensor:
+    def after(stretch: Tensor, layer: int, states: Tensor) -> Tensor:
         if layer not in row:
             return states
-        return steer(states, norms[layer] * vectors[row[layer]], gate.at(layer))
+        return steer(states, stretch[row[layer]] * norms[layer] * vectors[row[layer]],
+                     gate.at(layer))
 
-    optimizer = torch.optim.Adam([vectors], lr=learning_rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
-    queues = [part.queue(generator) for part in parts]
     steps = epochs * len(parts[0].groups)
-    for step in tqdm(range(steps), desc="training vectors", unit="step"):
-        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
-        total = 0.0
-        for part, queue in zip(parts, queues, strict=True):
-            members = next(queue)
-            for some in batches([part.items[index].length for index in members], width):
-                some = [members[index] for index in some]
-                values = log_likelihoods(lm, [part.items[i] for i in some], checkpointed, after)
-                loss = part.weight / len(members) * part.losses(
-                    values, part.base[some], part.lengths[some]).sum()
-                loss.backward(inputs=[vectors])
-                total += loss.item()
-        if not math.isfinite(total):
-            raise UserError(f"the loss of the vectors became {total} in step {step + 1}: give "
-                            "--dtype float32")
-        optimizer.step()
-        optimizer.zero_grad()
     found = torch.zeros(len(lm.layers), lm.hidden_size)
-    found[layers] = norms[layers, None] * vectors.detach()
+    with tqdm(total=RUNS * steps, desc="training vectors", unit="step") as bar:
+        for _ in range(RUNS):
+            vectors = torch.zeros(len(layers), lm.hidden_size, requires_grad=True)
+            optimizer = torch.optim.Adam([vectors], lr=learning_rate, betas=(0.9, 0.95))
+            queues = [part.queue(generator) for part in parts]
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
+                kept = dropout(len(layers), generator)
+                total = 0.0
+                for part, queue in zip(parts, queues, strict=True):
+                    members = next(queue)
+                    for some in batches([part.items[index].length for index in members], width):
+                        loss = part.loss(lm, [members[index] for index in some], checkpointed,
+                                         partial(after, part.stretch * kept)) / len(members)
+                        loss.backward(inputs=[vectors])
+                        total += loss.item()
+                if not math.isfinite(total):
+                    raise UserError(f"the loss of the vectors became {total} in step "
+                                    f"{step + 1}: give --dtype float32")
+                optimizer.step()
+                optimizer.zero_grad()
+                bar.update()
+            found[layers] += norms[layers, None] * vectors.detach() / RUNS
     return found
+
+
+def dropout(layers: int, generator: torch.Generator) -> Tensor:
+    """(layers,) what their vectors are multiplied by in a step: 0 or more than 1, 1 on average.
+
+    The fewer layers there are, the fewer are left out; a single one never is.
+    """
+    share = DROPPED * (1 - 1 / layers)
+    return (torch.rand(layers, generator=generator) >= share) / (1 - share)
 
 
 def pair_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
@@ -150,13 +171,21 @@ class _Part:
     """One kind of items to train on, in groups of like length, with its loss.
 
     base: (N, C) the base model's log-likelihoods; lengths: (N, C) the responses' tokens.
+    stretch: the loss is computed with vectors so many times as long as those that are trained.
     """
 
-    def __init__(self, items: list[Encoded], base: Tensor, size: int, weight: float, losses):
+    def __init__(self, items: list[Encoded], base: Tensor, size: int, weight: float,
+                 stretch: float, losses):
         self.items, self.base, self.weight, self.losses = items, base, weight, losses
+        self.stretch = stretch
         self.lengths = torch.tensor([list(map(len, item.responses)) for item in items])
         order = sorted(range(len(items)), key=lambda index: items[index].length)
         self.groups = [order[start:start + size] for start in range(0, len(order), size)]
+
+    def loss(self, lm: LanguageModel, some: list[int], checkpointed: bool, after) -> Tensor:
+        """The weighted sum of some items' losses; after, checkpointed: see `replay`."""
+        values = log_likelihoods(lm, [self.items[index] for index in some], checkpointed, after)
+        return self.weight * self.losses(values, self.base[some], self.lengths[some]).sum()
 
     def queue(self, generator: torch.Generator) -> Iterator[list[int]]:
         """The groups over and over, each time in another order."""
