@@ -66,7 +66,7 @@ def own_loss(pairs, texts, questions, answers, base, lengths):
     rises = (base[1] - texts)[:, 0] / lengths[1][:, 0]
     loss = loss + trained.TEXT_WEIGHT * torch.relu(rises).mean()
     for scale in (1.0, 0.3 * lengths[2]):
-        loss = loss + kl((base[2] / scale).log_softmax(1),
+        loss = loss + trained.QUESTION_WEIGHT * kl((base[2] / scale).log_softmax(1),
                              (questions / scale).log_softmax(1)).mean()
     rises = (base[3] - answers)[:, 0] / lengths[3][:, 0]
     return loss + torch.relu(rises - trained.ALLOWED).mean()
@@ -112,6 +112,7 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight):
     falls on either side of: its weight begins to count in a second test, from other vectors."""
     monkeypatch.setattr(trained, "TEXT_WEIGHT", weight)
     monkeypatch.setattr(trained, "ALLOWED", -9.0)  # so that answers count at all
+    monkeypatch.setattr(trained, "QUESTION_WEIGHT", 300.0)  # and questions, whose loss begins at 0
     if weight:
         monkeypatch.setattr(trained, "text_losses", lambda values, base, lengths: (
             (base - values) / lengths)[:, 0])
