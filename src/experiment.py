@@ -58,6 +58,7 @@ FIRST_STRENGTH, STEPS, ROUNDS = 0.02, (2.0, 4.0), 5
 REFINEMENTS, PRECISION = 2, 0.1
 LEARNT = ("trained", "trained_random", "lora")
 SCALES = (0.5, 1.0, 2.0, 3.0)  # of what was learnt
+UNLIMITED = "whatever else happens"  # the first of `limits`
 DRAWN = 2  # answers of the model itself to a steering question, to train on
 # What the neutral passages are for, by their number modulo 8. Of the unrelated questions the even
 # ones are for validation, the odd ones for test; those for training have a file of their own.
@@ -77,7 +78,7 @@ def flags(kind: cli.Kind):
     group.add_argument("--strengths_at", nargs="+", type=cli.positive_float,
                        help="prices by which strengths are set, unless --alphas gives some "
                             "(default: every other one of those allowed); what was learnt is "
-                            "tried at fixed shares of its length instead")
+                            "tried at fixed multiples of its length instead")
     group.add_argument("--max_unrelated_loss", type=cli.not_negative, default=0.02,
                        help="accuracy on unrelated questions that may be lost; results are given "
                             "without this limit, with it, and with it and within the same price "
@@ -457,9 +458,9 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
 
 
 def limits(args) -> list[str]:
-    """What a configuration must keep, beside its price on neutral text, to be chosen."""
+    """What a configuration must keep, beside its price on neutral text."""
     kept = f"losing at most {100 * args.max_unrelated_loss:g} points on unrelated questions"
-    return ["whatever else happens", kept,
+    return [UNLIMITED, kept,
             f"{kept}, and within the same price on what the base model answers freely"]
 
 
@@ -501,14 +502,12 @@ def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFram
     1 and as the model's generation settings say otherwise (by default, of the 50 likeliest tokens).
     number: of the question in its part, and so on in its repetitions.
     """
-    examples, repeated, temperature = one.parts[part], DRAWN, 1.0
+    examples, repeated, drawn = one.parts[part], DRAWN, {"temperature": 1.0}
     if part != "training":
-        examples, repeated, temperature = examples[:args.num_generations], 1, 0.0
+        examples, repeated, drawn = examples[:args.num_generations], 1, {}
     manifest = one.manifest | {"configurations": [*map(identity, configurations)],
                                "items": data.fingerprint(examples * repeated),
-                               "max_new_tokens": args.max_new_tokens}
-    if temperature:
-        manifest["temperature"] = temperature
+                               "max_new_tokens": args.max_new_tokens} | drawn
     path = args.parts_dir / f"{one.name}_{part}_answers_{runs.digest(manifest)}.csv"
     work = runs.Run([path], manifest, args.overwrite)
     if not work.finished:
@@ -518,8 +517,8 @@ def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFram
         labels = ["base", *(item.label for item in configurations)]
         for unit in work.todo(len(groups), f"{one.name} {part} free answers"):
             batch = [asked[index] for index in groups[unit]]
-            texts = generate(lm, batch, steered, args.max_new_tokens, temperature,
-                             1000 * one.seed + unit)
+            texts = generate(lm, batch, steered, args.max_new_tokens, seed=1000 * one.seed + unit,
+                             **drawn)
             for item in tuned:
                 with lora.adapted(lm, item.adapter, item.alpha):
                     texts += generate(lm, batch, [], args.max_new_tokens)
@@ -735,7 +734,7 @@ def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
                       "answers",
                       pivot(limited[limited.score == SCORES[0]], "max_ppl_increase", "+{:.0%}",
                             prices)))
-    away = table[(table.dataset != table.evaluated_on) & (table.limit == table.limit.iloc[0])]
+    away = table[(table.dataset != table.evaluated_on) & (table.limit == UNLIMITED)]
     for (dataset, kind, budget), rows in away.groupby(["dataset", "score", "max_ppl_increase"],
                                                       sort=False):
         found.append((f"{dataset}'s vectors at +{budget:.0%} on other data sets: gain in {kind} "

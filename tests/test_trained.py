@@ -66,8 +66,8 @@ def own_loss(pairs, texts, questions, answers, base, lengths):
     rises = (base[1] - texts)[:, 0] / lengths[1][:, 0]
     loss = loss + trained.TEXT_WEIGHT * torch.relu(rises).mean()
     for scale in (1.0, 0.3 * lengths[2]):
-        loss = loss + trained.QUESTION_WEIGHT * kl((base[2] / scale).log_softmax(1),
-                             (questions / scale).log_softmax(1)).mean()
+        loss = loss + trained.QUESTION_WEIGHT * kl(
+            (base[2] / scale).log_softmax(1), (questions / scale).log_softmax(1)).mean()
     rises = (base[3] - answers)[:, 0] / lengths[3][:, 0]
     return loss + torch.relu(rises - trained.ALLOWED).mean()
 

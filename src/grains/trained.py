@@ -45,7 +45,7 @@ TOKEN_UNIT, SUM_UNIT = 1.5, 24.0
 CHOICE_UNIT = 0.3  # of the log-likelihoods per token that other questions are answered by
 ALLOWED = 0.6  # nats per token of an answer: what the model would say is to change
 DROPPED = 0.5  # chance of one of many layers to be left out in a step
-RUNS = 2
+RUNS = 2  # in other orders and with other layers left out, whose mean is made
 HELD_AT = 1.5  # length at which texts and questions are held, so that others are kept at 1
 RECIPE = {"weights": [PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT],
           "sizes": [PAIRS, TEXTS, QUESTIONS, ANSWERS],
@@ -113,14 +113,9 @@ def train(
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
                 kept = dropout(len(layers), generator)
-                total = 0.0
-                for part, queue in zip(parts, queues, strict=True):
-                    members = next(queue)
-                    for some in batches([part.items[index].length for index in members], width):
-                        loss = part.loss(lm, [members[index] for index in some], checkpointed,
-                                         partial(after, part.stretch * kept)) / len(members)
-                        loss.backward(inputs=[vectors])
-                        total += loss.item()
+                total = sum(part.backward(lm, next(queue), width, checkpointed, vectors,
+                                          partial(after, part.stretch * kept))
+                            for part, queue in zip(parts, queues, strict=True))
                 if not math.isfinite(total):
                     raise UserError(f"the loss of the vectors became {total} in step "
                                     f"{step + 1}: give --dtype float32")
@@ -182,10 +177,21 @@ class _Part:
         order = sorted(range(len(items)), key=lambda index: items[index].length)
         self.groups = [order[start:start + size] for start in range(0, len(order), size)]
 
-    def loss(self, lm: LanguageModel, some: list[int], checkpointed: bool, after) -> Tensor:
-        """The weighted sum of some items' losses; after, checkpointed: see `replay`."""
-        values = log_likelihoods(lm, [self.items[index] for index in some], checkpointed, after)
-        return self.weight * self.losses(values, self.base[some], self.lengths[some]).sum()
+    def backward(self, lm: LanguageModel, members: list[int], width: int, checkpointed: bool,
+                 vectors: Tensor, after) -> float:
+        """Add the gradient of the weighted mean loss of some items to the vectors'; the loss.
+
+        width: positions computed at a time. after, checkpointed: see `replay`.
+        """
+        total = 0.0
+        for some in batches([self.items[index].length for index in members], width):
+            some = [members[index] for index in some]
+            values = log_likelihoods(lm, [self.items[index] for index in some], checkpointed, after)
+            losses = self.losses(values, self.base[some], self.lengths[some])
+            loss = self.weight * losses.sum() / len(members)
+            loss.backward(inputs=[vectors])
+            total += loss.item()
+        return total
 
     def queue(self, generator: torch.Generator) -> Iterator[list[int]]:
         """The groups over and over, each time in another order."""
