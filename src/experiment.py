@@ -49,6 +49,7 @@ from grains.vectors import CONTROLS, METHODS, Gate, StatesFile, SteeringVectors
 SCORES = ("token", "sum")
 OF_ANSWERS = ["answers_increase", "repetition"]  # prices on the data set's own questions
 PRICES = ["perplexity_increase", "varied_increase", "unrelated_change", *OF_ANSWERS]
+UNRELATED = "unrelated questions"  # what all data sets are evaluated on beside their own
 BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
 # Strengths are set a little under a price, as they lie between those that were measured.
 CAUTION = 0.95
@@ -57,7 +58,7 @@ FIRST_STRENGTH, STEPS, ROUNDS = 0.02, (2.0, 4.0), 5
 # How often a strength between those is measured, until its price is as near as this.
 REFINEMENTS, PRECISION = 2, 0.1
 LEARNT = ("trained", "trained_random", "lora")
-SCALES = (0.5, 1.0, 2.0, 3.0)  # of what was learnt
+SCALES = (0.35, 0.7, 1.0, 1.5, 2.0, 3.0)  # of what was learnt
 UNLIMITED = "whatever else happens"  # the first of `limits`
 DRAWN = 2  # answers of the model itself to a steering question, to train on
 # What the neutral passages are for, by their number modulo 8. Of the unrelated questions the even
@@ -415,7 +416,8 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
              ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Configurations of one study on the questions of it or another; on its own with their price.
 
-    Returns a row for each configuration, and a row for each configuration and question.
+    Returns a row for each configuration, and a row for each configuration and question, those of
+    the unrelated ones as well if it is on its own.
     """
     examples = other.parts[part]
     if part == "test":
@@ -426,6 +428,7 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
                                      f"{part}_{other.dataset}"))
     every = [None, *configurations]
     table = grid_rows(one, other, part, every, leads)
+    answered = [question_rows(one, other.dataset, every, examples, leads)]
     if other is one:
         def scored(items: list[Encoded], what: str) -> list[np.ndarray]:
             return scores_of(lm, items, configurations, args, one, f"{part}_{what}")
@@ -437,7 +440,10 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
         neutral, unrelated = neutral_items(lm, part), unrelated_items(lm, part)
         of_neutral = scored(neutral, "texts")
         perplexity = costs.perplexity_of(neutral, of_neutral)
-        kept = costs.accuracy_of(unrelated, scored(unrelated, "unrelated"))
+        kept = margins(unrelated, scored(unrelated, "unrelated"))
+        answered.append(question_rows(one, UNRELATED, every,
+                                      [item.example for item in unrelated], kept))
+        kept = {kind: (lead > 0).mean(axis=0) for kind, lead in kept.items()}
         table = table.assign(
             perplexity=perplexity, perplexity_increase=perplexity / perplexity[0] - 1,
             perplexity_bound=costs.perplexity_bound(neutral, of_neutral),
@@ -449,12 +455,7 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
         if part == "test":
             table = table.assign(
                 varied_increase=increase(neutral_items(lm, part, costs.VARIED), "varied"))
-    return table, pd.concat([
-        pd.DataFrame({"dataset": one.dataset, "evaluated_on": other.dataset, "seed": one.seed,
-                      "configuration": item.label if item else "base",
-                      "id": [example.id for example in examples],
-                      **{kind: leads[kind][:, index] > 0 for kind in SCORES}})
-        for index, item in enumerate(every)])
+    return table, pd.concat(answered)
 
 
 def limits(args) -> list[str]:
@@ -655,6 +656,16 @@ def score_all(lm, items: list[Encoded], configurations, path: Path, manifest: di
     work.finish()
 
 
+def question_rows(one: Study, evaluated_on: str, configurations, examples: list[data.Example],
+                  leads) -> pd.DataFrame:
+    return pd.concat([
+        pd.DataFrame({"dataset": one.dataset, "evaluated_on": evaluated_on, "seed": one.seed,
+                      "configuration": item.label if item else "base",
+                      "id": [example.id for example in examples],
+                      **{kind: leads[kind][:, index] > 0 for kind in SCORES}})
+        for index, item in enumerate(configurations)])
+
+
 def grid_rows(one: Study, other: Study, part: str, configurations, leads) -> pd.DataFrame:
     rows = []
     for index, item in enumerate(configurations):
@@ -679,15 +690,17 @@ def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
     """A row per data set, method, score, price and limit: test accuracy and gain over all seeds.
 
     A question that several seeds test counts once, with its mean over them; intervals are
-    bootstrapped over questions, the p-value flips the signs of their gains.
+    bootstrapped over questions, the p-value flips the signs of their gains. What the unrelated
+    questions lose or gain, with its interval, stands in every row.
     """
     parts = []
     for chosen, questions in answers:
-        base = questions[questions.configuration == "base"].set_index("id")
+        questions = questions.set_index(["evaluated_on", "id"])
+        base = questions[questions.configuration == "base"]
         for row in chosen.itertuples():
-            here = questions[questions.configuration == row.configuration].set_index("id")
+            here = questions[questions.configuration == row.configuration]
             parts.append(pd.DataFrame({
-                "dataset": here.dataset, "evaluated_on": here.evaluated_on, "seed": here.seed,
+                "dataset": here.dataset, "seed": here.seed,
                 "method": row.method, "mode": row.mode, "score": row.score,
                 "max_ppl_increase": row.max_ppl_increase,
                 "limit": row.limit, "configuration": row.configuration,
@@ -713,7 +726,12 @@ def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
             "gain_seed_sd": (by_seed.right - by_seed.was).std(ddof=1) if len(seeds) > 1 else 0.0,
             "p_value": stats.sign_flip_p_value(gains),
             **seeds[PRICES].mean()})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    unrelated = table.evaluated_on == UNRELATED
+    same = ["dataset", "method", "mode", "max_ppl_increase", "limit"]
+    change = {f"gain_{end}": f"unrelated_change_{end}" for end in ("low", "high")}
+    kept = table[unrelated & (table.score == SCORES[0])][[*same, *change]].rename(columns=change)
+    return table[~unrelated].merge(kept, on=same)
 
 
 def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -742,17 +760,18 @@ def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return found
 
 
-def gains(row) -> str:
-    return f"{100 * row.gain:+.1f} [{100 * row.gain_low:+.1f}, {100 * row.gain_high:+.1f}]"
+def points(row, name: str = "gain") -> str:
+    value, low, high = (100 * getattr(row, name + end) for end in ("", "_low", "_high"))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def prices(row) -> str:
     return (f"{row.perplexity_increase:+.1%} / {row.varied_increase:+.1%} / "
-            f"{row.answers_increase:+.1%} / {100 * row.unrelated_change:+.1f} / "
+            f"{row.answers_increase:+.1%} / {points(row, 'unrelated_change')} / "
             f"{row.repetition:.2f}")
 
 
-def pivot(rows: pd.DataFrame, by: str, header: str, cell=gains) -> pd.DataFrame:
+def pivot(rows: pd.DataFrame, by: str, header: str, cell=points) -> pd.DataFrame:
     """A line for each method, a column for each value of `by`."""
     cells = rows.assign(method=(rows.method + " " + rows["mode"]).str.strip(),
                         cell=[cell(row) for row in rows.itertuples()])

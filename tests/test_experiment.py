@@ -12,7 +12,7 @@ import torch
 from pytest import approx
 
 import experiment
-from grains import costs, models, prompts, runs
+from grains import costs, models, prompts, runs, stats
 from grains.data import Example
 from grains.scoring import Configuration
 from grains.vectors import Gate, SteeringVectors
@@ -347,6 +347,31 @@ def test_the_front_follows_from_the_grid(made):
         # A question that both seeds test counts once, so the mean over seeds is not exact.
         assert row.gain == approx(np.mean(gains), abs=0.15)
         assert row.accuracy - row.base_accuracy == approx(row.gain, abs=1e-9)
+        assert (row.unrelated_change_low - 1e-9 <= row.unrelated_change
+                <= row.unrelated_change_high + 1e-9)
+    assert (own.unrelated_change_low < own.unrelated_change_high).any()
+
+
+def test_what_unrelated_questions_lose_by_hand():
+    """Two seeds; ids of the data set's questions are those of unrelated ones as well."""
+    answers = []
+    for seed, right in enumerate(([0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1])):
+        chosen = pd.DataFrame([{
+            "method": "m", "mode": "", "score": "token", "max_ppl_increase": 0.1, "limit": "none",
+            "configuration": "m x 1", **dict.fromkeys(experiment.PRICES, 0.0)}])
+        rows = [{"dataset": "d", "evaluated_on": tested, "seed": seed, "id": str(number),
+                 "configuration": configuration, "token": bool(is_right), "sum": False}
+                for tested, configuration, answered in (
+                    ("d", "base", [0, 0]), ("d", "m x 1", [1, 1]),
+                    (experiment.UNRELATED, "base", [1, 1, 1, 1, 1, 0]),
+                    (experiment.UNRELATED, "m x 1", right))
+                for number, is_right in enumerate(answered)]
+        answers.append((chosen, pd.DataFrame(rows)))
+    (row,) = experiment.front(answers).itertuples()
+    assert row.evaluated_on == "d" and row.gain == 1 and row.questions == 2
+    low, high = stats.bootstrap_interval(np.array([-1, -0.5, 0, 0, 0, 0.5]))
+    assert low < -1 / 6 < high
+    assert (row.unrelated_change_low, row.unrelated_change_high) == (approx(low), approx(high))
 
 
 def test_what_is_chosen_by_hand():

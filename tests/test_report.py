@@ -240,7 +240,8 @@ def write_front(folder: Path, rows: list[dict], stem=STEM, limits=("whatever els
                 "accuracy_high": 0.5 + shown, "gain": shown, "gain_low": shown - 0.04,
                 "gain_high": shown + 0.05, "p_value": row["p"],
                 "perplexity_increase": budget * 0.9, "answers_increase": 0.07,
-                "repetition": 0.18, "unrelated_change": -0.012})
+                "repetition": 0.18, "unrelated_change": -0.012,
+                "unrelated_change_low": -0.031, "unrelated_change_high": 0.004})
     table = pd.DataFrame(lines)
     runs.write_table(folder / "steering" / f"{stem}_front.csv", table)
     return table
@@ -409,7 +410,7 @@ def test_front_table_and_sentence(tmp_path):
                 f"{100 * row.gain:+.1f} [{100 * row.gain_low:.1f}, {100 * row.gain_high:.1f}] "
                 f"p = {row.p_value:g}{corrected[row.method]} perplexity "
                 f"{100 * row.perplexity_increase:+.1f} % own answers +7.0 % repetition 18.0 % "
-                "unrelated -1.2")
+                "unrelated -1.2 [-3.1, 0.4]")
     assert [e.text for e in page.all("span", "told")] == [
         text for gains in ("\N{MINUS SIGN}2.0 +2.0 +5.0", "\N{MINUS SIGN}1.0 +1.0 +2.5")
         for text in gains.split()]

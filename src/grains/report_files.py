@@ -45,7 +45,8 @@ KINDS = {
         "experiment.py",
         ("dataset", "method", "mode", "is_control", "score", "limit", "configuration", "seeds"),
         ("max_ppl_increase", "accuracy", "accuracy_low", "accuracy_high", "base_accuracy", "gain",
-         "gain_low", "gain_high", "p_value", "perplexity_increase", "unrelated_change"),
+         "gain_low", "gain_high", "p_value", "perplexity_increase", "unrelated_change",
+         "unrelated_change_low", "unrelated_change_high"),
         ("varied_increase", "answers_increase", "repetition")),
     "generation": Kind(
         "steering_generation.py", ("prompt", "id", "question", "configuration", "base", "steered",
