@@ -12,6 +12,7 @@ import os
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -107,6 +108,19 @@ class Commands:
 
     def run(self, script: str, *arguments, **options) -> Result:
         return self.start(script, *arguments, **options).wait()
+
+    @staticmethod
+    def free_port() -> int:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            return listener.getsockname()[1]
+
+    def together(self, script: str, *arguments) -> list[Process]:
+        """Start a command as two processes that know of each other, as a launcher does."""
+        port = self.free_port()
+        return [self.start(script, *arguments, env={
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(2)]
 
     def close(self) -> None:
         self.server.stdin.close()

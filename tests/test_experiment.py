@@ -411,6 +411,17 @@ def test_what_is_done_is_not_done_again(made, commands):
     assert result.out.splitlines()[-2:] == again.out.splitlines()[-2:]
 
 
+def test_two_processes_make_the_tables_of_one(made, commands, tmp_path):
+    command, _, folder, _ = made
+    for process in commands.together(*given(command, document=[str(tmp_path / "results.md")],
+                                            output_dir=[str(tmp_path)])):
+        process.wait().ok()
+    for kind in ("grid", "front", "generations"):
+        (path,), (alone,) = (list(place.glob(f"*_{kind}.csv")) for place in (tmp_path, folder))
+        assert path.read_bytes() == alone.read_bytes()
+    assert not list(tmp_path.rglob("*.parts")) and not list(tmp_path.rglob("*.lock"))
+
+
 def test_scenes_through_a_chat_template(commands, tmp_path):
     """The embedded vision-language model: pictures train, choose and are answered freely."""
     commands.run("experiment_vlm.py", "--model_name", "shapes-vlm", "--dataset_name", "shapes",

@@ -6,7 +6,6 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -215,52 +214,35 @@ def test_the_seed_decides(commands, script, whole, tmp_path, name):
 # --- several processes ---
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@pytest.fixture
-def together(commands):
-    """Starts a command as two processes that know of each other, as a launcher does."""
-    def start(*arguments):
-        port = free_port()
-        return [commands.start(*arguments, env={
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(2)]
-
-    return start
-
-
 @pytest.mark.parametrize("name", STAGES)
-def test_two_processes(together, script, whole, tmp_path, name):
+def test_two_processes(commands, script, whole, tmp_path, name):
     for _ in range(2):
-        first, second = [process.wait().ok() for process in together(*script(name, tmp_path))]
+        first, second = [process.wait().ok()
+                         for process in commands.together(*script(name, tmp_path))]
         assert contents(tmp_path) == whole(name)
         assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.lock"))
     assert "nothing to do" in first.out and not second.out
 
 
-def test_two_processes_take_up_what_one_began(commands, together, script, whole, tmp_path):
+def test_two_processes_take_up_what_one_began(commands, script, whole, tmp_path):
     commands.run(*script("token_ablation", tmp_path), die_after=3)
-    for process in together(*script("token_ablation", tmp_path)):
+    for process in commands.together(*script("token_ablation", tmp_path)):
         process.wait().ok()
     assert contents(tmp_path) == whole("token_ablation")
 
 
-def test_two_processes_are_refused_as_one(commands, together, script, whole, tmp_path):
+def test_two_processes_are_refused_as_one(commands, script, whole, tmp_path):
     commands.run(*script("token_ablation", tmp_path)).ok()
     first, second = [process.wait() for process in
-                     together(*script("token_ablation", tmp_path), "--seed", 1)]
+                     commands.together(*script("token_ablation", tmp_path), "--seed", 1)]
     assert "other settings" in first.error()
     assert second.code == 1 and not second.err
     assert contents(tmp_path) == whole("token_ablation")
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_one_of_two_processes_dies(together, commands, script, whole, tmp_path, killed):
-    processes = together(*script("token_ablation", tmp_path), "--ig_steps", 40)
+def test_one_of_two_processes_dies(commands, script, whole, tmp_path, killed):
+    processes = commands.together(*script("token_ablation", tmp_path), "--ig_steps", 40)
     wait_for_parts(tmp_path, 1, processes[killed])
     processes[killed].kill()
     other = processes[1 - killed].wait()
@@ -276,7 +258,7 @@ def test_accelerate_launch(commands, script, whole, tmp_path):
     arguments = [str(item) for item in script("token_ablation", tmp_path)]
     ended = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-         "--main_process_port", str(free_port()), *arguments],
+         "--main_process_port", str(commands.free_port()), *arguments],
         cwd=SRC, env=commands.environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert f"{SAMPLES // 2}/{SAMPLES // 2}" in ended.stderr  # the other half is the other's
