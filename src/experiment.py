@@ -60,7 +60,7 @@ REFINEMENTS, PRECISION = 2, 0.1
 LEARNT = ("trained", "trained_random", "lora")
 SCALES = (0.35, 0.7, 1.0, 1.5, 2.0, 3.0)  # of what was learnt
 UNLIMITED = "whatever else happens"  # the first of `limits`
-DRAWN = 2  # answers of the model itself to a steering question, to train on
+DRAWN = 4  # answers of the model itself to a steering question, to train on
 # What the neutral passages are for, by their number modulo 8. Of the unrelated questions the even
 # ones are for validation, the odd ones for test; those for training have a file of their own.
 TEXTS = {"training": (2, 3, 4, 6, 7), "validation": (0,), "test": (1, 5)}

@@ -119,6 +119,7 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight):
         monkeypatch.setattr(torch, "relu", lambda rises: rises)
     kept = torch.tensor([[[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]],
                          [[1.0, 1.0], [0.0, 2.0], [2.0, 0.0]]])
+    monkeypatch.setattr(trained, "RUNS", len(kept))
     steps = iter(kept.flatten(0, 1))
     monkeypatch.setattr(trained, "dropout", lambda layers, generator: next(steps))
     found = train(lm)

@@ -36,7 +36,7 @@ from grains.prompts import Encoded
 from grains.scoring import batches
 from grains.vectors import Gate, steer
 
-DEFAULTS = {"epochs": 8, "learning_rate": 4e-4}
+DEFAULTS = {"epochs": 5, "learning_rate": 4e-4}
 PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT = 2.2, 3.0, 1.0, 1.0
 PAIRS, TEXTS, QUESTIONS, ANSWERS = 10, 3, 12, 10  # of a step
 # Units of the margins, five times their spread over a small model's questions: with smaller ones
@@ -45,7 +45,7 @@ TOKEN_UNIT, SUM_UNIT = 1.5, 24.0
 CHOICE_UNIT = 0.3  # of the log-likelihoods per token that other questions are answered by
 ALLOWED = 0.6  # nats per token of an answer: what the model would say is to change
 DROPPED = 0.5  # chance of one of many layers to be left out in a step
-RUNS = 2  # in other orders and with other layers left out, whose mean is made
+RUNS = 4  # in other orders and with other layers left out, whose mean is made
 HELD_AT = 1.5  # length at which texts and questions are held, so that others are kept at 1
 RECIPE = {"weights": [PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT],
           "sizes": [PAIRS, TEXTS, QUESTIONS, ANSWERS],
