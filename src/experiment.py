@@ -440,10 +440,10 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
         neutral, unrelated = neutral_items(lm, part), unrelated_items(lm, part)
         of_neutral = scored(neutral, "texts")
         perplexity = costs.perplexity_of(neutral, of_neutral)
-        kept = margins(unrelated, scored(unrelated, "unrelated"))
+        leads = margins(unrelated, scored(unrelated, "unrelated"))
         answered.append(question_rows(one, UNRELATED, every,
-                                      [item.example for item in unrelated], kept))
-        kept = {kind: (lead > 0).mean(axis=0) for kind, lead in kept.items()}
+                                      [item.example for item in unrelated], leads))
+        kept = costs.accuracy_of(leads)
         table = table.assign(
             perplexity=perplexity, perplexity_increase=perplexity / perplexity[0] - 1,
             perplexity_bound=costs.perplexity_bound(neutral, of_neutral),

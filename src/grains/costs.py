@@ -72,8 +72,7 @@ def capability(
     log-likelihoods in sum ("sum") or per token ("token").
     """
     encoded = [encode(lm, example, "qa") for example in examples]
-    leads = margins(encoded, _score_all(lm, encoded, configurations, max_tokens))
-    return {kind: (lead > 0).mean(axis=0) for kind, lead in leads.items()}
+    return accuracy_of(margins(encoded, _score_all(lm, encoded, configurations, max_tokens)))
 
 
 def perplexity_bound(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:
@@ -89,6 +88,11 @@ def perplexity_bound(encoded: list[Encoded], scores: list[np.ndarray]) -> np.nda
     count = len(tokens)
     error = np.sqrt((apart ** 2).sum(axis=0) * count / (count - 1)) / tokens.sum()
     return np.expm1(rises + student_t.ppf(0.95, count - 1) * error)
+
+
+def accuracy_of(leads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """(1 + C,) accuracies on questions, in sum and per token, from what `margins` gives of them."""
+    return {kind: (lead > 0).mean(axis=0) for kind, lead in leads.items()}
 
 
 def repetition(text: str) -> float:
