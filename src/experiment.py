@@ -66,8 +66,8 @@ DRAWN = 4  # answers of the model itself to a steering question, to train on
 TEXTS = {"training": (2, 3, 4, 6, 7), "validation": (0,), "test": (1, 5)}
 
 
-def flags(kind: cli.Kind):
-    parser = cli.evaluation_parser(__doc__, kind)
+def flags(kind: cli.Kind, description: str = __doc__):
+    parser = cli.evaluation_parser(description, kind)
     parser.set_defaults(methods=[*METHODS], alphas=None)
     group = parser.add_argument_group("experiment")
     group.add_argument("--datasets", nargs="+", metavar="NAME[=PATH]",
@@ -102,19 +102,44 @@ def flags(kind: cli.Kind):
 
 def main(kind: cli.Kind = cli.LLM) -> None:
     args = flags(kind).parse_args()
+    table = run(args, cli.load_model(args))
+    if runs.processes().is_main_process:
+        tell(args, stem_of(args), summaries(table), files_of(args))
+
+
+def given_datasets(args) -> dict[str, str | None]:
+    """Path, if there is one, by name."""
     named = args.datasets or [args.dataset_name + (f"={args.dataset_path}" if args.dataset_path
                                                    else "")]
-    datasets = dict((*name.split("=", 1), None)[:2] for name in named)
-    lm = cli.load_model(args)
-    stem = "_".join(["+".join(map(runs.slug, datasets)), runs.slug(args.model_name),
+    return dict((*name.split("=", 1), None)[:2] for name in named)
+
+
+def stem_of(args) -> str:
+    """What the names of the files begin with."""
+    return "_".join(["+".join(map(runs.slug, given_datasets(args))), runs.slug(args.model_name),
                      f"n{args.num_samples}", args.attribution, args.grad_method,
                      f"k{args.top_k}", args.layer_mode, "+".join(args.layer_idxs)])
-    folder = cli.output_dir(args, "experiment")
-    args.parts_dir = folder / f"{stem}_parts"
+
+
+def files_of(args) -> dict[str, Path]:
+    """The tables that are written, by what they hold."""
+    folder, stem = cli.output_dir(args, "experiment"), stem_of(args)
+    return {what: folder / f"{stem}_{name}.csv" for what, name in (
+        ("every configuration", "grid"), ("gain over price", "front"),
+        ("free answers", "generations"))}
+
+
+def run(args, lm, known: dict | None = None) -> pd.DataFrame:
+    """Do the experiment with a loaded model and write its tables; gives the `front`.
+
+    known: see `token_ablation.run`.
+    """
+    datasets = given_datasets(args)
+    args.parts_dir = cli.output_dir(args, "experiment") / f"{stem_of(args)}_parts"
     args.steering_vectors_dir = args.steering_vectors_dir or args.parts_dir
     grids, answers, texts = [], [], []
     for seed in args.seeds:
-        studies = [study(lm, kind, args, name, path, seed) for name, path in datasets.items()]
+        studies = [study(lm, args, name, path, seed, known) for name, path in datasets.items()]
         for one in studies:
             configurations = priced(lm, one, args)
             validated, _ = evaluate(lm, one, one, "validation", configurations, args)
@@ -135,21 +160,24 @@ def main(kind: cli.Kind = cli.LLM) -> None:
                     grid, questions = evaluate(lm, one, other, "test", configurations, args)
                     grids.append(grid)
                     answers.append((chosen.assign(**dict.fromkeys(OF_ANSWERS, np.nan)), questions))
-    if not runs.processes().is_main_process:
-        return
-    grid, table = pd.concat(grids), front(answers)
-    runs.write_table(folder / f"{stem}_grid.csv", grid)
-    runs.write_table(folder / f"{stem}_front.csv", table)
-    runs.write_table(folder / f"{stem}_generations.csv", pd.concat(texts))
-    found = summaries(table)
+    table = front(answers)
+    if runs.processes().is_main_process:
+        for path, cells in zip(files_of(args).values(),
+                               (pd.concat(grids), table, pd.concat(texts)), strict=True):
+            runs.write_table(path, cells)
+    return table
+
+
+def tell(args, stem: str, found: list[tuple[str, pd.DataFrame]], files: dict[str, Path]) -> None:
+    """Print tables with their titles, write them into --document, say where the files are."""
     for title, cells in found:
         print(f"\n{title}\n{cells.to_string()}")
     if args.document:
         document(Path(args.document), stem, found)
-        print(f"\ntables:              {args.document}")
-    print(f"every configuration: {folder / f'{stem}_grid.csv'}")
-    print(f"gain over price:     {folder / f'{stem}_front.csv'}")
-    print(f"free answers:        {folder / f'{stem}_generations.csv'}")
+        files = {"tables": Path(args.document)} | files
+    print()
+    for what, path in files.items():
+        print(f"{what + ':':20} {path}")
 
 
 @dataclass(frozen=True)
@@ -201,7 +229,7 @@ class Study:
         return f"{self.dataset}_seed{self.seed}"
 
 
-def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
+def study(lm, args, name: str, path: str | None, seed: int, known: dict | None) -> Study:
     """Do stage 1 and make the vectors of one data set and seed."""
     words = [f"--{flag}={value}" for flag, value in (
         ("model_name", args.model_name), ("dataset_name", name), ("num_samples", args.num_samples),
@@ -214,8 +242,8 @@ def study(lm, kind, args, name: str, path: str | None, seed: int) -> Study:
     words += ["--split", args.split] if args.split else []
     words += ["--overwrite"] if args.overwrite else []
     print(f"\n{name}, seed {seed}: attribution and hidden states")
-    stage1 = token_ablation.flags(kind).parse_args([*words, "--top", "pos", "neg", "rand"])
-    states = {top: StatesFile(file) for top, file in token_ablation.run(stage1, lm).items()}
+    stage1 = token_ablation.flags(args.kind).parse_args([*words, "--top", "pos", "neg", "rand"])
+    states = {top: StatesFile(file) for top, file in token_ablation.run(stage1, lm, known).items()}
     args.dataset_name, args.dataset_path, args.seed = name, path, seed
     parts = cli.evaluation_parts(args, states)
     directions, made = cli.directions(args, lm, states)
@@ -269,12 +297,12 @@ def learnt_gate(lm, one: Study, args, pairs, layers: list[int], manifest: dict
                                     "penalty": gates.PENALTY},
                            "scikit-learn": version("scikit-learn")}
 
-    def learn() -> dict[str, torch.Tensor]:
+    def learn(_) -> dict[str, torch.Tensor]:
         gate = gates.fit(lm, pairs(), others, layers, args.batch_tokens, args.seed)
         return {"weights": gate.weights, "biases": gate.biases}
 
     once(path, manifest, args, "gate", learn,
-         lambda tensors: runs.write_tensors(path, tensors, manifest))
+         lambda made: runs.write_tensors(path, *made, manifest))
     return Gate(**runs.read_tensors(path)[0]), manifest
 
 
@@ -291,17 +319,22 @@ def trained_vectors(lm, one: Study, args, pairs, states: StatesFile, gate: Gate,
                            "answers": data.fingerprint(answers),
                            "max_new_tokens": args.max_new_tokens}
 
-    def train() -> dict[str, torch.Tensor]:
-        norms = states.norms()
-        vectors = trained.train(
+    norms = states.norms()
+
+    @cache  # for all runs that this process makes
+    def trainer():
+        return trained.trainer(
             lm, pairs(), training_texts(lm), unrelated_items(lm, "training"),
             unfinished(lm, answers, args), norms, gate, layers, seed=args.seed,
             max_tokens=args.batch_tokens)
-        return {"vectors": vectors, "norms": norms}
+
+    def save(made) -> None:
+        mean = sum(tensors["vectors"] / trained.RUNS for tensors in made)
+        SteeringVectors(mean, norms, info, gate).save(path)
 
     path = args.parts_dir / f"{one.name}_trained.safetensors"
-    once(path, manifest, args, "trained vectors", train,
-         lambda tensors: SteeringVectors(**tensors, info=info, gate=gate).save(path))
+    once(path, manifest, args, "training vectors", lambda run: {"vectors": trainer()(run)}, save,
+         trained.RUNS)
     # The same object as other methods' gate, so that they are scored in one batch.
     vectors = replace(SteeringVectors.load(path), gate=gate)
     return [Trained("trained", "gated", tuple(layers), vectors),
@@ -322,19 +355,19 @@ def trained_lora(lm, one: Study, args, pairs, manifest: dict) -> Lora:
     manifest = manifest | {"lora": {"objective": args.lora, **lora.DEFAULTS},
                            "peft": version("peft")}
     once(path, manifest, args, f"LoRA ({args.lora})",
-         lambda: lora.train(lm, pairs(), args.lora, seed=args.seed, max_tokens=args.batch_tokens),
-         lambda adapter: lora.save(path, adapter, manifest))
+         lambda _: lora.train(lm, pairs(), args.lora, seed=args.seed, max_tokens=args.batch_tokens),
+         lambda made: lora.save(path, *made, manifest))
     return Lora(lora.load(path)[0])
 
 
-def once(path: Path, manifest: dict, args, what: str, make, save) -> None:
-    """Have `save` write to `path` the tensors that `make` gives, unless they are there."""
+def once(path: Path, manifest: dict, args, what: str, make, save, count: int = 1) -> None:
+    """Have `save` write to `path` what `make` gives of every unit, tensors, unless it is there."""
     work = runs.Run([path], manifest, args.overwrite)
     if not work.finished:
-        for _ in work.todo(1, what):
-            work.save(0, make(), [])
+        for unit in work.todo(count, what):
+            work.save(unit, make(unit), [])
         if work.all_done():
-            save(next(work.units(1))[0])
+            save(tensors for tensors, _ in work.units(count))
         work.finish()
 
 

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from grains import ablation, cli, prompts, runs, vision
+from grains import ablation, cli, data, prompts, runs, vision
 from grains.attribution import (
     BASELINES,
     IMAGE_BASELINES,
@@ -83,9 +83,10 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     run(flags(kind).parse_args())
 
 
-def run(args, lm=None) -> dict[str, Path]:
+def run(args, lm=None, known: dict | None = None) -> dict[str, Path]:
     """Do the stage, with a model that is loaded already if there is one.
 
+    known: attributions that runs with other selections have in common, which are added to it.
     Returns the files of hidden states by their selection.
     """
     tops = list(dict.fromkeys(args.top))
@@ -111,7 +112,8 @@ def run(args, lm=None) -> dict[str, Path]:
     else:
         for unit in work.todo(len(examples), "token ablation"):
             encoded = prompts.encode(lm, examples[unit], args.prompt_style)
-            work.save(unit, *one_example(lm, encoded, settings, tops, args, unit))
+            work.save(unit, *one_example(lm, encoded, settings, tops, args, unit,
+                                         {} if known is None else known))
         if work.all_done():
             write(work, len(examples), meta, hidden, manifest)
         work.finish()
@@ -128,10 +130,16 @@ def ig_steps(text: str) -> int | None:
     return int(text)
 
 
-def one_example(lm, encoded, settings, tops, args, unit):
+def one_example(lm, encoded, settings, tops, args, unit, known):
     """Attribute, ablate and read one example: its tensors, and a row for each selection."""
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + unit)
-    attributions = attribute(lm, encoded, settings, args.batch_tokens, generator)
+    key = (data.question_key(encoded.example), data.fingerprint([encoded.example]), settings,
+           args.prompt_style, args.batch_tokens, generator.initial_seed())
+    if key not in known:
+        known[key] = (attribute(lm, encoded, settings, args.batch_tokens, generator),
+                      generator.get_state())
+    attributions, state = known[key]
+    generator.set_state(state)
     kinds = {"all": encoded.words | encoded.image, "image": encoded.image, "text": encoded.words}
     candidates = moved(encoded, settings.attribute) & kinds[args.ablate]
     if not candidates.any():

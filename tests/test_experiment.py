@@ -1,6 +1,7 @@
 """The experiment on a tiny model: its tables follow from each other and from the library."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,9 +12,12 @@ import tiny
 import torch
 from pytest import approx
 
+import ablations
 import experiment
-from grains import costs, models, prompts, runs, stats
+import token_ablation
+from grains import attribution, cli, costs, models, prompts, runs, stats
 from grains.data import Example
+from grains.errors import UserError
 from grains.scoring import Configuration
 from grains.vectors import Gate, SteeringVectors
 
@@ -411,6 +415,28 @@ def test_what_is_done_is_not_done_again(made, commands):
     assert result.out.splitlines()[-2:] == again.out.splitlines()[-2:]
 
 
+def test_a_training_is_taken_up_after_its_last_whole_run(tmp_path):
+    made, saved = [], []
+
+    def make(unit):
+        if len(made) == 2 and unit == 2:
+            made.append("stopped")
+            raise UserError("stopped")
+        made.append(unit)
+        return {"a": torch.full((2,), float(unit))}
+
+    def once():
+        experiment.once(tmp_path / "a.safetensors", {}, SimpleNamespace(overwrite=False), "runs",
+                        make, lambda units: saved.append([unit["a"].tolist() for unit in units]),
+                        4)
+
+    with suppress(UserError):
+        once()
+    once()
+    assert made == [0, 1, "stopped", 2, 3]
+    assert saved == [[[0, 0], [1, 1], [2, 2], [3, 3]]]
+
+
 def test_two_processes_make_the_tables_of_one(made, commands, tmp_path):
     command, _, folder, _ = made
     for process in commands.together(*given(command, document=[str(tmp_path / "results.md")],
@@ -447,3 +473,73 @@ def test_an_answer_alone_is_refused(made, commands, tmp_path):
     changed = [*command[:place + 1], f"single={path}", *command[place + 3:-1], tmp_path]
     result = commands.run(*changed)
     assert result.code != 0 and "single answer" in result.err and "Traceback" not in result.err
+
+
+def test_ablations_are_experiments_with_one_setting_changed(made, commands, tmp_path):
+    command = given(made[0], seeds=["0"], methods=["mean", "gradient"], lora=["none"],
+                    alphas=["0.3", "2"], max_ppl_increase=["1000"])
+    command = [*command[:command.index("--gated")], *command[command.index("--seeds"):]]
+    command = given(command, document=[str(tmp_path / "results.md")], output_dir=[str(tmp_path)])
+    settings = ("grad_method=vanilla", "top_k=1", "num_samples=2")
+    result = commands.run("ablations.py", *command[1:], "--change", *settings).ok()
+    (path,) = tmp_path.glob("*_ablations.csv")
+    table = pd.read_csv(path, keep_default_na=False)
+    assert [*table.setting.unique()] == [ablations.GIVEN, *settings]
+    for setting in table.setting.unique():
+        alone = tmp_path / setting
+        changed = [f"--{setting}"] if setting != ablations.GIVEN else []
+        commands.run(*given(command, output_dir=[str(alone)], document=[str(alone / "own.md")]),
+                     "--no-train_vectors", *changed).ok()
+        expected = tables(alone)[1]
+        found = table[table.setting == setting].drop(columns="setting").reset_index(drop=True)
+        pd.testing.assert_frame_equal(found, expected)
+    own = table[(table.dataset == table.evaluated_on) & (table.limit == experiment.UNLIMITED)]
+    written = (tmp_path / "results.md").read_text()
+    for (dataset, score), rows in own.groupby(["dataset", "score"]):
+        (section,) = (part for part in written.split("\n**")
+                      if part.startswith(f"{dataset}: gain in {score} accuracy"))
+        lines = section.strip().splitlines()[2:]
+        lines = lines[:3 + len(settings)]
+        assert lines[0] == "|  | mean pos | gradient |" and len(lines) == 2 + 1 + len(settings)
+        for line, (setting, here) in zip(lines[2:], rows.groupby("setting", sort=False),
+                                         strict=True):
+            cells = " | ".join(experiment.points(row) for row in here.itertuples())
+            assert line == f"| {setting} | {cells} |"
+    grids = {path.read_bytes() for path in tmp_path.glob("*_grid.csv")}
+    assert len(grids) == 1 + len(settings) and own.gain.any()  # settings do differ here
+    assert result.out.splitlines()[-1].endswith(str(path))
+
+
+def test_what_is_attributed_alike_is_attributed_once(made, tmp_path, monkeypatch):
+    """Random tokens after noisy gradients: what is known leaves the generator as it would be."""
+    counted = []
+
+    def attribute(*rest):
+        counted.append(rest)
+        return attribution.attribute(*rest)
+
+    monkeypatch.setattr(token_ablation, "attribute", attribute)
+    lm, path = models.load(str(made[3])), made[0][made[0].index("--datasets") + 1]
+    written = {}
+    for known in (None, {}):
+        for k, count in ((3, 3), (1, 3), (1, 4)):
+            folder = tmp_path / f"{known is None}{k}{count}"
+            files = token_ablation.run(token_ablation.flags(cli.LLM).parse_args([
+                "--dataset_name", "first", "--dataset_path", path.partition("=")[2], "--top_k",
+                str(k), "--num_samples", str(count), "--grad_method", "smoothgrad", "--top", "pos",
+                "rand", "--output_path_meta", str(folder / "meta.csv"), "--output_path_hidden",
+                str(folder / "states.safetensors"), "--model_name", str(made[3])]), lm, known)
+            written.setdefault((k, count), []).append(
+                [file.read_bytes() for file in (folder / "meta.csv", *files.values())])
+        assert len(counted) == (3 + 3 + 4 if known is None else 4)
+        counted.clear()
+    for one, other in written.values():
+        assert one == other
+
+
+def test_only_settings_that_have_files_of_their_own_are_changed(commands, tmp_path):
+    for setting, says in (("seed=1", "grad_method, attribution, top_k, num_samples"),
+                          ("grad_method=none", "invalid choice"), ("top_k=0", "at least 1")):
+        result = commands.run("ablations.py", "--change", setting, "--output_dir", tmp_path)
+        assert result.code == 2 and says in result.err
+    assert not list(tmp_path.iterdir())

@@ -103,7 +103,8 @@ def gate(lm):
 
 
 def train(lm, epochs=3, rate=1e-2, **options):
-    return trained.train(lm, *items(lm), norms(lm), gate(lm), LAYERS, epochs, rate, **options)
+    run = trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, epochs, rate, **options)
+    return sum(map(run, range(trained.RUNS))) / trained.RUNS
 
 
 @pytest.mark.parametrize("weight", [0.0, 3.0])
@@ -190,9 +191,17 @@ def test_the_seed_decides(lm, monkeypatch):
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
+def test_a_run_is_the_same_wherever_it_is_made(lm):
+    first, second = (trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, 2, 1e-2)
+                     for _ in range(2))
+    made = [first(number) for number in range(trained.RUNS)]
+    assert torch.equal(second(trained.RUNS - 1), made[-1]) and torch.equal(second(0), made[0])
+    assert not torch.equal(made[0], made[-1])
+
+
 def test_what_is_missing_is_refused(lm):
     for index, name in enumerate(("pairs", "texts", "questions", "answers")):
         groups = items(lm)
         groups[index] = []
         with pytest.raises(UserError, match=f"found no {name}"):
-            trained.train(lm, *groups, norms(lm), gate(lm), LAYERS)
+            trained.trainer(lm, *groups, norms(lm), gate(lm), LAYERS)

@@ -21,7 +21,7 @@ runs, which share what the pairs teach and not what their order did. The paper h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -53,7 +53,7 @@ RECIPE = {"weights": [PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT],
           "held_at": HELD_AT, "runs": RUNS}
 
 
-def train(
+def trainer(
     lm: LanguageModel,
     pairs: list[Encoded],
     texts: list[Encoded],
@@ -66,8 +66,8 @@ def train(
     learning_rate: float = DEFAULTS["learning_rate"],
     seed: int = 0,
     max_tokens: int = 2048,
-) -> Tensor:
-    """Train one vector a layer; the model leaves as it came.
+) -> Callable[[int], Tensor]:
+    """What trains one vector a layer, in one of `RUNS` runs; the model leaves as it came.
 
     pairs: examples with two responses, the preferred one first. texts: see `costs.continuation`.
     questions: with equally many answers, of which none need be the right one.
@@ -76,9 +76,10 @@ def train(
     gate: where they steer, in training as later.
     layers: those that are steered. max_tokens: positions computed at a time, which changes no
         more than rounding.
-    Returns (L, D), zero at the other layers: the mean of what the runs learnt, to be added as it
-    is (alpha 1, absolute units) or longer. Raises UserError if something to train on is missing,
-    or the loss is no number.
+    Returns a function from the number of a run to (L, D), zero at the other layers. The mean of all
+    runs is to be added as it is (alpha 1, absolute units) or longer. It does not matter where and
+    in what order they are made. Raises UserError if something to train on is missing, the function
+    if the loss is no number.
     """
     for name, items in (("pairs", pairs), ("texts", texts), ("questions", questions),
                         ("answers", answers)):
@@ -93,37 +94,47 @@ def train(
                  (answers, ANSWERS, ANSWER_WEIGHT, 1.0, answer_losses))]
     fits = [fitting(lm, part.items, max_tokens) for part in parts]
     width, checkpointed = min(width for width, _ in fits), any(tight for _, tight in fits)
-
+    generator = torch.Generator().manual_seed(seed)
+    plans = [_plan(parts, len(layers), epochs * len(parts[0].groups), generator)
+             for _ in range(RUNS)]
     row = {layer: index for index, layer in enumerate(layers)}
 
-    def after(stretch: Tensor, layer: int, states: Tensor) -> Tensor:
-        if layer not in row:
-            return states
-        return steer(states, stretch[row[layer]] * norms[layer] * vectors[row[layer]],
-                     gate.at(layer))
+    def run(index: int) -> Tensor:
+        vectors = torch.zeros(len(layers), lm.hidden_size, requires_grad=True)
+        optimizer = torch.optim.Adam([vectors], lr=learning_rate, betas=(0.9, 0.95))
 
-    generator = torch.Generator().manual_seed(seed)
-    steps = epochs * len(parts[0].groups)
-    found = torch.zeros(len(lm.layers), lm.hidden_size)
-    with tqdm(total=RUNS * steps, desc="training vectors", unit="step") as bar:
-        for _ in range(RUNS):
-            vectors = torch.zeros(len(layers), lm.hidden_size, requires_grad=True)
-            optimizer = torch.optim.Adam([vectors], lr=learning_rate, betas=(0.9, 0.95))
-            queues = [part.queue(generator) for part in parts]
-            for step in range(steps):
-                optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
-                kept = dropout(len(layers), generator)
-                total = sum(part.backward(lm, next(queue), width, checkpointed, vectors,
-                                          partial(after, part.stretch * kept))
-                            for part, queue in zip(parts, queues, strict=True))
-                if not math.isfinite(total):
-                    raise UserError(f"the loss of the vectors became {total} in step "
-                                    f"{step + 1}: give --dtype float32")
-                optimizer.step()
-                optimizer.zero_grad()
-                bar.update()
-            found[layers] += norms[layers, None] * vectors.detach() / RUNS
-    return found
+        def after(stretch: Tensor, layer: int, states: Tensor) -> Tensor:
+            if layer not in row:
+                return states
+            return steer(states, stretch[row[layer]] * norms[layer] * vectors[row[layer]],
+                         gate.at(layer))
+
+        plan = plans[index]
+        bar = tqdm(plan, desc=f"training vectors, run {index + 1} of {RUNS}", unit="step",
+                   leave=False)
+        for step, (kept, groups) in enumerate(bar):
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / len(plan))
+            total = sum(part.backward(lm, group, width, checkpointed, vectors,
+                                      partial(after, part.stretch * kept))
+                        for part, group in zip(parts, groups, strict=True))
+            if not math.isfinite(total):
+                raise UserError(f"the loss of the vectors became {total} in step {step + 1}: give "
+                                "--dtype float32")
+            optimizer.step()
+            optimizer.zero_grad()
+        found = torch.zeros(len(lm.layers), lm.hidden_size)
+        found[layers] = norms[layers, None] * vectors.detach()
+        return found
+
+    return run
+
+
+def _plan(parts: list[_Part], layers: int, steps: int, generator: torch.Generator
+          ) -> list[tuple[Tensor, list[list[int]]]]:
+    """For every step of a run what its layers are multiplied by, and a group of each part."""
+    queues = [part.queue(generator) for part in parts]
+    return [(dropout(layers, generator), [next(queue) for queue in queues])
+            for _ in range(steps)]
 
 
 def dropout(layers: int, generator: torch.Generator) -> Tensor:

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # The paper's ablations, each through the whole experiment: how tokens are attributed, the
 # objective, how many tokens are ablated, how many examples steer. One setting at a time differs
-# from the default; report.py shows all of them on one page.
+# from those given; a table compares them. Resumes on the same command.
 #
 #   MODEL_NAME=... DATASET_NAME=... bash scripts/llm/run_experiment_ablations.sh [flags]
+#
+# Others than the default: ... --change top_k=3 top_k=30 attribution=normal
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-experiment="${EXPERIMENT:-scripts/llm/run_experiment.sh}"
-run() {
-  bash "$experiment" --methods mean pca --no-train_vectors --max_ppl_increase 0.1 "$@"
-}
-
-run "$@"
-for method in vanilla smoothgrad; do GRAD_METHOD=$method run "$@"; done
-ATTRIBUTION=normal run "$@"
-for k in ${TOP_KS:-1 5 20}; do TOP_K=$k run "$@"; done
-for n in 10 25 100; do NUM_SAMPLES=$n run "$@"; done
+exec "${PYTHON:-python}" ablations.py \
+  --model_name "${MODEL_NAME:-llama-3.1-8b-instruct}" \
+  --dataset_name "${DATASET_NAME:-truthfulqa}" \
+  --num_samples "${NUM_SAMPLES:-50}" \
+  --top_k "${TOP_K:-10}" \
+  --attribution "${ATTRIBUTION:-contrastive}" \
+  --grad_method "${GRAD_METHOD:-integrated_gradients}" \
+  ${DATASET_PATH:+--dataset_path "$DATASET_PATH"} \
+  "$@"
