@@ -36,10 +36,11 @@ def attribution_view(path: Path, drawn: Figures, name: str, count: int) -> dict:
         except UserError as error:
             note = f"The pictures are not shown, their data cannot be read again: {error}"
     once = table.drop_duplicates("id")
+    errors = once.completeness_error_relative_worst.dropna()  # Integrated Gradients' alone
     return {
         "name": path.name, "note": note, "total": len(ids),
-        "error": percent(once.completeness_error_relative_worst.median()),
-        "worst": percent(once.completeness_error_relative_worst.max()),
+        "error": percent(errors.median()),
+        "worst": percent(errors.max()),
         "gradients": f"{once.gradients_computed.median():.0f}",
         "tops": [{"top": top, "before": number(rows.f.mean()),
                   "after": number(rows.f_ablated.mean()),
