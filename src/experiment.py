@@ -318,7 +318,6 @@ def trained_vectors(lm, one: Study, args, pairs, states: StatesFile, gate: Gate,
     manifest = manifest | {"trained": {**trained.DEFAULTS, **trained.RECIPE},
                            "answers": data.fingerprint(answers),
                            "max_new_tokens": args.max_new_tokens}
-
     norms = states.norms()
 
     @cache  # for all runs that this process makes

@@ -498,8 +498,7 @@ def test_ablations_are_experiments_with_one_setting_changed(made, commands, tmp_
     for (dataset, score), rows in own.groupby(["dataset", "score"]):
         (section,) = (part for part in written.split("\n**")
                       if part.startswith(f"{dataset}: gain in {score} accuracy"))
-        lines = section.strip().splitlines()[2:]
-        lines = lines[:3 + len(settings)]
+        lines = section.strip().splitlines()[2:5 + len(settings)]
         assert lines[0] == "|  | mean pos | gradient |" and len(lines) == 2 + 1 + len(settings)
         for line, (setting, here) in zip(lines[2:], rows.groupby("setting", sort=False),
                                          strict=True):

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-exec "${PYTHON:-python}" experiment.py \
+exec "${PYTHON:-python}" "${SCRIPT:-experiment.py}" \
   --model_name "${MODEL_NAME:-llama-3.1-8b-instruct}" \
   --dataset_name "${DATASET_NAME:-truthfulqa}" \
   --num_samples "${NUM_SAMPLES:-50}" \

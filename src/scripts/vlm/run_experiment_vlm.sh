@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-exec "${PYTHON:-python}" experiment_vlm.py \
+exec "${PYTHON:-python}" "${SCRIPT:-experiment_vlm.py}" \
   --model_name "${MODEL_NAME:-llava-1.6-7b}" \
   --dataset_name "${DATASET_NAME:-spa-vl}" \
   --num_samples "${NUM_SAMPLES:-50}" \
