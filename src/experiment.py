@@ -137,6 +137,7 @@ def run(args, lm, known: dict | None = None) -> pd.DataFrame:
     datasets = given_datasets(args)
     args.parts_dir = cli.output_dir(args, "experiment") / f"{stem_of(args)}_parts"
     args.steering_vectors_dir = args.steering_vectors_dir or args.parts_dir
+    known = {} if known is None else known  # an example that several seeds steer by
     grids, answers, texts = [], [], []
     for seed in args.seeds:
         studies = [study(lm, args, name, path, seed, known) for name, path in datasets.items()]

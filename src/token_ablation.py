@@ -86,7 +86,7 @@ def main(kind: cli.Kind = cli.LLM) -> None:
 def run(args, lm=None, known: dict | None = None) -> dict[str, Path]:
     """Do the stage, with a model that is loaded already if there is one.
 
-    known: attributions that runs with other selections have in common, which are added to it.
+    known: attributions that runs with other selections or seeds have in common, which are added.
     Returns the files of hidden states by their selection.
     """
     tops = list(dict.fromkeys(args.top))
@@ -132,14 +132,13 @@ def ig_steps(text: str) -> int | None:
 
 def one_example(lm, encoded, settings, tops, args, unit, known):
     """Attribute, ablate and read one example: its tensors, and a row for each selection."""
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + unit)
+    seed = args.seed * 1_000_003 + unit
+    noise, generator = (torch.Generator().manual_seed(seed) for _ in range(2))
     key = (data.question_key(encoded.example), data.fingerprint([encoded.example]), settings,
-           args.prompt_style, args.batch_tokens, generator.initial_seed())
+           args.prompt_style, args.batch_tokens, settings.grad_method == "smoothgrad" and seed)
     if key not in known:
-        known[key] = (attribute(lm, encoded, settings, args.batch_tokens, generator),
-                      generator.get_state())
-    attributions, state = known[key]
-    generator.set_state(state)
+        known[key] = attribute(lm, encoded, settings, args.batch_tokens, noise)
+    attributions = known[key]
     kinds = {"all": encoded.words | encoded.image, "image": encoded.image, "text": encoded.words}
     candidates = moved(encoded, settings.attribute) & kinds[args.ablate]
     if not candidates.any():

@@ -509,8 +509,9 @@ def test_ablations_are_experiments_with_one_setting_changed(made, commands, tmp_
     assert result.out.splitlines()[-1].endswith(str(path))
 
 
-def test_what_is_attributed_alike_is_attributed_once(made, tmp_path, monkeypatch):
-    """Random tokens after noisy gradients: what is known leaves the generator as it would be."""
+@pytest.mark.parametrize("method", ["smoothgrad", "integrated_gradients"])
+def test_what_is_attributed_alike_is_attributed_once(method, made, tmp_path, monkeypatch):
+    """By all k, numbers of examples and seeds, unless the seed draws noise."""
     counted = []
 
     def attribute(*rest):
@@ -519,18 +520,23 @@ def test_what_is_attributed_alike_is_attributed_once(made, tmp_path, monkeypatch
 
     monkeypatch.setattr(token_ablation, "attribute", attribute)
     lm, path = models.load(str(made[3])), made[0][made[0].index("--datasets") + 1]
-    written = {}
+    written, examples = {}, {0: set(), 1: set()}
     for known in (None, {}):
-        for k, count in ((3, 3), (1, 3), (1, 4)):
-            folder = tmp_path / f"{known is None}{k}{count}"
+        for k, count, seed in ((3, 3, 0), (1, 3, 0), (1, 7, 0), (1, 7, 1)):
+            folder = tmp_path / f"{known is None}{k}{count}{seed}"
             files = token_ablation.run(token_ablation.flags(cli.LLM).parse_args([
                 "--dataset_name", "first", "--dataset_path", path.partition("=")[2], "--top_k",
-                str(k), "--num_samples", str(count), "--grad_method", "smoothgrad", "--top", "pos",
-                "rand", "--output_path_meta", str(folder / "meta.csv"), "--output_path_hidden",
-                str(folder / "states.safetensors"), "--model_name", str(made[3])]), lm, known)
-            written.setdefault((k, count), []).append(
+                str(k), "--num_samples", str(count), "--grad_method", method, "--seed", str(seed),
+                "--top", "pos", "rand", "--output_path_meta", str(folder / "meta.csv"),
+                "--output_path_hidden", str(folder / "states.safetensors"),
+                "--model_name", str(made[3])]), lm, known)
+            examples[seed] |= {*pd.read_csv(folder / "meta.csv").id}
+            written.setdefault((k, count, seed), []).append(
                 [file.read_bytes() for file in (folder / "meta.csv", *files.values())])
-        assert len(counted) == (3 + 3 + 4 if known is None else 4)
+        both = examples[0] | examples[1]
+        assert 7 < len(both) < 14
+        once = 7 + 7 if method == "smoothgrad" else len(both)
+        assert len(counted) == (3 + 3 + 7 + 7 if known is None else once)
         counted.clear()
     for one, other in written.values():
         assert one == other
