@@ -553,9 +553,8 @@ def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFram
             batch = [asked[index] for index in groups[unit]]
             texts = generate(lm, batch, steered, args.max_new_tokens, seed=1000 * one.seed + unit,
                              **drawn)
-            for item in tuned:
-                with lora.adapted(lm, item.adapter, item.alpha):
-                    texts += generate(lm, batch, [], args.max_new_tokens)
+            for alone in with_lora(lm, tuned, generate, batch, [], args.max_new_tokens):
+                texts += alone
             work.save(unit, {}, [
                 {"dataset": one.dataset, "seed": one.seed, "number": number,
                  "id": asked[number].example.id, "question": asked[number].example.question,
@@ -620,6 +619,18 @@ def by_kind(configurations) -> tuple[list[Configuration], list[Tuned]]:
     return steered, configurations[len(steered):]
 
 
+def with_lora(lm, tuned: list[Tuned], compute, *given) -> list:
+    """What `compute` gives of the model with LoRA at each scale, put into the model once."""
+    if not tuned:
+        return []
+    found = []
+    with lora.adapted(lm, tuned[0].adapter) as set_scale:
+        for item in tuned:
+            set_scale(item.alpha)
+            found.append(compute(lm, *given))
+    return found
+
+
 def encode(lm, examples: list[data.Example], args) -> list[Encoded]:
     if alone := next((example for example in examples if len(example.choices) < 2), None):
         raise UserError(f"example {alone.id} has a single answer: the experiment compares answers")
@@ -677,9 +688,7 @@ def score_all(lm, items: list[Encoded], configurations, path: Path, manifest: di
     for unit in work.todo(len(groups), path.stem.partition("_scores")[0]):
         batch = [items[i] for i in groups[unit]]
         found = score(lm, batch, steered, args.batch_tokens)
-        for item in tuned:
-            with lora.adapted(lm, item.adapter, item.alpha):
-                alone = score(lm, batch, [], args.batch_tokens)
+        for alone in with_lora(lm, tuned, score, batch, [], args.batch_tokens):
             found = [np.concatenate(both) for both in zip(found, alone, strict=True)]
         work.save(unit, {str(i): torch.from_numpy(values) for i, values
                          in zip(groups[unit], found, strict=True)}, [])

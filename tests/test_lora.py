@@ -145,7 +145,8 @@ def test_scores_and_generation_are_those_of_merged_weights(family, scale):
         expected = own_values(model, items)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
     ids = torch.tensor([W[:9]])
-    with lora.adapted(family, adapter, scale):
+    with lora.adapted(family, adapter, 7.0) as set_scale:
+        set_scale(scale)
         found = torch.tensor(np.concatenate(score(family, items, [], 10_000)))
         written = family.model.generate(ids, **options)
     assert relative(found, expected) <= 1e-5

@@ -108,9 +108,15 @@ def train(
 def adapted(lm: LanguageModel, adapter: dict[str, Tensor], scale: float = 1.0):
     """The model computes with the adapter within the block, and leaves as it came.
 
-    scale: 1 is the adapter as it was trained, 0 the model without it.
+    scale: 1 is the adapter as it was trained, 0 the model without it. Yields a function that sets
+    another.
     Raises UserError if the adapter is of another model.
     """
+    def set_scale(scale: float) -> None:
+        for module in lm.layers.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale(ADAPTER, scale)
+
     ranks = {len(tensor) for name, tensor in adapter.items() if ".lora_A." in name}
     if len(ranks) != 1:
         raise UserError("these tensors are no LoRA adapter: expected lora_A and lora_B of one "
@@ -123,10 +129,8 @@ def adapted(lm: LanguageModel, adapter: dict[str, Tensor], scale: float = 1.0):
                             "have other names or sizes; train it on this model")
         set_peft_model_state_dict(lm.layers, adapter)
         lm.layers.requires_grad_(False)
-        for module in lm.layers.modules():
-            if isinstance(module, LoraLayer):
-                module.set_scale(ADAPTER, scale)
-        yield lm
+        set_scale(scale)
+        yield set_scale
 
 
 @contextmanager
