@@ -1,5 +1,6 @@
 """The experiment on a tiny model: its tables follow from each other and from the library."""
 
+import itertools
 import json
 from contextlib import suppress
 from dataclasses import replace
@@ -230,9 +231,10 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
                         output_dir=[str(tmp_path)])).ok()
     grid = tables(tmp_path)[0]
     validated = grid[(grid.part == "validation") & (grid.method != "base")]
-    trained, control = (validated[validated.method == method].alpha.tolist()
-                        for method in ("trained", "trained_random"))
-    assert trained == control == [*experiment.SCALES] * 2  # of two data sets
+    for dataset, method in itertools.product(("first", "second"), ("trained", "trained_random")):
+        rows = validated[(validated.dataset == dataset) & (validated.method == method)]
+        assert [*zip(rows.layers, rows.alpha, strict=True)] == [
+            *itertools.product(("0 1 2", "1 2"), experiment.SCALES)]
     strongest = experiment.FIRST_STRENGTH * experiment.STEPS[1] ** (experiment.ROUNDS - 1)
     reached = {}
     validated = validated[~validated.method.isin(experiment.LEARNT)]
@@ -456,7 +458,7 @@ def test_scenes_through_a_chat_template(commands, tmp_path):
                  "--num_generations", 2, "--max_new_tokens", 4, "--output_dir", tmp_path).ok()
     grid = tables(tmp_path)[0]
     validated = grid[grid.part == "validation"].set_index("configuration")
-    assert len(validated) == 2 + 2 * len(experiment.SCALES)
+    assert len(validated) == 2 + 2 * 2 * len(experiment.SCALES)  # at all layers and at later ones
     assert validated.answers_increase["base"] == 0
     assert (validated.answers_increase.drop("base").abs() > 1e-9).all()
     assert set(grid[grid.part == "test"].questions) == {4}
