@@ -102,8 +102,8 @@ def front_view(front: pd.DataFrame, limit: str, comparisons: int, drawn: Figures
                 "corrected": "" if row.control else p_text(row.corrected),
                 "told": row.corrected < SIGNIFICANT,
                 "paid": [f"{name} {form(row[column])}" for column, (_, name, form) in paid.items()]
-                + [f"unrelated {points(row.unrelated_change)} "
-                   f"{interval(row, 'unrelated_change')}"]}
+                + [f"unrelated {points(row.unrelated_change)}",
+                   interval(row, "unrelated_change")]}
 
     tables = []
     for score, rows in front.groupby("score", sort=False):
