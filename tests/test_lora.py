@@ -130,7 +130,7 @@ def test_scale_one_is_pefts_own_model(tiny):
     base = own_logits(tiny, W[:20])
     with torch.no_grad():
         expected = tuned(input_ids=torch.tensor([W[:20]])).logits[0]
-    with lora.adapted(tiny, adapter, 1.0):
+    with lora.adapted(tiny, adapter):
         found = own_logits(tiny, W[:20])
     assert relative(found, expected) <= 1e-6
     assert relative(base, expected) > 0.1
@@ -145,7 +145,8 @@ def test_scores_and_generation_are_those_of_merged_weights(family, scale):
         expected = own_values(model, items)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
     ids = torch.tensor([W[:9]])
-    with lora.adapted(family, adapter, 7.0) as set_scale:
+    with lora.adapted(family, adapter) as set_scale:
+        set_scale(7.0)
         set_scale(scale)
         found = torch.tensor(np.concatenate(score(family, items, [], 10_000)))
         written = family.model.generate(ids, **options)
@@ -156,7 +157,8 @@ def test_scores_and_generation_are_those_of_merged_weights(family, scale):
 def test_scale_zero_is_the_model_without(family):
     items = encode_all(family)
     before = score(family, items, [], 10_000)
-    with lora.adapted(family, random_adapter(family), 0.0):
+    with lora.adapted(family, random_adapter(family)) as set_scale:
+        set_scale(0.0)
         found = score(family, items, [], 10_000)
     assert all(np.array_equal(one, other) for one, other in zip(found, before, strict=True))
 
@@ -320,7 +322,8 @@ def test_smollm2(smollm2, tmp_path):
     adapter, _ = lora.load(tmp_path / "dpo.safetensors")
     margins, losses = [np.zeros(3)], [np.log(2)]
     for scale in (0.5, 1.0):
-        with lora.adapted(smollm2, adapter, scale):
+        with lora.adapted(smollm2, adapter) as set_scale:
+            set_scale(scale)
             gains = np.concatenate(score(smollm2, items, [], 2048)) - base
         margins.append(gains[:, 0] - gains[:, 1])
         losses.append(np.log1p(np.exp(-0.1 * margins[-1])).mean())

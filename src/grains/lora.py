@@ -105,11 +105,11 @@ def train(
 
 
 @contextmanager
-def adapted(lm: LanguageModel, adapter: dict[str, Tensor], scale: float = 1.0):
+def adapted(lm: LanguageModel, adapter: dict[str, Tensor]):
     """The model computes with the adapter within the block, and leaves as it came.
 
-    scale: 1 is the adapter as it was trained, 0 the model without it. Yields a function that sets
-    another.
+    Yields a function that sets its scale: 1 is the adapter as it was trained, as at first, 0 the
+    model without it.
     Raises UserError if the adapter is of another model.
     """
     def set_scale(scale: float) -> None:
@@ -129,7 +129,6 @@ def adapted(lm: LanguageModel, adapter: dict[str, Tensor], scale: float = 1.0):
                             "have other names or sizes; train it on this model")
         set_peft_model_state_dict(lm.layers, adapter)
         lm.layers.requires_grad_(False)
-        set_scale(scale)
         yield set_scale
 
 
