@@ -116,7 +116,7 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight):
     monkeypatch.setattr(trained, "QUESTION_WEIGHT", 300.0)  # and questions, whose loss begins at 0
     if weight:
         monkeypatch.setattr(trained, "text_losses", lambda values, base, lengths: (
-            (base - values) / lengths)[:, 0])
+            (base - values) / lengths)[:, 0] + 1)  # a loss of 0 would not be learnt from
         monkeypatch.setattr(torch, "relu", lambda rises: rises)
     kept = torch.tensor([[[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]],
                          [[1.0, 1.0], [0.0, 2.0], [2.0, 0.0]]])
@@ -165,9 +165,9 @@ def test_losses_by_hand():
     texts = trained.text_losses(torch.tensor([[-6.0], [-4.0]]), torch.tensor([[-5.0], [-5.0]]),
                                 torch.tensor([[2], [2]]))
     assert texts.tolist() == [0.5, 0.0]
-    answers = trained.answer_losses(torch.tensor([[-7.0], [-6.0]]), torch.tensor([[-5.0], [-5.0]]),
+    answers = trained.answer_losses(torch.tensor([[-8.0], [-7.0]]), torch.tensor([[-5.0], [-5.0]]),
                                     torch.tensor([[2], [2]]))
-    assert answers.tolist() == pytest.approx([0.4, 0.0])  # rises of 1 and 0.5, 0.6 allowed
+    assert answers.tolist() == pytest.approx([0.3, 0.0])  # rises of 1.5 and 1, 1.2 allowed
     assert trained.question_losses(base, base, lengths).item() == pytest.approx(0, abs=1e-6)
     assert trained.question_losses(values, base, lengths).item() > 0.01
 
@@ -197,6 +197,18 @@ def test_a_run_is_the_same_wherever_it_is_made(lm):
     made = [first(number) for number in range(trained.RUNS)]
     assert torch.equal(second(trained.RUNS - 1), made[-1]) and torch.equal(second(0), made[0])
     assert not torch.equal(made[0], made[-1])
+
+
+def test_no_step_computes_what_no_vector_changes(lm):
+    """Up to the first steered layer the base model's states are those of every step."""
+    run = trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, 2, 1e-2)
+    calls = []
+    handles = [layer.register_forward_hook(lambda *_, index=index: calls.append(index))
+               for index, layer in enumerate(lm.layers)]
+    run(0)
+    for handle in handles:
+        handle.remove()
+    assert {*calls} == {2, 3} and len(calls) == 2 * 2 * 4  # layers, steps, kinds of items
 
 
 def test_what_is_missing_is_refused(lm):

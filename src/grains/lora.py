@@ -155,14 +155,14 @@ def _injected(lm: LanguageModel, rank: int, seed: int = 0) -> Iterator[None]:
             tensor.requires_grad_(flag)
 
 
-def log_likelihoods(lm: LanguageModel, encoded: list[Encoded], checkpointed: bool = False,
-                    after=None) -> Tensor:
+def log_likelihoods(lm: LanguageModel, encoded: list[Encoded], checkpointed: bool = False
+                    ) -> Tensor:
     """(n, C) summed log P of each of C responses to n examples of one batch, differentiable.
 
-    after, checkpointed: see `replay`.
+    checkpointed: see `replay`.
     """
     batch, read = packed_batch(lm, encoded)
-    final = replay(lm, batch.embeds, batch.kwargs, after=after, checkpointed=checkpointed)
+    final = replay(lm, batch.embeds, batch.kwargs, checkpointed=checkpointed)
     return read(final[None])[0].view(len(encoded), -1)
 
 

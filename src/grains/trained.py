@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,10 +31,11 @@ from torch.nn.functional import kl_div, logsigmoid
 from tqdm import tqdm
 
 from grains.errors import UserError
-from grains.lora import base_log_likelihoods, fitting, log_likelihoods
+from grains.lora import fitting
 from grains.models import LanguageModel
 from grains.prompts import Encoded
-from grains.scoring import batches
+from grains.replay import replay
+from grains.scoring import Scored, batches, packed_batch
 from grains.vectors import Gate, steer
 
 DEFAULTS = {"epochs": 5, "learning_rate": 4e-4}
@@ -43,7 +45,7 @@ PAIRS, TEXTS, QUESTIONS, ANSWERS = 10, 3, 12, 10  # of a step
 # pairs that are right already teach nothing, and fewer other questions follow.
 TOKEN_UNIT, SUM_UNIT = 1.5, 24.0
 CHOICE_UNIT = 0.3  # of the log-likelihoods per token that other questions are answered by
-ALLOWED = 0.6  # nats per token of an answer: what the model would say is to change
+ALLOWED = 1.2  # nats per token of an answer: what the model would say is to change
 DROPPED = 0.5  # chance of one of many layers to be left out in a step
 RUNS = 4  # in other orders and with other layers left out, whose mean is made
 HELD_AT = 1.5  # length at which texts and questions are held, so that others are kept at 1
@@ -86,14 +88,13 @@ def trainer(
         if not items:
             raise UserError("training vectors needs pairs, texts, questions and answers, found no "
                             f"{name}")
-    parts = [_Part(items, base_log_likelihoods(lm, items, max_tokens), *settings)
-             for items, *settings in (
-                 (pairs, PAIRS, PAIR_WEIGHT, 1.0, pair_losses),
-                 (texts, TEXTS, TEXT_WEIGHT, HELD_AT, text_losses),
-                 (questions, QUESTIONS, QUESTION_WEIGHT, HELD_AT, question_losses),
-                 (answers, ANSWERS, ANSWER_WEIGHT, 1.0, answer_losses))]
-    fits = [fitting(lm, part.items, max_tokens) for part in parts]
+    fits = [fitting(lm, items, max_tokens) for items in (pairs, texts, questions, answers)]
     width, checkpointed = min(width for width, _ in fits), any(tight for _, tight in fits)
+    parts = [_Part(lm, min(layers), width, *settings) for settings in (
+        (pairs, PAIRS, PAIR_WEIGHT, 1.0, pair_losses),
+        (texts, TEXTS, TEXT_WEIGHT, HELD_AT, text_losses),
+        (questions, QUESTIONS, QUESTION_WEIGHT, HELD_AT, question_losses),
+        (answers, ANSWERS, ANSWER_WEIGHT, 1.0, answer_losses))]
     generator = torch.Generator().manual_seed(seed)
     plans = [_plan(parts, len(layers), epochs * len(parts[0].groups), generator)
              for _ in range(RUNS)]
@@ -114,7 +115,7 @@ def trainer(
                    leave=False)
         for step, (kept, groups) in enumerate(bar):
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / len(plan))
-            total = sum(part.backward(lm, group, width, checkpointed, vectors,
+            total = sum(part.backward(group, checkpointed, vectors,
                                       partial(after, part.stretch * kept))
                         for part, group in zip(parts, groups, strict=True))
             if not math.isfinite(total):
@@ -130,7 +131,7 @@ def trainer(
 
 
 def _plan(parts: list[_Part], layers: int, steps: int, generator: torch.Generator
-          ) -> list[tuple[Tensor, list[list[int]]]]:
+          ) -> list[tuple[Tensor, list[_Group]]]:
     """For every step of a run what its layers are multiplied by, and a group of each part."""
     queues = [part.queue(generator) for part in parts]
     return [(dropout(layers, generator), [next(queue) for queue in queues])
@@ -173,38 +174,70 @@ def question_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
     return per_token + summed
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Items that are computed together.
+
+    states: (n, T, D) base output of the first steered layer, which no vector changes.
+    kwargs: what the layers are called with (see `Capture`). read: gives the log-likelihoods.
+    base: (n, C) the base model's log-likelihoods; lengths: (n, C) the responses' tokens.
+    """
+
+    states: Tensor
+    kwargs: list[dict]
+    read: Scored
+    base: Tensor
+    lengths: Tensor
+
+
+_Group = list[_Batch]
+
+
 class _Part:
     """One kind of items to train on, in groups of like length, with its loss.
 
-    base: (N, C) the base model's log-likelihoods; lengths: (N, C) the responses' tokens.
+    The base model computes every item once; a step replays the layers above `first`.
+    first: the first steered layer. width: positions computed at a time. size: items of a group.
     stretch: the loss is computed with vectors so many times as long as those that are trained.
     """
 
-    def __init__(self, items: list[Encoded], base: Tensor, size: int, weight: float,
-                 stretch: float, losses):
-        self.items, self.base, self.weight, self.losses = items, base, weight, losses
+    def __init__(self, lm: LanguageModel, first: int, width: int, items: list[Encoded], size: int,
+                 weight: float, stretch: float, losses):
+        self.lm, self.first, self.weight, self.losses = lm, first, weight, losses
         self.stretch = stretch
-        self.lengths = torch.tensor([list(map(len, item.responses)) for item in items])
         order = sorted(range(len(items)), key=lambda index: items[index].length)
-        self.groups = [order[start:start + size] for start in range(0, len(order), size)]
+        members = [[items[index] for index in order[start:start + size]]
+                   for start in range(0, len(order), size)]
+        self.groups = [[self._computed([some[index] for index in batch])
+                        for batch in batches([item.length for item in some], width)]
+                       for some in members]
 
-    def backward(self, lm: LanguageModel, members: list[int], width: int, checkpointed: bool,
-                 vectors: Tensor, after) -> float:
-        """Add the gradient of the weighted mean loss of some items to the vectors'; the loss.
+    @torch.no_grad()
+    def _computed(self, items: list[Encoded]) -> _Batch:
+        captured, read = packed_batch(self.lm, items)
+        states = replay(self.lm, captured.embeds, captured.kwargs, stop=self.first + 1)
+        final = replay(self.lm, states, captured.kwargs, start=self.first + 1)
+        lengths = torch.tensor([list(map(len, item.responses)) for item in items])
+        return _Batch(states, captured.kwargs, read, read(final[None]).view(lengths.shape), lengths)
 
-        width: positions computed at a time. after, checkpointed: see `replay`.
+    def backward(self, group: _Group, checkpointed: bool, vectors: Tensor, after) -> float:
+        """Add the gradient of the weighted mean loss of a group to the vectors'; the loss.
+
+        after, checkpointed: see `replay`.
         """
-        total = 0.0
-        for some in batches([self.items[index].length for index in members], width):
-            some = [members[index] for index in some]
-            values = log_likelihoods(lm, [self.items[index] for index in some], checkpointed, after)
-            losses = self.losses(values, self.base[some], self.lengths[some])
-            loss = self.weight * losses.sum() / len(members)
-            loss.backward(inputs=[vectors])
+        total, count = 0.0, sum(len(batch.base) for batch in group)
+        for batch in group:
+            final = replay(self.lm, after(self.first, batch.states), batch.kwargs,
+                           start=self.first + 1, after=after, checkpointed=checkpointed)
+            values = batch.read(final[None]).view(batch.base.shape)
+            losses = self.losses(values, batch.base, batch.lengths)
+            loss = self.weight * losses.sum() / count
             total += loss.item()
+            if loss != 0:  # nothing to learn from what is kept as it should be
+                loss.backward(inputs=[vectors])
         return total
 
-    def queue(self, generator: torch.Generator) -> Iterator[list[int]]:
+    def queue(self, generator: torch.Generator) -> Iterator[_Group]:
         """The groups over and over, each time in another order."""
         while True:
             for index in torch.randperm(len(self.groups), generator=generator):
