@@ -27,6 +27,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -51,16 +52,14 @@ OF_ANSWERS = ["answers_increase", "repetition"]  # prices on the data set's own 
 PRICES = ["perplexity_increase", "varied_increase", "unrelated_change", *OF_ANSWERS]
 UNRELATED = "unrelated questions"  # what all data sets are evaluated on beside their own
 BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
-# Strengths are set a little under a price, as they lie between those that were measured.
-CAUTION = 0.95
 # The first strength tried for its price, how much stronger the next may be, and how many are.
 FIRST_STRENGTH, STEPS, ROUNDS = 0.02, (2.0, 4.0), 5
-# How often a strength between those is measured, until its price is as near as this.
-REFINEMENTS, PRECISION = 2, 0.1
+# How often strengths between those are tried, until one costs no less than this share of a price.
+REFINEMENTS, NEAR = 3, 0.85
 LEARNT = ("trained", "trained_random", "lora")
-SCALES = (0.35, 0.7, 1.0, 1.5, 2.0, 3.0)  # of what was learnt
-# Trained vectors are also tried without the first third of their layers, which hold more than they
-# gain (docs/results.md): at the same price the others alone may choose more right answers.
+SCALES = (0.35, 0.7, 1.4, 2.8)  # of what was learnt
+# Vectors are not trained at the first third of the layers, where they gain nothing of their own
+# (docs/results.md): the later ones are trained and tried in two thirds of the time.
 EARLY = 3
 UNLIMITED = "whatever else happens"  # the first of `limits`
 DRAWN = 4  # answers of the model itself to a steering question, to train on
@@ -275,7 +274,7 @@ def study(lm, args, name: str, path: str | None, seed: int, known: dict | None) 
     gated = [direction for direction in directions if direction.method in args.gated]
     if gated or args.train_vectors:
         layers = {layer for direction in gated for layer in direction.layers}
-        layers |= {*cli.parse_layers(args.layer_idxs, len(lm.layers))}
+        layers |= {*later_layers(lm, args)} if args.train_vectors else set()
         gate, gate_manifest = learnt_gate(lm, one, args, pairs, sorted(layers), learning)
         directions += [replace(direction, mode=f"{direction.mode} gated".strip(),
                                vectors=replace(direction.vectors, gate=gate))
@@ -314,13 +313,12 @@ def trained_vectors(lm, one: Study, args, pairs, states: StatesFile, gate: Gate,
                     ) -> list[Trained]:
     """Vectors trained on the steering examples, or as they were trained before.
 
-    At all their layers and at the later ones alone. Beside them random directions that are as long
-    at every layer.
+    Beside them random directions that are as long at every layer.
     """
-    layers = cli.parse_layers(args.layer_idxs, len(lm.layers))
+    layers = later_layers(lm, args)
     info = {**states.info, "stage": "steering_vectors", "method": "trained", "mode": ""}
     answers = own_answers(lm, one, "training", args)
-    manifest = manifest | {"trained": {**trained.DEFAULTS, **trained.RECIPE},
+    manifest = manifest | {"trained": {**trained.DEFAULTS, **trained.RECIPE, "layers": layers},
                            "answers": data.fingerprint(answers),
                            "max_new_tokens": args.max_new_tokens}
     norms = states.norms()
@@ -341,10 +339,14 @@ def trained_vectors(lm, one: Study, args, pairs, states: StatesFile, gate: Gate,
          trained.RUNS)
     # The same object as other methods' gate, so that they are scored in one batch.
     vectors = replace(SteeringVectors.load(path), gate=gate)
-    tried = dict.fromkeys((tuple(layers), tuple(layers[len(layers) // EARLY:])))
-    return [Trained(method, "gated", some, given) for method, given in (
-        ("trained", vectors), ("trained_random", random_like(vectors, args.seed)))
-        for some in tried]
+    return [Trained(method, "gated", tuple(layers), given) for method, given in (
+        ("trained", vectors), ("trained_random", random_like(vectors, args.seed)))]
+
+
+def later_layers(lm, args) -> list[int]:
+    """Where vectors are trained: --layer_idxs without the first of them."""
+    layers = cli.parse_layers(args.layer_idxs, len(lm.layers))
+    return layers[len(layers) // EARLY:]
 
 
 def random_like(vectors: SteeringVectors, seed: int) -> SteeringVectors:
@@ -385,8 +387,7 @@ def priced(lm, one: Study, args) -> list[Configuration]:
     alphas = {direction: SCALES if direction.method in LEARNT else dict.fromkeys(args.alphas or ())
               for direction in one.directions}
     texts = neutral_items(lm, "validation")
-    targets = np.log1p(CAUTION * np.sort(
-        args.strengths_at or sorted(args.max_ppl_increase)[::2]))
+    targets = np.log1p(np.sort(args.strengths_at or sorted(args.max_ppl_increase)[::2]))
     curves = {direction: [(0.0, 0.0)] for direction in one.directions if not alphas[direction]}
 
     def measure(tried: list[tuple[Direction, float]]) -> None:
@@ -404,8 +405,8 @@ def priced(lm, one: Study, args) -> list[Configuration]:
                  if curve[-1][1] < targets[-1]])
     for _ in range(REFINEMENTS):
         measure([(direction, alpha) for direction, curve in curves.items()
-                 for alpha in strengths(curve, unmet(curve, targets))])
-    alphas |= {direction: strengths(curve, targets) for direction, curve in curves.items()}
+                 for alpha in between(curve, targets)])
+    alphas |= {direction: strongest(curve, targets) for direction, curve in curves.items()}
     return [direction.at(alpha, args.alpha_units) for direction in one.directions
             for alpha in alphas[direction]]
 
@@ -422,33 +423,38 @@ def stronger(curve: list[tuple[float, float]], target: float) -> float:
     return float(f"{alpha * np.clip(factor, *STEPS):.3g}")
 
 
-def unmet(curve: list[tuple[float, float]], targets) -> list[float]:
-    """The targets that no rise of a curve of (strength, rise of the loss) is near."""
-    return [target for target in targets
-            if all(abs(rise / target - 1) > PRECISION for _, rise in curve)]
-
-
-def strengths(curve: list[tuple[float, float]], targets) -> list[float]:
-    """Where a curve of (strength, rise of the loss) reaches each target.
+def between(curve: list[tuple[float, float]], targets) -> list[float]:
+    """Strengths to try for the targets that a curve of (strength, rise of the loss) exceeds, but
+    is not closely below before.
 
     The curve begins at (0, 0). Between points with a price a rise goes with a power of the
-    strength, before them with its square. A target that is never reached gives the largest
-    strength tried.
+    strength, before them with its square.
     """
     found = []
     for target in targets:
-        reached = [index for index, (_, rise) in enumerate(curve) if rise >= target]
-        if not reached:
-            found.append(curve[-1][0])
+        index = len(affordable(curve, target))
+        if index == len(curve) or curve[index - 1][1] >= NEAR * target:
             continue
-        (weaker, below), (stronger, above) = curve[reached[0] - 1:reached[0] + 1]
+        (weaker, below), (dearer, above) = curve[index - 1:index + 1]
+        aim = (1 + NEAR) / 2 * target
         if below > 0:
-            share = np.log(target / below) / np.log(above / below)
-            found.append(weaker * (stronger / weaker) ** share)
+            share = np.log(aim / below) / np.log(above / below)
+            found.append(weaker * (dearer / weaker) ** share)
         else:
-            share = (target - below) / (above - below)
-            found.append(np.sqrt(weaker ** 2 + (stronger ** 2 - weaker ** 2) * share))
+            share = (aim - below) / (above - below)
+            found.append(np.sqrt(weaker ** 2 + (dearer ** 2 - weaker ** 2) * share))
     return list(dict.fromkeys(float(f"{alpha:.3g}") for alpha in found))
+
+
+def strongest(curve: list[tuple[float, float]], targets) -> list[float]:
+    """The largest strength that was tried for each target, of those that cost no more."""
+    found = [affordable(curve, target)[-1][0] for target in targets]
+    return [alpha for alpha in dict.fromkeys(found) if alpha]
+
+
+def affordable(curve: list[tuple[float, float]], target: float) -> list[tuple[float, float]]:
+    """The points of a curve of (strength, rise of the loss) before it exceeds a target."""
+    return [*takewhile(lambda point: point[1] <= target, curve)]
 
 
 def evaluate(lm, one: Study, other: Study, part: str, configurations, args

@@ -215,11 +215,19 @@ def test_the_document_has_every_gain_and_the_rest_of_the_file(made, commands):
 
 def test_strengths_follow_a_power_between_what_was_tried():
     curve = [(0.0, 0.0), (1.0, 0.1), (2.0, 0.8)]
-    # 0.025 is a quarter of 0.1; 0.1 to 0.8 is a third power, and so 0.2; 9 is never reached
-    assert experiment.strengths(curve, [0.025, 0.2, 9.0]) == [
-        0.5, approx(2 ** (1 / 3), abs=5e-3), 2.0]
-    assert experiment.strengths([(0.0, 0.0), (1.0, -0.1), (2.0, 0.2)], [0.1]) == [
+    # Aimed at is 0.925 of a target: of 0.1 a quarter for 0.025 / 0.925; 0.1 to 0.8 is a third
+    # power, and so 0.2 / 0.925 at the third root of 2. 0.11 is paid by 1 closely, 9 never.
+    assert experiment.between(curve, [0.025 / 0.925, 0.11, 0.2 / 0.925, 9.0]) == [
+        0.5, approx(2 ** (1 / 3), abs=5e-3)]
+    assert experiment.between([(0.0, 0.0), (1.0, -0.1), (2.0, 0.2)], [0.1 / 0.925]) == [
         approx(3 ** 0.5, abs=5e-3)]
+
+
+def test_the_strongest_that_costs_no_more_is_taken():
+    # What follows a dearer one is not affordable, though it seems to cost less.
+    curve = [(0.0, 0.0), (1.0, 0.1), (2.0, 0.05), (3.0, 0.8), (4.0, 0.4)]
+    assert experiment.strongest(curve, [0.07, 0.1, 0.5, 0.8]) == [2.0, 4.0]
+    assert experiment.strongest(curve, [0.02]) == []
 
 
 def test_strengths_are_set_by_the_price(made, commands, tmp_path):
@@ -234,18 +242,20 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
     for dataset, method in itertools.product(("first", "second"), ("trained", "trained_random")):
         rows = validated[(validated.dataset == dataset) & (validated.method == method)]
         assert [*zip(rows.layers, rows.alpha, strict=True)] == [
-            *itertools.product(("0 1 2", "1 2"), experiment.SCALES)]
+            *itertools.product(["1 2"], experiment.SCALES)]  # of three layers the later ones
     strongest = experiment.FIRST_STRENGTH * experiment.STEPS[1] ** (experiment.ROUNDS - 1)
-    reached = {}
+    reached, shares = {}, []
     validated = validated[~validated.method.isin(experiment.LEARNT)]
     for (_, method, _), rows in validated.groupby(["dataset", "method", "mode"], dropna=False):
         # A price that even the strongest does not cost stands last, for all that it costs.
         paid = rows[rows.alpha < strongest].perplexity_bound.to_numpy()
-        assert paid == approx([0.0095, 0.038][:len(paid)], rel=0.15)
+        shares += [*(paid / [0.01, 0.04][:len(paid)])]
         assert len(paid) == 2 or rows.alpha.iloc[-1] == approx(strongest)
-        assert (rows[rows.alpha == strongest].perplexity_bound < 0.038).all()
+        assert (rows[rows.alpha == strongest].perplexity_bound < 0.04).all()
         reached[method] = max(len(paid), reached.get(method, 0))
     assert reached["gradient"] == 2 and reached["mean"]
+    # One curve, of two methods, falls before it rises: three strengths between are too few for it.
+    assert max(shares) <= 1 and sum(share < 0.84 for share in shares) <= 2 < len(shares) / 10
 
 
 def test_a_stronger_strength_is_tried_where_the_square_law_says():
@@ -458,7 +468,7 @@ def test_scenes_through_a_chat_template(commands, tmp_path):
                  "--num_generations", 2, "--max_new_tokens", 4, "--output_dir", tmp_path).ok()
     grid = tables(tmp_path)[0]
     validated = grid[grid.part == "validation"].set_index("configuration")
-    assert len(validated) == 2 + 2 * 2 * len(experiment.SCALES)  # at all layers and at later ones
+    assert len(validated) == 2 + 2 * len(experiment.SCALES)
     assert validated.answers_increase["base"] == 0
     assert (validated.answers_increase.drop("base").abs() > 1e-9).all()
     assert set(grid[grid.part == "test"].questions) == {4}
