@@ -424,11 +424,11 @@ def stronger(curve: list[tuple[float, float]], target: float) -> float:
 
 
 def between(curve: list[tuple[float, float]], targets) -> list[float]:
-    """Strengths to try for the targets that a curve of (strength, rise of the loss) exceeds, but
-    is not closely below before.
+    """Strengths to try for targets that no affordable point of a curve is near to yet.
 
-    The curve begins at (0, 0). Between points with a price a rise goes with a power of the
-    strength, before them with its square.
+    The curve of (strength, rise of the loss) begins at (0, 0). Between points with a price a rise
+    goes with a power of the strength, before them with its square. Nothing for a target that the
+    curve never exceeds.
     """
     found = []
     for target in targets:
@@ -447,7 +447,7 @@ def between(curve: list[tuple[float, float]], targets) -> list[float]:
 
 
 def strongest(curve: list[tuple[float, float]], targets) -> list[float]:
-    """The largest strength that was tried for each target, of those that cost no more."""
+    """The largest strength tried for each target that costs no more, where there is one."""
     found = [affordable(curve, target)[-1][0] for target in targets]
     return [alpha for alpha in dict.fromkeys(found) if alpha]
 
