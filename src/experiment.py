@@ -57,10 +57,7 @@ FIRST_STRENGTH, STEPS, ROUNDS = 0.02, (2.0, 4.0), 5
 # How often strengths between those are tried, until one costs no less than this share of a price.
 REFINEMENTS, NEAR = 3, 0.85
 LEARNT = ("trained", "trained_random", "lora")
-SCALES = (0.35, 0.7, 1.4, 2.8)  # of what was learnt
-# Vectors are not trained at the first third of the layers, where they gain nothing of their own
-# (docs/results.md): the later ones are trained and tried in two thirds of the time.
-EARLY = 3
+SCALES = (0.35, 0.7, 1.0, 1.5, 2.5)  # of what was learnt
 UNLIMITED = "whatever else happens"  # the first of `limits`
 DRAWN = 4  # answers of the model itself to a steering question, to train on
 # What the neutral passages are for, by their number modulo 8. Of the unrelated questions the even
@@ -274,7 +271,7 @@ def study(lm, args, name: str, path: str | None, seed: int, known: dict | None) 
     gated = [direction for direction in directions if direction.method in args.gated]
     if gated or args.train_vectors:
         layers = {layer for direction in gated for layer in direction.layers}
-        layers |= {*later_layers(lm, args)} if args.train_vectors else set()
+        layers |= {*cli.parse_layers(args.layer_idxs, len(lm.layers))}
         gate, gate_manifest = learnt_gate(lm, one, args, pairs, sorted(layers), learning)
         directions += [replace(direction, mode=f"{direction.mode} gated".strip(),
                                vectors=replace(direction.vectors, gate=gate))
@@ -344,9 +341,13 @@ def trained_vectors(lm, one: Study, args, pairs, states: StatesFile, gate: Gate,
 
 
 def later_layers(lm, args) -> list[int]:
-    """Where vectors are trained: --layer_idxs without the first of them."""
+    """Where vectors are trained: --layer_idxs without the first third of the model's layers.
+
+    There they gain nothing of their own (docs/results.md), and the others take two thirds of the
+    time. Where --layer_idxs gives no others, its layers.
+    """
     layers = cli.parse_layers(args.layer_idxs, len(lm.layers))
-    return layers[len(layers) // EARLY:]
+    return [layer for layer in layers if layer >= len(lm.layers) // 3] or layers
 
 
 def random_like(vectors: SteeringVectors, seed: int) -> SteeringVectors:
@@ -432,7 +433,7 @@ def between(curve: list[tuple[float, float]], targets) -> list[float]:
     """
     found = []
     for target in targets:
-        index = len(affordable(curve, target))
+        index = len(affordable_points(curve, target))
         if index == len(curve) or curve[index - 1][1] >= NEAR * target:
             continue
         (weaker, below), (dearer, above) = curve[index - 1:index + 1]
@@ -447,12 +448,12 @@ def between(curve: list[tuple[float, float]], targets) -> list[float]:
 
 
 def strongest(curve: list[tuple[float, float]], targets) -> list[float]:
-    """The largest strength tried for each target that costs no more, where there is one."""
-    found = [affordable(curve, target)[-1][0] for target in targets]
-    return [alpha for alpha in dict.fromkeys(found) if alpha]
+    """The largest strength tried for each target that costs no more; at least the weakest tried."""
+    found = [affordable_points(curve, target)[-1][0] for target in targets]
+    return [alpha for alpha in dict.fromkeys(found) if alpha] or [curve[1][0]]
 
 
-def affordable(curve: list[tuple[float, float]], target: float) -> list[tuple[float, float]]:
+def affordable_points(curve: list[tuple[float, float]], target: float) -> list[tuple[float, float]]:
     """The points of a curve of (strength, rise of the loss) before it exceeds a target."""
     return [*takewhile(lambda point: point[1] <= target, curve)]
 

@@ -211,6 +211,21 @@ def test_no_step_computes_what_no_vector_changes(lm):
     assert {*calls} == {2, 3} and len(calls) == 2 * 2 * 4  # layers, steps, kinds of items
 
 
+def test_what_is_kept_for_all_steps_is_known_before(lm):
+    pairs = items(lm)[0]
+    part = trained._Part(lm, 1, 10**6, pairs, 1, 1.0, 1.0, trained.pair_losses)
+    kept = sum(batch.states.nbytes + batch.kwargs[0]["attention_mask"].nbytes
+               for (batch,) in part.groups)
+    # Told from lengths, without what the packs leave out: each last token, beginnings shared.
+    assert kept <= trained._kept_bytes(lm, pairs) <= 1.5 * kept
+
+
+def test_a_single_layer_and_the_last_one_are_trained(lm):
+    for layer in (0, len(lm.layers) - 1):
+        found = trained.trainer(lm, *items(lm), norms(lm), gate(lm), [layer], 1, 1e-2)(0)
+        assert found[layer].norm() > 0 and not found.norm(dim=-1).sum() > found[layer].norm()
+
+
 def test_what_is_missing_is_refused(lm):
     for index, name in enumerate(("pairs", "texts", "questions", "answers")):
         groups = items(lm)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -88,7 +88,9 @@ def trainer(
         if not items:
             raise UserError("training vectors needs pairs, texts, questions and answers, found no "
                             f"{name}")
-    fits = [fitting(lm, items, max_tokens) for items in (pairs, texts, questions, answers)]
+    kinds = (pairs, texts, questions, answers)
+    spared = replace(lm, memory=lm.memory - sum(_kept_bytes(lm, items) for items in kinds))
+    fits = [fitting(spared, items, max_tokens) for items in kinds]
     width, checkpointed = min(width for width, _ in fits), any(tight for _, tight in fits)
     parts = [_Part(lm, min(layers), width, *settings) for settings in (
         (pairs, PAIRS, PAIR_WEIGHT, 1.0, pair_losses),
@@ -191,6 +193,12 @@ class _Batch:
 
 
 _Group = list[_Batch]
+
+
+def _kept_bytes(lm: LanguageModel, items: list[Encoded]) -> int:
+    """About what the states and masks of items take that are kept for all steps."""
+    position = lm.hidden_size * lm.dtype.itemsize
+    return sum(item.length * (position + item.length) for item in items)
 
 
 class _Part:
