@@ -20,6 +20,7 @@ import pandas as pd
 
 import experiment
 from grains import cli, runs
+from grains.fronts import SCORES, UNLIMITED, pivot, points, tell
 
 GIVEN = "as given"
 CHANGED = ("grad_method", "attribution", "top_k", "num_samples")
@@ -61,26 +62,26 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     if runs.processes().is_main_process:
         table = pd.concat(fronts)
         runs.write_table(path, table)
-        experiment.tell(args, path.stem, summaries(table), {"all settings": path})
+        tell(args.document, path.stem, summaries(table), {"all settings": path})
 
 
 def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Titles and tables: a line for each setting, a column for each method."""
     found = []
-    own = table[(table.dataset == table.evaluated_on) & (table.limit == experiment.UNLIMITED)]
+    own = table[(table.dataset == table.evaluated_on) & (table.limit == UNLIMITED)]
     for (dataset, budget), rows in own.groupby(["dataset", "max_ppl_increase"], sort=False):
         about = f"at most +{budget:.0%} perplexity, {rows.seeds.max()} seed(s)"
         for kind, part in rows.groupby("score", sort=False):
             found.append((f"{dataset}: gain in {kind} accuracy in points, {about}",
-                          by_setting(part, experiment.points)))
-        part = rows[rows.score == experiment.SCORES[0]]
+                          by_setting(part, points)))
+        part = rows[rows.score == SCORES[0]]
         found.append((f"{dataset}: rise of perplexity on neutral text on test, {about}",
                       by_setting(part, lambda row: f"{row.perplexity_increase:+.1%}")))
     return found
 
 
 def by_setting(rows: pd.DataFrame, cell) -> pd.DataFrame:
-    cells = experiment.pivot(rows, "setting", "{}", cell).T
+    cells = pivot(rows, "setting", "{}", cell).T
     return cells.loc[rows.setting.unique()].rename_axis(columns=None)
 
 

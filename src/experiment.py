@@ -22,12 +22,9 @@ from __future__ import annotations
 import argparse
 import glob
 import hashlib
-import shlex
-import sys
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
-from itertools import takewhile
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -40,25 +37,18 @@ import pandas as pd
 import torch
 
 import token_ablation
-from grains import cli, costs, data, gates, lora, prompts, runs, stats, trained
+from grains import cli, costs, data, fronts, gates, lora, prompts, runs, stats, trained
 from grains.errors import UserError
+from grains.fronts import OF_ANSWERS, PRICES, SCORES, UNRELATED
 from grains.generation import decoding_batches, generate
 from grains.prompts import Encoded
 from grains.scoring import Configuration, Direction, batches, margins, score
-from grains.vectors import CONTROLS, METHODS, Gate, StatesFile, SteeringVectors
+from grains.strengths import REFINEMENTS, ROUNDS, between, stronger, strongest
+from grains.vectors import METHODS, Gate, StatesFile, SteeringVectors
 
-SCORES = ("token", "sum")
-OF_ANSWERS = ["answers_increase", "repetition"]  # prices on the data set's own questions
-PRICES = ["perplexity_increase", "varied_increase", "unrelated_change", *OF_ANSWERS]
-UNRELATED = "unrelated questions"  # what all data sets are evaluated on beside their own
 BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
-# The first strength tried for its price, how much stronger the next may be, and how many are.
-FIRST_STRENGTH, STEPS, ROUNDS = 0.02, (2.0, 4.0), 5
-# How often strengths between those are tried, until one costs no less than this share of a price.
-REFINEMENTS, NEAR = 3, 0.85
 LEARNT = ("trained", "trained_random", "lora")
 SCALES = (0.35, 0.7, 1.0, 1.5, 2.5)  # of what was learnt
-UNLIMITED = "whatever else happens"  # the first of `limits`
 DRAWN = 4  # answers of the model itself to a steering question, to train on
 # What the neutral passages are for, by their number modulo 8. Of the unrelated questions the even
 # ones are for validation, the odd ones for test; those for training have a file of their own.
@@ -103,7 +93,7 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     args = flags(kind).parse_args()
     table = run(args, cli.load_model(args))
     if runs.processes().is_main_process:
-        tell(args, stem_of(args), summaries(table), files_of(args))
+        fronts.tell(args.document, stem_of(args), fronts.summaries(table), files_of(args))
 
 
 def given_datasets(args) -> dict[str, str | None]:
@@ -143,7 +133,7 @@ def run(args, lm, known: dict | None = None) -> pd.DataFrame:
         for one in studies:
             configurations = priced(lm, one, args)
             validated, _ = evaluate(lm, one, one, "validation", configurations, args)
-            chosen = choose(validated, args)
+            chosen = fronts.choose(validated, args.max_ppl_increase, args.max_unrelated_loss)
             labels = set(chosen.configuration)
             configurations = [item for item in configurations if item.label in labels]
             own, questions = evaluate(lm, one, one, "test", configurations, args)
@@ -160,24 +150,12 @@ def run(args, lm, known: dict | None = None) -> pd.DataFrame:
                     grid, questions = evaluate(lm, one, other, "test", configurations, args)
                     grids.append(grid)
                     answers.append((chosen.assign(**dict.fromkeys(OF_ANSWERS, np.nan)), questions))
-    table = front(answers)
+    table = fronts.front(answers)
     if runs.processes().is_main_process:
         for path, cells in zip(files_of(args).values(),
                                (pd.concat(grids), table, pd.concat(texts)), strict=True):
             runs.write_table(path, cells)
     return table
-
-
-def tell(args, stem: str, found: list[tuple[str, pd.DataFrame]], files: dict[str, Path]) -> None:
-    """Print tables with their titles, write them into --document, say where the files are."""
-    for title, cells in found:
-        print(f"\n{title}\n{cells.to_string()}")
-    if args.document:
-        document(Path(args.document), stem, found)
-        files = {"tables": Path(args.document)} | files
-    print()
-    for what, path in files.items():
-        print(f"{what + ':':20} {path}")
 
 
 @dataclass(frozen=True)
@@ -412,52 +390,6 @@ def priced(lm, one: Study, args) -> list[Configuration]:
             for alpha in alphas[direction]]
 
 
-def stronger(curve: list[tuple[float, float]], target: float) -> float:
-    """The strength to try next, where a curve of (strength, rise of the loss) is below a target.
-
-    A rise goes with the square of the strength at first, faster then.
-    """
-    alpha, rise = curve[-1]
-    if not alpha:
-        return FIRST_STRENGTH
-    factor = np.sqrt(target / rise) if rise > 0 else np.inf
-    return float(f"{alpha * np.clip(factor, *STEPS):.3g}")
-
-
-def between(curve: list[tuple[float, float]], targets) -> list[float]:
-    """Strengths to try for targets that no affordable point of a curve is near to yet.
-
-    The curve of (strength, rise of the loss) begins at (0, 0). Between points with a price a rise
-    goes with a power of the strength, before them with its square. Nothing for a target that the
-    curve never exceeds.
-    """
-    found = []
-    for target in targets:
-        index = len(affordable_points(curve, target))
-        if index == len(curve) or curve[index - 1][1] >= NEAR * target:
-            continue
-        (weaker, below), (dearer, above) = curve[index - 1:index + 1]
-        aim = (1 + NEAR) / 2 * target
-        if below > 0:
-            share = np.log(aim / below) / np.log(above / below)
-            found.append(weaker * (dearer / weaker) ** share)
-        else:
-            share = (aim - below) / (above - below)
-            found.append(np.sqrt(weaker ** 2 + (dearer ** 2 - weaker ** 2) * share))
-    return list(dict.fromkeys(float(f"{alpha:.3g}") for alpha in found))
-
-
-def strongest(curve: list[tuple[float, float]], targets) -> list[float]:
-    """The largest strength tried for each target that costs no more; at least the weakest tried."""
-    found = [affordable_points(curve, target)[-1][0] for target in targets]
-    return [alpha for alpha in dict.fromkeys(found) if alpha] or [curve[1][0]]
-
-
-def affordable_points(curve: list[tuple[float, float]], target: float) -> list[tuple[float, float]]:
-    """The points of a curve of (strength, rise of the loss) before it exceeds a target."""
-    return [*takewhile(lambda point: point[1] <= target, curve)]
-
-
 def evaluate(lm, one: Study, other: Study, part: str, configurations, args
              ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Configurations of one study on the questions of it or another; on its own with their price.
@@ -502,44 +434,6 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
             table = table.assign(
                 varied_increase=increase(neutral_items(lm, part, costs.VARIED), "varied"))
     return table, pd.concat(answered)
-
-
-def limits(args) -> list[str]:
-    """What a configuration must keep, beside its price on neutral text."""
-    kept = f"losing at most {100 * args.max_unrelated_loss:g} points on unrelated questions"
-    return [UNLIMITED, kept,
-            f"{kept}, and within the same price on what the base model answers freely"]
-
-
-def choose(validated: pd.DataFrame, args) -> pd.DataFrame:
-    """For every method, mode, price and limit: the configuration best on validation.
-
-    Best is the mean of the two accuracies, in sum and per token, so that one configuration stands
-    for both. The price of a configuration is the upper bound of what it costs on neutral text
-    (`costs.perplexity_bound`). Once whatever else happens; once within --max_unrelated_loss; once
-    also, on what the model itself answers freely, within the same price. The base model is one of
-    the choices: where no configuration is affordable and better, the rows say base. A row for each
-    score.
-    """
-    validated = validated.assign(both=validated[[f"accuracy_{kind}" for kind in SCORES]].mean(1))
-    base, steered = validated.iloc[0], validated.iloc[1:]
-    lost = -steered[["unrelated_change", "unrelated_change_sum"]].min(axis=1)
-    rows = []
-    for (method, mode), table in steered.groupby(["method", "mode"], sort=False):
-        for budget in args.max_ppl_increase:
-            affordable = table[(table.perplexity_bound <= budget) & (table.both > base.both)]
-            kept = affordable[lost[affordable.index] <= args.max_unrelated_loss + 1e-9]
-            allowed = affordable, kept, kept[kept.answers_increase <= budget]
-            for limit, choices in zip(limits(args), allowed, strict=True):
-                best = choices.sort_values(["both", "perplexity_increase"],
-                                           ascending=[False, True])
-                found = best.iloc[0] if len(best) else base
-                rows += [{"method": method, "mode": mode, "score": kind,
-                          "max_ppl_increase": budget, "limit": limit,
-                          "configuration": found.configuration,
-                          "validation_gain": found[f"accuracy_{kind}"] - base[f"accuracy_{kind}"]}
-                         for kind in SCORES]
-    return pd.DataFrame(rows)
 
 
 def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFrame:
@@ -739,118 +633,6 @@ def grid_rows(one: Study, other: Study, part: str, configurations, leads) -> pd.
                     f"worse_{kind}": (base & ~here).sum() / max(base.sum(), 1)}
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
-    """A row per data set, method, score, price and limit: test accuracy and gain over all seeds.
-
-    A question that several seeds test counts once, with its mean over them; intervals are
-    bootstrapped over questions, the p-value flips the signs of their gains. What the unrelated
-    questions lose or gain, with its interval, stands in every row.
-    """
-    parts = []
-    for chosen, questions in answers:
-        questions = questions.set_index(["evaluated_on", "id"])
-        base = questions[questions.configuration == "base"]
-        for row in chosen.itertuples():
-            here = questions[questions.configuration == row.configuration]
-            parts.append(pd.DataFrame({
-                "dataset": here.dataset, "seed": here.seed,
-                "method": row.method, "mode": row.mode, "score": row.score,
-                "max_ppl_increase": row.max_ppl_increase,
-                "limit": row.limit, "configuration": row.configuration,
-                **{price: getattr(row, price) for price in PRICES},
-                "right": here[row.score].astype(float), "was": base[row.score].astype(float)}))
-    every = pd.concat(parts).reset_index()
-    keys = ["dataset", "evaluated_on", "method", "mode", "score", "max_ppl_increase", "limit"]
-    rows = []
-    for names, table in every.groupby(keys, sort=False):
-        by_question = table.groupby("id")[["right", "was"]].mean()
-        gains = (by_question.right - by_question.was).to_numpy()
-        by_seed = table.groupby("seed")[["right", "was"]].mean()
-        row = dict(zip(keys, names, strict=True))
-        accuracy_low, accuracy_high = stats.bootstrap_interval(by_question.right.to_numpy())
-        gain_low, gain_high = stats.bootstrap_interval(gains)
-        seeds = table.drop_duplicates("seed")
-        rows.append(row | {
-            "is_control": row["method"] in CONTROLS, "seeds": len(seeds),
-            "questions": len(gains), "configuration": "; ".join(dict.fromkeys(seeds.configuration)),
-            "base_accuracy": by_question.was.mean(), "accuracy": by_question.right.mean(),
-            "accuracy_low": accuracy_low, "accuracy_high": accuracy_high, "gain": gains.mean(),
-            "gain_low": gain_low, "gain_high": gain_high,
-            "gain_seed_sd": (by_seed.right - by_seed.was).std(ddof=1) if len(seeds) > 1 else 0.0,
-            "p_value": stats.sign_flip_p_value(gains),
-            **seeds[PRICES].mean()})
-    table = pd.DataFrame(rows)
-    unrelated = table.evaluated_on == UNRELATED
-    same = ["dataset", "method", "mode", "max_ppl_increase", "limit"]
-    change = {f"gain_{end}": f"unrelated_change_{end}" for end in ("low", "high")}
-    kept = table[unrelated & (table.score == SCORES[0])][[*same, *change]].rename(columns=change)
-    return table[~unrelated].merge(kept, on=same)
-
-
-def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Titles and tables: gains on each data set's own test questions at every price, and on the
-    others' questions."""
-    found = []
-    own = table[table.dataset == table.evaluated_on]
-    for (dataset, limit), limited in own.groupby(["dataset", "limit"], sort=False):
-        for kind, rows in limited.groupby("score", sort=False):
-            found.append((
-                f"{dataset}: gain in {kind} accuracy in points, {rows.questions.max()} test "
-                f"questions, base {rows.base_accuracy.iloc[0]:.1%}, {rows.seeds.max()} seed(s); "
-                f"chosen on validation {limit}; by the rise of perplexity allowed",
-                pivot(rows, "max_ppl_increase", "+{:.0%}")))
-        found.append((f"{dataset}: what these cost on test, rise of perplexity on neutral text / "
-                      "on code, dialogue, other languages and the like / on the model's own free "
-                      "answers / change on unrelated questions in points / repetition in free "
-                      "answers",
-                      pivot(limited[limited.score == SCORES[0]], "max_ppl_increase", "+{:.0%}",
-                            prices)))
-    away = table[(table.dataset != table.evaluated_on) & (table.limit == UNLIMITED)]
-    for (dataset, kind, budget), rows in away.groupby(["dataset", "score", "max_ppl_increase"],
-                                                      sort=False):
-        found.append((f"{dataset}'s vectors at +{budget:.0%} on other data sets: gain in {kind} "
-                      "accuracy in points", pivot(rows, "evaluated_on", "{}")))
-    return found
-
-
-def points(row, name: str = "gain") -> str:
-    value, low, high = (100 * getattr(row, name + end) for end in ("", "_low", "_high"))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def prices(row) -> str:
-    return (f"{row.perplexity_increase:+.1%} / {row.varied_increase:+.1%} / "
-            f"{row.answers_increase:+.1%} / {points(row, 'unrelated_change')} / "
-            f"{row.repetition:.2f}")
-
-
-def pivot(rows: pd.DataFrame, by: str, header: str, cell=points) -> pd.DataFrame:
-    """A line for each method, a column for each value of `by`."""
-    cells = rows.assign(method=(rows.method + " " + rows["mode"]).str.strip(),
-                        cell=[cell(row) for row in rows.itertuples()])
-    return (cells.pivot(index="method", columns=by, values="cell")
-            .reindex(cells.method.unique()).rename(columns=header.format).rename_axis(columns=None))
-
-
-def document(path: Path, stem: str, found: list[tuple[str, pd.DataFrame]]) -> None:
-    """Write the tables into a Markdown file, in place of what the same experiment wrote there."""
-    begin, end = f"<!-- {stem}: begin -->", f"<!-- {stem}: end -->"
-    command = [Path(sys.argv[0]).name,
-               *(word.replace(str(path), path.name) for word in sys.argv[1:])]
-    lines = [begin, "```", "python " + shlex.join(command), "```"]
-    for title, table in found:
-        rows = [["", *table.columns], ["---"] * (1 + len(table.columns)),
-                *([name, *cells] for name, cells in zip(table.index, table.to_numpy(),
-                                                        strict=True))]
-        lines += ["", f"**{title}**", "", *("| " + " | ".join(map(str, row)) + " |"
-                                            for row in rows)]
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, _, after = text.partition(begin)
-    after = after.partition(end)[2] or "\n"
-    runs.write_whole(path, lambda file: file.write_text(
-        before + "\n".join([*lines, end]) + after, encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pytest import approx
 import ablations
 import experiment
 import token_ablation
-from grains import attribution, cli, costs, models, prompts, runs, stats
+from grains import attribution, cli, costs, fronts, models, prompts, runs, stats, strengths
 from grains.data import Example
 from grains.errors import UserError
 from grains.scoring import Configuration
@@ -224,18 +224,18 @@ def test_strengths_follow_a_power_between_what_was_tried():
     curve = [(0.0, 0.0), (1.0, 0.1), (2.0, 0.8)]
     # Aimed at is 0.925 of a target: of 0.1 a quarter for 0.025 / 0.925; 0.1 to 0.8 is a third
     # power, and so 0.2 / 0.925 at the third root of 2. 0.11 is paid by 1 closely, 9 never.
-    assert experiment.between(curve, [0.025 / 0.925, 0.11, 0.2 / 0.925, 9.0]) == [
+    assert strengths.between(curve, [0.025 / 0.925, 0.11, 0.2 / 0.925, 9.0]) == [
         0.5, approx(2 ** (1 / 3), abs=5e-3)]
-    assert experiment.between([(0.0, 0.0), (1.0, -0.1), (2.0, 0.2)], [0.1 / 0.925]) == [
+    assert strengths.between([(0.0, 0.0), (1.0, -0.1), (2.0, 0.2)], [0.1 / 0.925]) == [
         approx(3 ** 0.5, abs=5e-3)]
 
 
 def test_the_strongest_that_costs_no_more_is_taken():
     # What follows a dearer one is not affordable, though it seems to cost less.
     curve = [(0.0, 0.0), (1.0, 0.1), (2.0, 0.05), (3.0, 0.8), (4.0, 0.4)]
-    assert experiment.strongest(curve, [0.07, 0.1, 0.5, 0.8]) == [2.0, 4.0]
+    assert strengths.strongest(curve, [0.07, 0.1, 0.5, 0.8]) == [2.0, 4.0]
     # Too dear for all, but then its method stands in the tables, as the base model that is chosen.
-    assert experiment.strongest(curve[:1] + curve[2:], [0.02]) == [2.0]
+    assert strengths.strongest(curve[:1] + curve[2:], [0.02]) == [2.0]
 
 
 def test_strengths_are_set_by_the_price(made, commands, tmp_path):
@@ -251,7 +251,7 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
         rows = validated[(validated.dataset == dataset) & (validated.method == method)]
         assert [*zip(rows.layers, rows.alpha, strict=True)] == [
             *itertools.product(["1 2"], experiment.SCALES)]  # of three layers the later ones
-    strongest = experiment.FIRST_STRENGTH * experiment.STEPS[1] ** (experiment.ROUNDS - 1)
+    strongest = strengths.FIRST_STRENGTH * strengths.STEPS[1] ** (strengths.ROUNDS - 1)
     reached, shares = {}, []
     validated = validated[~validated.method.isin(experiment.LEARNT)]
     for (_, method, _), rows in validated.groupby(["dataset", "method", "mode"], dropna=False):
@@ -267,13 +267,13 @@ def test_strengths_are_set_by_the_price(made, commands, tmp_path):
 
 
 def test_a_stronger_strength_is_tried_where_the_square_law_says():
-    first, least, most = experiment.FIRST_STRENGTH, *experiment.STEPS
-    assert experiment.stronger([(0.0, 0.0)], 0.3) == first
+    first, least, most = strengths.FIRST_STRENGTH, *strengths.STEPS
+    assert strengths.stronger([(0.0, 0.0)], 0.3) == first
     # 0.1 paid 0.05: 0.3 is reached at sqrt(6) times as much; steps are neither too large nor small
-    assert experiment.stronger([(0.0, 0.0), (0.1, 0.05)], 0.3) == approx(0.1 * 6 ** 0.5, abs=5e-4)
-    assert experiment.stronger([(0.0, 0.0), (0.1, 0.001)], 0.3) == approx(0.1 * most)
-    assert experiment.stronger([(0.0, 0.0), (0.1, -0.1)], 0.3) == approx(0.1 * most)
-    assert experiment.stronger([(0.0, 0.0), (0.1, 0.29)], 0.3) == approx(0.1 * least)
+    assert strengths.stronger([(0.0, 0.0), (0.1, 0.05)], 0.3) == approx(0.1 * 6 ** 0.5, abs=5e-4)
+    assert strengths.stronger([(0.0, 0.0), (0.1, 0.001)], 0.3) == approx(0.1 * most)
+    assert strengths.stronger([(0.0, 0.0), (0.1, -0.1)], 0.3) == approx(0.1 * most)
+    assert strengths.stronger([(0.0, 0.0), (0.1, 0.29)], 0.3) == approx(0.1 * least)
 
 
 def test_a_strength_given_twice_and_layers_from_one_on(made, commands, tmp_path):
@@ -382,16 +382,16 @@ def test_what_unrelated_questions_lose_by_hand():
     for seed, right in enumerate(([0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1])):
         chosen = pd.DataFrame([{
             "method": "m", "mode": "", "score": "token", "max_ppl_increase": 0.1, "limit": "none",
-            "configuration": "m x 1", **dict.fromkeys(experiment.PRICES, 0.0)}])
+            "configuration": "m x 1", **dict.fromkeys(fronts.PRICES, 0.0)}])
         rows = [{"dataset": "d", "evaluated_on": tested, "seed": seed, "id": str(number),
                  "configuration": configuration, "token": bool(is_right), "sum": False}
                 for tested, configuration, answered in (
                     ("d", "base", [0, 0]), ("d", "m x 1", [1, 1]),
-                    (experiment.UNRELATED, "base", [1, 1, 1, 1, 1, 0]),
-                    (experiment.UNRELATED, "m x 1", right))
+                    (fronts.UNRELATED, "base", [1, 1, 1, 1, 1, 0]),
+                    (fronts.UNRELATED, "m x 1", right))
                 for number, is_right in enumerate(answered)]
         answers.append((chosen, pd.DataFrame(rows)))
-    (row,) = experiment.front(answers).itertuples()
+    (row,) = fronts.front(answers).itertuples()
     assert row.evaluated_on == "d" and row.gain == 1 and row.questions == 2
     low, high = stats.bootstrap_interval(np.array([-1, -0.5, 0, 0, 0, 0.5]))
     assert low < -1 / 6 < high
@@ -411,9 +411,8 @@ def test_what_is_chosen_by_hand():
         "answers_increase": [0.0, 0.0, 0.2, 0.2, 0.05, 0.05, 0.01],
         "unrelated_change": [0.0, 0.0, -0.03, 0.0, 0.0, -0.02, 0.0],
         "unrelated_change_sum": [0.0, 0.0, 0.0, 0.0, -0.03, 0.0, 0.0]})
-    args = SimpleNamespace(max_ppl_increase=[0.005, 0.02, 0.1, 0.3], max_unrelated_loss=0.02)
-    chosen = experiment.choose(validated, args)
-    for limit, expected in zip(experiment.limits(args), (
+    chosen = fronts.choose(validated, budgets=[0.005, 0.02, 0.1, 0.3], max_unrelated_loss=0.02)
+    for limit, expected in zip(fronts.limits(0.02), (
             ["base", "safe", "breaks", "dear"], ["base", "safe", "reckless", "dear"],
             ["base", "safe", "best", "dear"]), strict=True):
         rows = chosen[(chosen.limit == limit) & (chosen.score == "sum")]
@@ -513,7 +512,7 @@ def test_ablations_are_experiments_with_one_setting_changed(made, commands, tmp_
         expected = tables(alone)[1]
         found = table[table.setting == setting].drop(columns="setting").reset_index(drop=True)
         pd.testing.assert_frame_equal(found, expected)
-    own = table[(table.dataset == table.evaluated_on) & (table.limit == experiment.UNLIMITED)]
+    own = table[(table.dataset == table.evaluated_on) & (table.limit == fronts.UNLIMITED)]
     written = (tmp_path / "results.md").read_text()
     for (dataset, score), rows in own.groupby(["dataset", "score"]):
         (section,) = (part for part in written.split("\n**")
@@ -522,7 +521,7 @@ def test_ablations_are_experiments_with_one_setting_changed(made, commands, tmp_
         assert lines[0] == "|  | mean pos | gradient |" and len(lines) == 2 + 1 + len(settings)
         for line, (setting, here) in zip(lines[2:], rows.groupby("setting", sort=False),
                                          strict=True):
-            cells = " | ".join(experiment.points(row) for row in here.itertuples())
+            cells = " | ".join(fronts.points(row) for row in here.itertuples())
             assert line == f"| {setting} | {cells} |"
     grids = {path.read_bytes() for path in tmp_path.glob("*_grid.csv")}
     assert len(grids) == 1 + len(settings) and own.gain.any()  # settings do differ here
