@@ -37,13 +37,12 @@ import pandas as pd
 import torch
 
 import token_ablation
-from grains import cli, costs, data, fronts, gates, lora, prompts, runs, stats, trained
+from grains import cli, costs, data, fronts, gates, lora, prompts, runs, stats, strengths, trained
 from grains.errors import UserError
 from grains.fronts import OF_ANSWERS, PRICES, SCORES, UNRELATED
 from grains.generation import decoding_batches, generate
 from grains.prompts import Encoded
 from grains.scoring import Configuration, Direction, batches, margins, score
-from grains.strengths import REFINEMENTS, ROUNDS, between, stronger, strongest
 from grains.vectors import METHODS, Gate, StatesFile, SteeringVectors
 
 BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
@@ -366,26 +365,16 @@ def priced(lm, one: Study, args) -> list[Configuration]:
     alphas = {direction: SCALES if direction.method in LEARNT else dict.fromkeys(args.alphas or ())
               for direction in one.directions}
     texts = neutral_items(lm, "validation")
-    targets = np.log1p(np.sort(args.strengths_at or sorted(args.max_ppl_increase)[::2]))
-    curves = {direction: [(0.0, 0.0)] for direction in one.directions if not alphas[direction]}
 
-    def measure(tried: list[tuple[Direction, float]]) -> None:
-        """Put what directions may cost at some strengths on their curves."""
-        if not tried:
-            return
+    def rises(tried: list[tuple[Direction, float]]) -> np.ndarray:
+        """What directions may cost at some strengths."""
         items = [direction.at(alpha, args.alpha_units) for direction, alpha in tried]
-        bounds = costs.perplexity_bound(
-            texts, scores_of(lm, texts, items, args, one, "validation_texts"))
-        for (direction, alpha), bound in zip(tried, bounds[1:], strict=True):
-            curves[direction] = sorted({*curves[direction], (alpha, np.log1p(bound))})
+        found = scores_of(lm, texts, items, args, one, "validation_texts")
+        return np.log1p(costs.perplexity_bound(texts, found)[1:])
 
-    for _ in range(ROUNDS):
-        measure([(direction, stronger(curve, targets[-1])) for direction, curve in curves.items()
-                 if curve[-1][1] < targets[-1]])
-    for _ in range(REFINEMENTS):
-        measure([(direction, alpha) for direction, curve in curves.items()
-                 for alpha in between(curve, targets)])
-    alphas |= {direction: strongest(curve, targets) for direction, curve in curves.items()}
+    targets = np.log1p(np.sort(args.strengths_at or sorted(args.max_ppl_increase)[::2]))
+    unknown = [direction for direction in one.directions if not alphas[direction]]
+    alphas |= strengths.search(unknown, rises, targets)
     return [direction.at(alpha, args.alpha_units) for direction in one.directions
             for alpha in alphas[direction]]
 
