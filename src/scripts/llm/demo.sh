@@ -14,7 +14,7 @@ bash scripts/llm/run_steering_mc.sh --methods mean gradient random --alphas 0.01
 echo
 echo "3/3 generation, base and steered"
 bash scripts/llm/run_steering_generation.sh --num_prompts 6 --max_new_tokens 40
-"${PYTHON:-python}" demo/text_figure.py \
+PYTHONPATH=. "${PYTHON:-python}" demo/text_figure.py \
   results/llm/token_attribution/${stem}_steering_n50_*_k10.csv \
   results/llm/steering/${stem}_n50_*_grid.csv results/llm/demo.png
 "${PYTHON:-python}" report.py results/llm --output results/llm/report.html
