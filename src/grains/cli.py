@@ -17,7 +17,7 @@ import huggingface_hub
 import torch
 import transformers
 
-from grains import ctrl_c, data, models, runs, vectors
+from grains import cpu, ctrl_c, data, models, runs, vectors
 from grains.ablation import TOPS
 from grains.attribution import GRAD_METHODS, OBJECTIVES
 from grains.errors import UserError
@@ -233,6 +233,7 @@ def parse_layers(items: list[str], count: int) -> list[int]:
 
 def load_model(args: argparse.Namespace) -> models.LanguageModel:
     runs.processes()  # of several processes every one takes a device of its own
+    cpu.keep_freed_memory()
     return models.load(args.model_name, args.dtype, args.device, args.device_map,
                        args.trust_remote_code, max_memory=args.max_memory)
 

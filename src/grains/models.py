@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
+from grains import cpu
 from grains.errors import UserError, hub_trouble
 from grains.replay import capture_pack, extend, logits, pack, replay
 
@@ -177,6 +178,7 @@ def load(
             processor, tokenizer = None, AutoTokenizer.from_pretrained(source, **options)
         if device_map is None:
             model = model.to(device)
+            cpu.use_onednn(model)
     except Exception as error:
         raise UserError(_why_not_loaded(name, source, error)) from error
     if missing := sorted(loaded["missing_keys"]):

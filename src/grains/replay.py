@@ -12,8 +12,7 @@ sees only the tokens on its own path through the trie.
 
 from __future__ import annotations
 
-import ctypes
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,9 +21,9 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from grains import cpu
 from grains.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,10 +125,11 @@ def _map_kwargs(kwargs: list[dict], change) -> list[dict]:
 def _recorded(lm: LanguageModel, run_layers: bool):
     """Record the first argument of layer 0 and the keyword arguments of every layer.
 
-    With `run_layers` false the layers hand their input on unchanged, so that the forward costs no
-    more than the embedding, the masks and, for an image, the vision tower.
+    With `run_layers` false the layers and the head hand their input on unchanged, so that the
+    forward costs no more than the embedding, the masks and, for an image, the vision tower.
     """
     records: list[dict] = [{} for _ in lm.layers]
+    idle = [] if run_layers else [*lm.layers, lm.head]
     handles, replaced = [], []
 
     def recorder(index):
@@ -141,18 +141,18 @@ def _recorded(lm: LanguageModel, run_layers: bool):
     try:
         for index, layer in enumerate(lm.layers):
             handles.append(layer.register_forward_pre_hook(recorder(index), with_kwargs=True))
-            if not run_layers:
-                replaced.append((layer, layer.__dict__.get("forward")))
-                layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        for module in idle:
+            replaced.append((module, module.__dict__.get("forward")))
+            module.forward = lambda hidden_states, *args, **kwargs: hidden_states
         yield records
     finally:
         for handle in handles:
             handle.remove()
-        for layer, forward in replaced:
+        for module, forward in replaced:
             if forward is None:
-                del layer.forward
+                del module.forward
             else:
-                layer.forward = forward
+                module.forward = forward
 
 
 def capture(lm: LanguageModel, inputs: dict, run_layers: bool = False) -> Capture:
@@ -350,18 +350,8 @@ def gradient_rows(lm: LanguageModel, captured: Capture) -> tuple[int, bool]:
     if rows > 0:
         return rows, False
     if lm.device.type == "cpu":
-        _give_back_freed_blocks()
+        cpu.return_freed_memory()
     return max(1, int(free // (2 * one_layer + len(lm.layers) * output.nbytes))), True
-
-
-def _give_back_freed_blocks() -> None:
-    """Have glibc return what is freed from 1 MiB on to the system.
-
-    It keeps freed blocks of up to 32 MiB otherwise, as holes that little fits into: of a budget of
-    2 GiB a prompt of 2,900 tokens then took 3.4.
-    """
-    with suppress(OSError, AttributeError):  # another system, another C library
-        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def logits(lm: LanguageModel, hidden_states: Tensor) -> Tensor:
@@ -378,7 +368,7 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states, targets, weight, bias, wants_grad):
+    def forward(ctx, states, targets, weight, bias, linear, wants_grad):
         count = len(states)
         highest = torch.full((count,), -torch.inf, device=states.device)
         total = torch.zeros(count, device=states.device)
@@ -395,7 +385,8 @@ class _TokenLogProbs(torch.autograd.Function):
             scores.sub_(highest[:, None]).exp_()
             total.mul_(rescale).add_(scores.sum(-1))
             if wants_grad:
-                mean.mul_(rescale[:, None]).add_((scores.to(part.dtype) @ part).float())
+                mean.mul_(rescale[:, None]).add_(
+                    linear(scores.to(part.dtype), part.t(), None).float())
         if wants_grad:
             ctx.save_for_backward(weight[targets].float() - mean / total[:, None])
         return picked - highest - total.log()
@@ -403,7 +394,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (by_states,) = ctx.saved_tensors
-        return grad[:, None] * by_states, None, None, None, None
+        return grad[:, None] * by_states, None, None, None, None, None
 
 
 # The logits that exist at a time: 1024 x 4096 in fp32 are 16 MiB, whatever the vocabulary.
@@ -421,6 +412,7 @@ def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -
     with align_module_device(lm.head):  # brings a head that was put off to a disk
         weight, bias = lm.head.weight, getattr(lm.head, "bias", None)
         states, targets = states.to(weight.device), targets.to(weight.device)
-        return torch.cat([_TokenLogProbs.apply(some, wanted, weight, bias, wants_grad)
+        linear = cpu.linear_of(lm.head)
+        return torch.cat([_TokenLogProbs.apply(some, wanted, weight, bias, linear, wants_grad)
                           for some, wanted in zip(states.split(LOGIT_ROWS),
                                                   targets.split(LOGIT_ROWS), strict=True)])

@@ -1,0 +1,118 @@
+"""Products by oneDNN are the products: values and gradients against float64, and only in fp32."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_model
+from reference import embeds, encoded, example, log_likelihood, relative, words
+from torch import nn
+
+from grains import lora, models, prompts
+from grains.attribution import PromptFunction
+from grains.cpu import Linear, is_faster, use_onednn
+from grains.scoring import score
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
+                                reason="this torch has no oneDNN")
+W = words(40)
+
+
+@pytest.fixture
+def faster(monkeypatch):
+    monkeypatch.setattr("grains.cpu.is_faster", lambda: True)
+
+
+@pytest.fixture
+def both(tokenizer, faster):
+    """The same tiny model twice, multiplied by torch and by oneDNN."""
+    model = tiny_model("qwen2")  # its query, key and value layers have a bias
+    one, two = (models.wrap("tiny", copy.deepcopy(model), tokenizer) for _ in range(2))
+    assert use_onednn(two.model)
+    assert not any(isinstance(module, Linear) for module in one.model.modules())
+    assert {type(module) for module in two.model.modules() if isinstance(module, nn.Linear)} == {
+        Linear}
+    return one, two
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 96), (3, 1, 96), (2, 5, 96), (2, 0, 96)])
+def test_values_and_gradients_are_those_of_float64(faster, shape, bias):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(96, 64, bias=bias)).requires_grad_(False)
+    exact = copy.deepcopy(module).double()
+    assert use_onednn(module)
+    states = torch.randn(shape, requires_grad=True)
+    doubled = states.detach().double().requires_grad_()
+    found, expected = module(states), exact(doubled)
+    found.sin().sum().backward()
+    expected.sin().sum().backward()
+    assert found.shape == expected.shape
+    if states.numel():  # in bfloat16 or TF32 they would differ by 1e-3
+        assert relative(found.detach(), expected.detach()) <= 1e-6
+        assert relative(states.grad, doubled.grad) <= 1e-6
+
+
+def test_states_that_lie_apart_in_memory(faster):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(96, 64)).requires_grad_(False)
+    exact = copy.deepcopy(module).double()
+    use_onednn(module)
+    for states in (torch.randn(96, 7).t(), torch.randn(4, 9, 96)[:, 2:5],
+                   torch.randn(5, 192)[:, ::2]):
+        assert relative(module(states), exact(states.double())) <= 1e-6
+
+
+def test_weights_that_are_trained_have_gradients(faster):
+    module = nn.Sequential(nn.Linear(96, 64))
+    use_onednn(module)
+    module(torch.ones(2, 96)).sum().backward()
+    assert torch.equal(module[0].weight.grad, torch.full((64, 96), 2.0))
+
+
+def test_other_precisions_stay_as_they_are(faster):
+    module = nn.Sequential(nn.Linear(96, 64)).bfloat16()
+    use_onednn(module)
+    assert type(module[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("capability, vendor", [("AVX2", "AuthenticAMD"),
+                                                ("AVX512", "GenuineIntel")])
+def test_other_processors_stay_with_torch(monkeypatch, capability, vendor):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("grains.cpu.Path.read_text", lambda path: f"vendor_id : {vendor}\n")
+    monkeypatch.setattr("grains.cpu.platform.system", lambda: "Linux")
+    module = nn.Sequential(nn.Linear(96, 64))
+    assert not is_faster() and not use_onednn(module)
+    assert type(module[0]) is nn.Linear
+
+
+def test_attribution_and_scores_are_the_models_own(both):
+    one, two = both
+    prompt, responses = W[:9], [W[10:14], W[20:23]]
+    item = encoded(one, prompt, responses)
+    (plain,), (found,) = (score(lm, [item], [], 64) for lm in both)
+    assert relative(found, plain) <= 1e-5
+    states = embeds(one, prompt).requires_grad_()
+    chosen, rejected = (log_likelihood(one, states, response) for response in responses)
+    (chosen - rejected).backward()
+    function = PromptFunction(two, item, [1.0, -1.0], 64)
+    values, grads = function.values_and_grads(states.detach()[None])
+    assert relative(values, plain[0, :1] - plain[0, 1:]) <= 1e-4
+    assert relative(grads[0], states.grad) <= 1e-4
+
+
+def test_lora_trains_around_them(both, tokenizer):
+    one, two = both
+    pairs = [prompts.encode(one, example("What is it?", "a true thing", "a false one"), "qa")]
+    plain, found = (lora.train(lm, pairs, seed=1) for lm in both)
+    assert plain.keys() == found.keys()
+    for name, tensor in plain.items():
+        assert relative(found[name], tensor) <= 1e-3, name
+    assert {type(module) for module in two.layers.modules() if isinstance(module, nn.Linear)} == {
+        Linear}
+
+
+def test_a_model_that_is_loaded_has_them_where_they_are_faster(smollm2):
+    kinds = {type(module) for module in smollm2.model.modules() if isinstance(module, nn.Linear)}
+    assert kinds == {Linear if is_faster() else nn.Linear}
