@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 import plain  # noqa: E402
 
-from grains import costs, data, models, prompts, runs  # noqa: E402
+from grains import costs, cpu, data, models, prompts, runs  # noqa: E402
 from grains.ablation import hidden_states, select  # noqa: E402
 from grains.attribution import PromptFunction, Settings, absent, attribute  # noqa: E402
 from grains.generation import generate  # noqa: E402
@@ -209,13 +209,16 @@ def head_flops(lm) -> float:
     return 2 * lm.head.weight.numel()
 
 
+@torch.inference_mode()
 def matrix_rate(seconds: float = 1.0) -> float:
-    """FLOP/s of (1024 x 576) (576 x 1536) in fp32, kept up for so long."""
-    a, b = torch.randn(1024, 576), torch.randn(576, 1536)
-    torch.mm(a, b)
+    """FLOP/s of (1024 x 576) (576 x 1536) in fp32, as a model's layers are multiplied here, kept
+    up for so long."""
+    states, layer = torch.randn(1024, 576), nn.Sequential(nn.Linear(576, 1536, bias=False))
+    cpu.use_onednn(layer.requires_grad_(False))
+    layer(states)
     count, begin = 0, time.perf_counter()
     while time.perf_counter() < begin + seconds:
-        torch.mm(a, b)
+        layer(states)
         count += 1
     return count * 2 * 1024 * 576 * 1536 / (time.perf_counter() - begin)
 
@@ -406,6 +409,7 @@ def main() -> None:
     parser.add_argument("--one", choices=[*JOBS, LONG], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
+        cpu.keep_freed_memory()  # as the stages do
         print(json.dumps(long_prompt() if args.one == LONG else run_job(args.one, args.all)))
         return
     kept = args.output.with_suffix(".json")  # so that a part can be measured anew

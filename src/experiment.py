@@ -320,7 +320,7 @@ def trained_vectors(lm, one: Study, args, pairs, states: StatesFile, gate: Gate,
 def later_layers(lm, args) -> list[int]:
     """Where vectors are trained: --layer_idxs without the first third of the model's layers.
 
-    There they gain nothing of their own (docs/results.md), and the others take two thirds of the
+    There they gain nothing of their own (docs/trials.md), and the others take two thirds of the
     time. Where --layer_idxs gives no others, its layers.
     """
     layers = cli.parse_layers(args.layer_idxs, len(lm.layers))

@@ -1,6 +1,11 @@
 """Products by oneDNN are the products: values and gradients against float64, and only in fp32."""
 
 import copy
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +13,9 @@ from conftest import tiny_model
 from reference import embeds, encoded, example, log_likelihood, relative, words
 from torch import nn
 
-from grains import lora, models, prompts
+from grains import cpu, lora, models, prompts
 from grains.attribution import PromptFunction
-from grains.cpu import Linear, is_faster, use_onednn
+from grains.cpu import OneDnnLinear, is_faster, use_onednn
 from grains.scoring import score
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
@@ -28,10 +33,10 @@ def both(tokenizer, faster):
     """The same tiny model twice, multiplied by torch and by oneDNN."""
     model = tiny_model("qwen2")  # its query, key and value layers have a bias
     one, two = (models.wrap("tiny", copy.deepcopy(model), tokenizer) for _ in range(2))
-    assert use_onednn(two.model)
-    assert not any(isinstance(module, Linear) for module in one.model.modules())
+    use_onednn(two.model)
+    assert not any(isinstance(module, OneDnnLinear) for module in one.model.modules())
     assert {type(module) for module in two.model.modules() if isinstance(module, nn.Linear)} == {
-        Linear}
+        OneDnnLinear}
     return one, two
 
 
@@ -41,7 +46,7 @@ def test_values_and_gradients_are_those_of_float64(faster, shape, bias):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(96, 64, bias=bias)).requires_grad_(False)
     exact = copy.deepcopy(module).double()
-    assert use_onednn(module)
+    use_onednn(module)
     states = torch.randn(shape, requires_grad=True)
     doubled = states.detach().double().requires_grad_()
     found, expected = module(states), exact(doubled)
@@ -70,21 +75,69 @@ def test_weights_that_are_trained_have_gradients(faster):
     assert torch.equal(module[0].weight.grad, torch.full((64, 96), 2.0))
 
 
-def test_other_precisions_stay_as_they_are(faster):
-    module = nn.Sequential(nn.Linear(96, 64)).bfloat16()
+def test_a_bias_that_is_trained_alone_has_gradients(faster):
+    module = nn.Sequential(nn.Linear(96, 64))
+    module[0].weight.requires_grad_(False)
     use_onednn(module)
-    assert type(module[0]) is nn.Linear
+    module(torch.ones(2, 96)).sum().backward()
+    assert torch.equal(module[0].bias.grad, torch.full((64,), 2.0))
 
 
-@pytest.mark.parametrize("capability, vendor", [("AVX2", "AuthenticAMD"),
-                                                ("AVX512", "GenuineIntel")])
-def test_other_processors_stay_with_torch(monkeypatch, capability, vendor):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_are_multiplied_by_torch(faster, dtype):
+    plain = nn.Linear(96, 64, dtype=dtype).requires_grad_(False)
+    module = copy.deepcopy(nn.Sequential(plain))
+    use_onednn(module)
+    states = torch.randn(3, 96, dtype=dtype)
+    assert torch.equal(module(states), plain(states))
+
+
+def test_a_second_derivative_is_refused(faster):
+    module = nn.Sequential(nn.Linear(96, 64)).requires_grad_(False)
+    use_onednn(module)
+    states = torch.ones(2, 96, requires_grad=True)
+    (grad,) = torch.autograd.grad(module(states).sin().sum(), states, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("capability, vendor, expected", [
+    ("AVX512", "AuthenticAMD", True), ("AVX2", "AuthenticAMD", False),
+    ("AVX512", "GenuineIntel", False)])
+def test_it_is_for_amds_avx512(monkeypatch, capability, vendor, expected):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     monkeypatch.setattr("grains.cpu.Path.read_text", lambda path: f"vendor_id : {vendor}\n")
     monkeypatch.setattr("grains.cpu.platform.system", lambda: "Linux")
     module = nn.Sequential(nn.Linear(96, 64))
-    assert not is_faster() and not use_onednn(module)
-    assert type(module[0]) is nn.Linear
+    use_onednn(module)
+    assert is_faster() == expected
+    assert type(module[0]) is (OneDnnLinear if expected else nn.Linear)
+
+
+def faults_of_large_blocks(setting: str) -> int:
+    """How often the system had to give a page while blocks of 20 MiB came and went."""
+    code = f"""
+import resource, torch
+from grains import cpu
+{setting}
+for _ in range(40):  # until what is free lies where it fits
+    torch.ones(5 * 2**20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(5 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                            check=True, env=os.environ | {
+                                "PYTHONPATH": str(Path(cpu.__file__).parents[1])})
+    return int(result.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_is_freed_is_kept_or_returned():
+    kept = faults_of_large_blocks("cpu.keep_freed_memory()")
+    returned = faults_of_large_blocks("cpu.keep_freed_memory(); cpu.return_freed_memory()")
+    assert kept < 100 and returned > 20 * 5 * 2**20 * 4 / 2**21  # a page is 2 MiB at most
 
 
 def test_attribution_and_scores_are_the_models_own(both):
@@ -110,9 +163,9 @@ def test_lora_trains_around_them(both, tokenizer):
     for name, tensor in plain.items():
         assert relative(found[name], tensor) <= 1e-3, name
     assert {type(module) for module in two.layers.modules() if isinstance(module, nn.Linear)} == {
-        Linear}
+        OneDnnLinear}
 
 
 def test_a_model_that_is_loaded_has_them_where_they_are_faster(smollm2):
     kinds = {type(module) for module in smollm2.model.modules() if isinstance(module, nn.Linear)}
-    assert kinds == {Linear if is_faster() else nn.Linear}
+    assert kinds == {OneDnnLinear if is_faster() else nn.Linear}

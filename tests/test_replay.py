@@ -74,6 +74,16 @@ def test_capturing_with_and_without_running_the_layers_is_the_same(tiny):
             assert torch.equal(first, second)
 
 
+def test_capturing_computes_no_logits(tiny, monkeypatch):
+    shapes, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr("torch.nn.functional.linear", lambda states, weight, bias=None: (
+        shapes.append(tuple(weight.shape)), linear(states, weight, bias))[1])
+    capture(tiny, inputs(SHORT))
+    assert not shapes
+    own_logits(tiny, SHORT)
+    assert tuple(tiny.head.weight.shape) in shapes
+
+
 @pytest.mark.parametrize("case", TRIES)
 def test_packed_answers_are_separate_sequences(tiny, case):
     prompt, responses = TRIES[case]

@@ -233,9 +233,11 @@ def parse_layers(items: list[str], count: int) -> list[int]:
 
 def load_model(args: argparse.Namespace) -> models.LanguageModel:
     runs.processes()  # of several processes every one takes a device of its own
-    cpu.keep_freed_memory()
-    return models.load(args.model_name, args.dtype, args.device, args.device_map,
-                       args.trust_remote_code, max_memory=args.max_memory)
+    lm = models.load(args.model_name, args.dtype, args.device, args.device_map,
+                     args.trust_remote_code, max_memory=args.max_memory)
+    if lm.device.type == "cpu":
+        cpu.keep_freed_memory()
+    return lm
 
 
 def steering_examples(args: argparse.Namespace) -> list[data.Example]:

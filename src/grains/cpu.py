@@ -1,8 +1,8 @@
 """What computing on a CPU is slow without: products by oneDNN on AMD, memory that stays mapped.
 
 torch multiplies fp32 matrices with MKL, which leaves AVX-512 to Intel's processors; oneDNN, which
-comes with torch too, does not, and is more than twice as fast on others (`make bench`). It computes
-in fp32 all the same: the results differ by rounding alone.
+comes with torch too, does not, and is more than twice as fast on AMD's (benchmarks/RESULTS.md). It
+computes in fp32 all the same: the results differ by rounding alone.
 """
 
 from __future__ import annotations
@@ -14,27 +14,34 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
-class Linear(nn.Linear):
-    """A linear layer that is multiplied by oneDNN, frozen as a model's are here."""
+class OneDnnLinear(nn.Linear):
+    """A linear layer that is multiplied by oneDNN while it is frozen, in fp32 and on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.weight.requires_grad:
-            return super().forward(input)
-        return _Product.apply(input, self.weight, self.bias)
+        return product(input, self.weight, self.bias)
+
+
+def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """states W^T + b by oneDNN, differentiable once by the states; else by torch."""
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    is_fp32 = states.dtype == weight.dtype == torch.float32
+    if trained or not is_fp32 or weight.device.type != "cpu":
+        return functional.linear(states, weight, bias)
+    return _Product.apply(states, weight, bias)
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b for fp32 on a CPU, differentiable by x alone."""
-
     @staticmethod
     def forward(ctx, states, weight, bias):
         ctx.save_for_backward(weight)
         return _onednn(states, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
         return _onednn(grad, weight.t(), None), None, None
@@ -44,22 +51,17 @@ def _onednn(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
-def linear_of(module: nn.Module):
-    """(states, weight, bias) -> states W^T + b, by what `module` is multiplied by; not
-    differentiable."""
-    return _onednn if isinstance(module, Linear) else functional.linear
+def product_of(module: nn.Module):
+    """What multiplies a linear layer's weights: (states, weight, bias) -> the product."""
+    return product if isinstance(module, OneDnnLinear) else functional.linear
 
 
-def use_onednn(model: nn.Module) -> bool:
-    """Have a model's fp32 layers multiplied by oneDNN where that is faster; whether it is."""
-    if not is_faster():
-        return False
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if type(module) is nn.Linear and (weight.dtype, weight.device.type) == (torch.float32,
-                                                                                "cpu"):
-            module.__class__ = Linear
-    return True
+def use_onednn(model: nn.Module) -> None:
+    """Have a model's frozen fp32 layers multiplied by oneDNN where that is faster."""
+    if is_faster():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = OneDnnLinear
 
 
 def is_faster() -> bool:
@@ -70,7 +72,8 @@ def is_faster() -> bool:
             and "AuthenticAMD" in Path("/proc/cpuinfo").read_text())
 
 
-# mallopt's numbers for when glibc asks the system for a block of its own, and returns free memory.
+# mallopt's numbers for from what size on a block is the system's own, and how much that is free at
+# the end of the heap is kept.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 
 
@@ -80,19 +83,25 @@ def keep_freed_memory() -> None:
     By default glibc gives large blocks back at once, and to have the system clear new ones took two
     fifths of the time of decoding and a tenth of that of scoring.
     """
-    _mallopt(M_MMAP_THRESHOLD, 2**30)
-    _mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    for size in (2**30, 2**25):  # the second is the most that older ones take
+        if _glibc("mallopt", M_MMAP_THRESHOLD, size):
+            _glibc("mallopt", M_TRIM_THRESHOLD, 2**31 - 1)
+            return
 
 
 def return_freed_memory() -> None:
-    """Have this process return what is freed from 1 MiB on to the system, where memory is scarce.
+    """Have this process return what is free, and blocks from 1 MiB on that are freed later.
 
-    What is kept otherwise has holes that little fits into: of a budget of 2 GiB a prompt of 2,900
-    tokens then took 3.4.
+    For where memory is scarce: what is kept has holes that little fits into. Of a budget of 2 GiB
+    a prompt of 2,900 tokens then took 3.4.
     """
-    _mallopt(M_MMAP_THRESHOLD, 2**20)
+    _glibc("mallopt", M_MMAP_THRESHOLD, 2**20)
+    _glibc("mallopt", M_TRIM_THRESHOLD, 2**17)
+    _glibc("malloc_trim", 0)
 
 
-def _mallopt(option: int, value: int) -> None:
-    with suppress(OSError, AttributeError):  # another system, another C library
-        ctypes.CDLL("libc.so.6").mallopt(option, value)
+def _glibc(function: str, *arguments: int) -> int:
+    """What a function of the C library gives; 0 on another system or with another library."""
+    with suppress(OSError, AttributeError):
+        return getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
+    return 0

@@ -178,13 +178,13 @@ def load(
             processor, tokenizer = None, AutoTokenizer.from_pretrained(source, **options)
         if device_map is None:
             model = model.to(device)
-            cpu.use_onednn(model)
     except Exception as error:
         raise UserError(_why_not_loaded(name, source, error)) from error
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"model '{name}': {len(missing)} of its weights are not in its files "
                         f"({', '.join(missing[:3])}, ...) and would be random: is it whole, and "
                         "the model its config names? make it again or give another one")
+    cpu.use_onednn(model)
     lm = wrap(name, model, tokenizer, processor, self_check)
     memory = free_memory(lm.device) if max_memory is None else int(max_memory * 2**30)
     return replace(lm, memory=memory)

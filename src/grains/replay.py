@@ -125,12 +125,19 @@ def _map_kwargs(kwargs: list[dict], change) -> list[dict]:
 def _recorded(lm: LanguageModel, run_layers: bool):
     """Record the first argument of layer 0 and the keyword arguments of every layer.
 
-    With `run_layers` false the layers and the head hand their input on unchanged, so that the
-    forward costs no more than the embedding, the masks and, for an image, the vision tower.
+    With `run_layers` false the layers hand their input on unchanged and the logits are zeros, so
+    that the forward costs no more than embedding, masks and, for an image, the vision tower.
     """
     records: list[dict] = [{} for _ in lm.layers]
-    idle = [] if run_layers else [*lm.layers, lm.head]
     handles, replaced = [], []
+
+    def unchanged(hidden_states, *args, **kwargs):
+        return hidden_states
+
+    def zeros(hidden_states):
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], len(lm.head.weight))
+
+    idle = {} if run_layers else {**dict.fromkeys(lm.layers, unchanged), lm.head: zeros}
 
     def recorder(index):
         def hook(module, args, kwargs):
@@ -141,9 +148,9 @@ def _recorded(lm: LanguageModel, run_layers: bool):
     try:
         for index, layer in enumerate(lm.layers):
             handles.append(layer.register_forward_pre_hook(recorder(index), with_kwargs=True))
-        for module in idle:
+        for module, instead in idle.items():
             replaced.append((module, module.__dict__.get("forward")))
-            module.forward = lambda hidden_states, *args, **kwargs: hidden_states
+            module.forward = instead
         yield records
     finally:
         for handle in handles:
@@ -368,7 +375,7 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states, targets, weight, bias, linear, wants_grad):
+    def forward(ctx, states, targets, weight, bias, product, wants_grad):
         count = len(states)
         highest = torch.full((count,), -torch.inf, device=states.device)
         total = torch.zeros(count, device=states.device)
@@ -376,7 +383,7 @@ class _TokenLogProbs(torch.autograd.Function):
         mean = torch.zeros_like(states, dtype=torch.float32) if wants_grad else None
         for start in range(0, len(weight), VOCABULARY_SLICE):
             part = weight[start:start + VOCABULARY_SLICE]
-            scores = linear(states, part, None if bias is None
+            scores = product(states, part, None if bias is None
                             else bias[start:start + VOCABULARY_SLICE]).float()
             here = (targets >= start) & (targets < start + len(part))
             picked[here] = scores[here, targets[here] - start]
@@ -386,7 +393,7 @@ class _TokenLogProbs(torch.autograd.Function):
             total.mul_(rescale).add_(scores.sum(-1))
             if wants_grad:
                 mean.mul_(rescale[:, None]).add_(
-                    linear(scores.to(part.dtype), part.t(), None).float())
+                    product(scores.to(part.dtype), part.t()).float())
         if wants_grad:
             ctx.save_for_backward(weight[targets].float() - mean / total[:, None])
         return picked - highest - total.log()
@@ -412,7 +419,7 @@ def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -
     with align_module_device(lm.head):  # brings a head that was put off to a disk
         weight, bias = lm.head.weight, getattr(lm.head, "bias", None)
         states, targets = states.to(weight.device), targets.to(weight.device)
-        linear = cpu.linear_of(lm.head)
-        return torch.cat([_TokenLogProbs.apply(some, wanted, weight, bias, linear, wants_grad)
+        product = cpu.product_of(lm.head)
+        return torch.cat([_TokenLogProbs.apply(some, wanted, weight, bias, product, wants_grad)
                           for some, wanted in zip(states.split(LOGIT_ROWS),
                                                   targets.split(LOGIT_ROWS), strict=True)])
