@@ -81,6 +81,14 @@ class Material:
         return normalize(self.given[method].vectors, dim=-1)
 
     @cached_property
+    def asked(self) -> dict[str, tuple[list[Encoded], list[np.ndarray]]]:
+        """Validation questions and unrelated ones, and what the base model scores of them."""
+        kinds = {"own": experiment.encode(self.lm, self.one.parts["validation"], self.args),
+                 "unrelated": experiment.unrelated_items(self.lm, "validation")}
+        return {kind: (items, values(self, items, PLAIN, torch.zeros_like(self.of("gradient"))))
+                for kind, items in kinds.items()}
+
+    @cached_property
     def further_gradients(self) -> Tensor:
         """(L, FURTHER_PAIRS, D) gradients of pairs that are for test."""
         pairs = [prompts.encode(self.lm, example.pair(), self.args.prompt_style)
@@ -289,12 +297,8 @@ def measured(material: Material, variant: Variant, price: float) -> list[dict]:
     vectors = variant.vectors(material)
     alpha = strength(material, variant, vectors, price)
     rows = []
-    for kind, items in (
-            ("own", experiment.encode(material.lm, material.one.parts["validation"],
-                                      material.args)),
-            ("unrelated", experiment.unrelated_items(material.lm, "validation"))):
-        before, after = (values(material, items, variant, factor * vectors)
-                         for factor in (0.0, alpha))
+    for kind, (items, before) in material.asked.items():
+        after = values(material, items, variant, alpha * vectors)
         leads = margins(items, [np.stack(pair) for pair in zip(before, after, strict=True)])
         rows += [{"variant": variant.name, "seed": material.one.seed, "alpha": alpha,
                   "questions": kind, "id": item.example.id,
