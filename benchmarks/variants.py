@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +276,7 @@ def strength(material: Material, variant: Variant, vectors: Tensor, price: float
     texts = experiment.neutral_items(material.lm, "test")
     base = perplexity(texts, values(material, texts, variant, torch.zeros_like(vectors)))
 
+    @cache  # the ends of the bracket are asked for again
     def excess(log_alpha: float) -> float:
         now = perplexity(texts, values(material, texts, variant, np.exp(log_alpha) * vectors))
         return float(np.log(max(now / base - 1, 1e-4) / price))
