@@ -38,7 +38,7 @@ from grains.ablation import hidden_states, select  # noqa: E402
 from grains.attribution import PromptFunction, Settings, absent, attribute  # noqa: E402
 from grains.generation import generate  # noqa: E402
 from grains.replay import pack  # noqa: E402
-from grains.scoring import Configuration, batches, score  # noqa: E402
+from grains.scoring import Configuration, question_batches, score  # noqa: E402
 from grains.vectors import pca_vector  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
@@ -130,7 +130,7 @@ def mc_job(lm, grid: dict[int, int], stage: str, target: float, part: int,
 
     def ours(items):
         found = [None] * len(items)
-        for members in batches([item.length for item in items], MAX_TOKENS):
+        for members in question_batches(items, configurations, MAX_TOKENS):
             scores = score(lm, [items[i] for i in members], configurations, MAX_TOKENS)
             for index, values in zip(members, scores, strict=True):
                 found[index] = values

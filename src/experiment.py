@@ -22,6 +22,8 @@ from __future__ import annotations
 import argparse
 import glob
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
@@ -42,7 +44,7 @@ from grains.errors import UserError
 from grains.fronts import OF_ANSWERS, PRICES, SCORES, UNRELATED
 from grains.generation import decoding_batches, generate
 from grains.prompts import Encoded
-from grains.scoring import Configuration, Direction, batches, margins, score
+from grains.scoring import Configuration, Direction, margins, question_batches, score
 from grains.vectors import METHODS, Gate, StatesFile, SteeringVectors
 
 BUDGETS = [0.02, 0.05, 0.1, 0.25, 1.0]
@@ -248,7 +250,7 @@ def study(lm, args, name: str, path: str | None, seed: int, known: dict | None) 
     gated = [direction for direction in directions if direction.method in args.gated]
     if gated or args.train_vectors:
         layers = {layer for direction in gated for layer in direction.layers}
-        layers |= {*cli.parse_layers(args.layer_idxs, len(lm.layers))}
+        layers |= {*later_layers(lm, args)} if args.train_vectors else set()
         gate, gate_manifest = learnt_gate(lm, one, args, pairs, sorted(layers), learning)
         directions += [replace(direction, mode=f"{direction.mode} gated".strip(),
                                vectors=replace(direction.vectors, gate=gate))
@@ -449,8 +451,10 @@ def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFram
             batch = [asked[index] for index in groups[unit]]
             texts = generate(lm, batch, steered, args.max_new_tokens, seed=1000 * one.seed + unit,
                              **drawn)
-            for alone in with_lora(lm, tuned, generate, batch, [], args.max_new_tokens):
-                texts += alone
+            if tuned:
+                with tuned_model(lm, tuned) as at_each:
+                    texts += [text for (text,) in at_each(
+                        lambda batch=batch: generate(lm, batch, [], args.max_new_tokens))]
             work.save(unit, {}, [
                 {"dataset": one.dataset, "seed": one.seed, "number": number,
                  "id": asked[number].example.id, "question": asked[number].example.question,
@@ -515,16 +519,21 @@ def by_kind(configurations) -> tuple[list[Configuration], list[Tuned]]:
     return steered, configurations[len(steered):]
 
 
-def with_lora(lm, tuned: list[Tuned], compute, *given) -> list:
-    """What `compute` gives of the model with LoRA at each scale, put into the model once."""
-    if not tuned:
-        return []
-    found = []
+@contextmanager
+def tuned_model(lm, tuned: list[Tuned]) -> Iterator[Callable[[Callable], list]]:
+    """LoRA in the model within the block, which takes a quarter of a second to put there.
+
+    Yields what gives a list of what a function gives at each of its scales.
+    """
     with lora.adapted(lm, tuned[0].adapter) as set_scale:
-        for item in tuned:
-            set_scale(item.alpha)
-            found.append(compute(lm, *given))
-    return found
+        def at_each(compute: Callable) -> list:
+            found = []
+            for item in tuned:
+                set_scale(item.alpha)
+                found.append(compute())
+            return found
+
+        yield at_each
 
 
 def encode(lm, examples: list[data.Example], args) -> list[Encoded]:
@@ -541,22 +550,33 @@ def scores_of(lm, items: list[Encoded], configurations, args, one: Study, what: 
     """
     name = f"{one.name}_{what}_scores"
     manifest = one.manifest | {"items": data.fingerprint([item.example for item in items])}
-    wanted = ["base", *map(identity, configurations)]
+    names = [*map(identity, configurations)]
     kept: dict[str, tuple[Path, int]] = {}  # where each stands: file and row
     for path in sorted(args.parts_dir.glob(f"{glob.escape(name)}_*.safetensors")):
         info = runs.read_header(path)
         scored = info.pop("configurations")
         if runs.digest(info) == runs.digest(manifest) and not args.overwrite:
             kept |= {known: (path, row) for row, known in enumerate(scored)}
-    missing = {known: item for known, item in zip(wanted[1:], configurations, strict=True)
+    missing = {known: item for known, item in zip(names, configurations, strict=True)
                if known not in kept}
-    if missing or "base" not in kept:
-        scored = ["base", *missing]
+    tuned = {known: item for known, item in missing.items() if isinstance(item, Tuned)}
+    steered = {known: item for known, item in missing.items() if known not in tuned}
+
+    def keep(scored: list[str], together: list[Configuration], compute: Callable) -> None:
         path = args.parts_dir / f"{name}_{runs.digest([manifest, scored])}.safetensors"
-        score_all(lm, items, [*missing.values()], path, manifest | {"configurations": scored},
-                  args)
-        kept |= {known: (path, row) for row, known in enumerate(scored)}
-    rows = [kept[known] for known in wanted]
+        score_all(items, question_batches(items, together, args.batch_tokens), compute, path,
+                  manifest | {"configurations": scored}, args)
+        kept.update({known: (path, row) for row, known in enumerate(scored)})
+
+    if steered or "base" not in kept:
+        grid, first = [*steered.values()], int("base" in kept)
+        keep(["base", *steered][first:], grid, lambda batch: [
+            rows[first:] for rows in score(lm, batch, grid, args.batch_tokens)])
+    if tuned:
+        with tuned_model(lm, [*tuned.values()]) as at_each:
+            keep([*tuned], [], lambda batch: [np.concatenate(rows) for rows in zip(*at_each(
+                lambda: score(lm, batch, [], args.batch_tokens)), strict=True)])
+    rows = [kept[known] for known in ["base", *names]]
     files = {path: runs.read_tensors(path)[0] for path in {path for path, _ in rows}}
     return [np.stack([files[path][str(index)].numpy()[row] for path, row in rows])
             for index in range(len(items))]
@@ -574,18 +594,17 @@ def identity(item: Configuration) -> str:
     return f"{item.label} {runs.digest({name: one.hexdigest() for name, one in digests.items()})}"
 
 
-def score_all(lm, items: list[Encoded], configurations, path: Path, manifest: dict, args) -> None:
-    """Write the log-likelihoods of every item to `path`, by its number, in resumable parts."""
-    groups = batches([item.length for item in items], args.batch_tokens)
+def score_all(items: list[Encoded], groups: list[list[int]], compute: Callable, path: Path,
+              manifest: dict, args) -> None:
+    """Write the log-likelihoods of every item to `path`, by its number, in resumable parts.
+
+    compute: gives those of a group.
+    """
     work = runs.Run([path], manifest, args.overwrite)
     if work.finished:
         return
-    steered, tuned = by_kind(configurations)
     for unit in work.todo(len(groups), path.stem.partition("_scores")[0]):
-        batch = [items[i] for i in groups[unit]]
-        found = score(lm, batch, steered, args.batch_tokens)
-        for alone in with_lora(lm, tuned, score, batch, [], args.batch_tokens):
-            found = [np.concatenate(both) for both in zip(found, alone, strict=True)]
+        found = compute([items[i] for i in groups[unit]])
         work.save(unit, {str(i): torch.from_numpy(values) for i, values
                          in zip(groups[unit], found, strict=True)}, [])
     if work.all_done():

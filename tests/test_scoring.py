@@ -1,5 +1,7 @@
 """Scores of choices: transformers' own loss, hooked full forwards, and no trace of the batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,17 @@ from reference import embeds, encoded, example, own_loss_log_likelihood, relativ
 
 from grains import prompts
 from grains.errors import UserError
-from grains.scoring import Configuration, batches, correct, layer_ranges, score
-from grains.vectors import steered
+from grains.replay import pack
+from grains.scoring import (
+    Configuration,
+    alike,
+    batches,
+    correct,
+    layer_ranges,
+    question_batches,
+    score,
+)
+from grains.vectors import Gate, steered
 
 W = words(80, seed=3)
 QUESTIONS = [
@@ -179,6 +190,31 @@ def test_batches_hold_every_question_once_and_keep_their_width():
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= 64
     assert batches([8] * 9, 64) == [list(range(8)), [8]]
     assert batches([], 64) == []
+
+
+def test_configurations_that_steer_alike_are_computed_together(tiny):
+    assert alike(grid(tiny)) == [[0, 4], [1, 6], [2, 7], [3], [5]]
+    gate = Gate(torch.zeros(4, 8), torch.zeros(4))
+    one, other = (Configuration("some", "", layers, 1.0) for layers in [(1, 3), (3, 1)])
+    assert alike([one, replace(one, gate=gate), other, replace(other, gate=gate)]) == [
+        [0, 2], [1, 3]]
+    assert alike([]) == []
+
+
+@pytest.mark.parametrize(("count", "together"), [(0, 1), (1, 1), (3, 3), (40, 4)])
+def test_more_configurations_take_fewer_questions(tiny, count, together):
+    """In place of more questions: what is computed at a time stays as wide."""
+    items = encode_all(tiny) * 9
+    configurations = [replace(grid(tiny)[5], alpha=float(alpha)) for alpha in range(count)]
+    groups = question_batches(items, configurations, 400)
+    assert groups == batches([len(pack(item.sequences(without_last=True))) for item in items],
+                             400 // together)
+    assert sorted(index for group in groups for index in group) == [*range(len(items))]
+
+
+def test_few_of_each_kind_take_many_questions(tiny):
+    items = encode_all(tiny) * 9
+    assert question_batches(items, grid(tiny), 400) == question_batches(items, [], 400)
 
 
 def test_labels():

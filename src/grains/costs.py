@@ -16,7 +16,7 @@ from grains.data import Example
 from grains.errors import UserError
 from grains.models import LanguageModel
 from grains.prompts import Encoded, encode
-from grains.scoring import Configuration, batches, margins, score
+from grains.scoring import Configuration, margins, question_batches, score
 
 NEUTRAL = data.PACKAGED / "neutral_text.jsonl"
 VARIED = data.PACKAGED / "varied_text.jsonl"
@@ -121,7 +121,7 @@ def continuation(lm: LanguageModel, text: str) -> Encoded:
 def _score_all(lm, encoded, configurations, max_tokens) -> list[np.ndarray]:
     """`score` of any number of questions, in their order."""
     scores = {}
-    for members in batches([item.length for item in encoded], max_tokens):
+    for members in question_batches(encoded, configurations, max_tokens):
         batch = [encoded[index] for index in members]
         values = score(lm, batch, configurations, max_tokens)
         scores.update(zip(members, values, strict=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from os.path import commonprefix
 
 import torch
 from PIL.Image import Image
@@ -44,6 +46,12 @@ class Encoded:
     def length(self) -> int:
         """Positions of the prompt and all responses behind it."""
         return len(self.prompt_ids) + sum(map(len, self.responses))
+
+    @property
+    def packed_length(self) -> int:
+        """Positions that scoring the responses computes: what they share with each other once."""
+        ordered = sorted(self.sequences(without_last=True))
+        return sum(map(len, ordered)) - sum(len(commonprefix(pair)) for pair in pairwise(ordered))
 
     def without_picture(self) -> Encoded:
         """The same without its pixels, which take megabytes; for lengths and positions."""
