@@ -130,7 +130,7 @@ def mc_job(lm, grid: dict[int, int], stage: str, target: float, part: int,
 
     def ours(items):
         found = [None] * len(items)
-        for members in question_batches(items, configurations, MAX_TOKENS):
+        for members in question_batches(items, MAX_TOKENS):
             scores = score(lm, [items[i] for i in members], configurations, MAX_TOKENS)
             for index, values in zip(members, scores, strict=True):
                 found[index] = values

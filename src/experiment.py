@@ -250,7 +250,7 @@ def study(lm, args, name: str, path: str | None, seed: int, known: dict | None) 
     gated = [direction for direction in directions if direction.method in args.gated]
     if gated or args.train_vectors:
         layers = {layer for direction in gated for layer in direction.layers}
-        layers |= {*later_layers(lm, args)} if args.train_vectors else set()
+        layers |= {*cli.parse_layers(args.layer_idxs, len(lm.layers))}
         gate, gate_manifest = learnt_gate(lm, one, args, pairs, sorted(layers), learning)
         directions += [replace(direction, mode=f"{direction.mode} gated".strip(),
                                vectors=replace(direction.vectors, gate=gate))
@@ -445,16 +445,17 @@ def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFram
     if not work.finished:
         asked = [prompts.encode(lm, example, args.prompt_style) for example in examples] * repeated
         groups = decoding_batches(asked, configurations, args.max_new_tokens, args.batch_tokens)
-        steered, tuned = by_kind(configurations)
-        labels = ["base", *(item.label for item in configurations)]
+        steered = [item for item in configurations if not isinstance(item, Tuned)]
+        tuned = [item for item in configurations if isinstance(item, Tuned)]
+        labels = ["base", *(item.label for item in [*steered, *tuned])]
         for unit in work.todo(len(groups), f"{one.name} {part} free answers"):
             batch = [asked[index] for index in groups[unit]]
             texts = generate(lm, batch, steered, args.max_new_tokens, seed=1000 * one.seed + unit,
                              **drawn)
             if tuned:
-                with tuned_model(lm, tuned) as at_each:
-                    texts += [text for (text,) in at_each(
-                        lambda batch=batch: generate(lm, batch, [], args.max_new_tokens))]
+                with with_lora(lm, tuned) as at_each_scale:
+                    for alone in at_each_scale(generate, batch, [], args.max_new_tokens):
+                        texts += alone
             work.save(unit, {}, [
                 {"dataset": one.dataset, "seed": one.seed, "number": number,
                  "id": asked[number].example.id, "question": asked[number].example.question,
@@ -513,27 +514,21 @@ def unrelated_items(lm, part: str) -> list[Encoded]:
     return [prompts.encode(lm, example, "qa") for example in examples]
 
 
-def by_kind(configurations) -> tuple[list[Configuration], list[Tuned]]:
-    """Those that steer, and LoRA's, which come behind them."""
-    steered = [item for item in configurations if not isinstance(item, Tuned)]
-    return steered, configurations[len(steered):]
-
-
 @contextmanager
-def tuned_model(lm, tuned: list[Tuned]) -> Iterator[Callable[[Callable], list]]:
-    """LoRA in the model within the block, which takes a quarter of a second to put there.
+def with_lora(lm, tuned: list[Tuned]) -> Iterator[Callable[..., list]]:
+    """LoRA in the model within the block; putting it there takes as long as scoring a batch.
 
-    Yields what gives a list of what a function gives at each of its scales.
+    Yields a function: (compute, *given) -> [compute(lm, *given) of each scale].
     """
     with lora.adapted(lm, tuned[0].adapter) as set_scale:
-        def at_each(compute: Callable) -> list:
+        def at_each_scale(compute: Callable, *given) -> list:
             found = []
             for item in tuned:
                 set_scale(item.alpha)
-                found.append(compute())
+                found.append(compute(lm, *given))
             return found
 
-        yield at_each
+        yield at_each_scale
 
 
 def encode(lm, examples: list[data.Example], args) -> list[Encoded]:
@@ -550,33 +545,34 @@ def scores_of(lm, items: list[Encoded], configurations, args, one: Study, what: 
     """
     name = f"{one.name}_{what}_scores"
     manifest = one.manifest | {"items": data.fingerprint([item.example for item in items])}
-    names = [*map(identity, configurations)]
+    wanted = ["base", *map(identity, configurations)]
     kept: dict[str, tuple[Path, int]] = {}  # where each stands: file and row
     for path in sorted(args.parts_dir.glob(f"{glob.escape(name)}_*.safetensors")):
         info = runs.read_header(path)
         scored = info.pop("configurations")
+        if not path.with_suffix(".manifest.json").is_file():  # killed just before its end
+            continue
         if runs.digest(info) == runs.digest(manifest) and not args.overwrite:
             kept |= {known: (path, row) for row, known in enumerate(scored)}
-    missing = {known: item for known, item in zip(names, configurations, strict=True)
+    missing = {known: item for known, item in zip(wanted[1:], configurations, strict=True)
                if known not in kept}
     tuned = {known: item for known, item in missing.items() if isinstance(item, Tuned)}
     steered = {known: item for known, item in missing.items() if known not in tuned}
 
-    def keep(scored: list[str], together: list[Configuration], compute: Callable) -> None:
+    def keep(scored: list[str], compute: Callable) -> None:
         path = args.parts_dir / f"{name}_{runs.digest([manifest, scored])}.safetensors"
-        score_all(items, question_batches(items, together, args.batch_tokens), compute, path,
-                  manifest | {"configurations": scored}, args)
+        score_all(items, compute, path, manifest | {"configurations": scored}, args)
         kept.update({known: (path, row) for row, known in enumerate(scored)})
 
     if steered or "base" not in kept:
-        grid, first = [*steered.values()], int("base" in kept)
-        keep(["base", *steered][first:], grid, lambda batch: [
-            rows[first:] for rows in score(lm, batch, grid, args.batch_tokens)])
+        keep(["base", *steered],
+             lambda batch: score(lm, batch, [*steered.values()], args.batch_tokens))
     if tuned:
-        with tuned_model(lm, [*tuned.values()]) as at_each:
-            keep([*tuned], [], lambda batch: [np.concatenate(rows) for rows in zip(*at_each(
-                lambda: score(lm, batch, [], args.batch_tokens)), strict=True)])
-    rows = [kept[known] for known in ["base", *names]]
+        with with_lora(lm, [*tuned.values()]) as at_each_scale:
+            keep([*tuned], lambda batch: [
+                np.concatenate(rows) for rows in
+                zip(*at_each_scale(score, batch, [], args.batch_tokens), strict=True)])
+    rows = [kept[known] for known in wanted]
     files = {path: runs.read_tensors(path)[0] for path in {path for path, _ in rows}}
     return [np.stack([files[path][str(index)].numpy()[row] for path, row in rows])
             for index in range(len(items))]
@@ -594,12 +590,12 @@ def identity(item: Configuration) -> str:
     return f"{item.label} {runs.digest({name: one.hexdigest() for name, one in digests.items()})}"
 
 
-def score_all(items: list[Encoded], groups: list[list[int]], compute: Callable, path: Path,
-              manifest: dict, args) -> None:
+def score_all(items: list[Encoded], compute: Callable, path: Path, manifest: dict, args) -> None:
     """Write the log-likelihoods of every item to `path`, by its number, in resumable parts.
 
-    compute: gives those of a group.
+    compute: gives those (rows, choices) of each of a list of items.
     """
+    groups = question_batches(items, args.batch_tokens)
     work = runs.Run([path], manifest, args.overwrite)
     if work.finished:
         return

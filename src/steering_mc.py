@@ -41,7 +41,7 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     # Thousands of pictures do not fit in memory: a batch's own are opened when it is scored.
     encoded = [prompts.encode(lm, example, args.prompt_style).without_picture()
                for example in asked]
-    groups = question_batches(encoded, configurations, args.batch_tokens)
+    groups = question_batches(encoded, args.batch_tokens)
     outputs = cli.mc_paths(args)
     manifest = cli.evaluation_manifest(args, "steering_mc", lm, states, parts)
     run = runs.Run(list(outputs.values()), manifest, args.overwrite)

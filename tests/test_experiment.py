@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import random
+import signal
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +14,8 @@ import pytest
 import tiny
 import torch
 from pytest import approx
+from reference import encoded, own_loss_log_likelihood, words
+from test_lora import merged, random_adapter
 
 import ablations
 import experiment
@@ -20,9 +24,11 @@ from grains import attribution, cli, costs, fronts, models, prompts, runs, stats
 from grains.data import Example
 from grains.errors import UserError
 from grains.scoring import Configuration
-from grains.vectors import Gate, SteeringVectors
+from grains.vectors import Gate, SteeringVectors, steered
 
 pytest_plugins = ("command_line",)
+
+W = words(60, seed=4)
 
 SEEDS, ALPHAS, BUDGETS, LIMIT = (0, 1), (0.02, 0.3), (0.01, 1000.0), 0.015
 LINES = {("mean", "pos"), ("mean", "pos gated"), ("gradient", ""), ("gradient", "gated"),
@@ -302,8 +308,8 @@ def test_other_prices_score_only_what_is_new(made, commands):
     added = [path for path in folder.rglob("*_validation_*_scores_*.safetensors")
              if path not in before]
     for path in added:
-        scored = runs.read_header(path)["configurations"]
-        assert [name.rpartition(" ")[0] for name in scored] == [
+        base, *scored = runs.read_header(path)["configurations"]
+        assert base == "base" and [name.rpartition(" ")[0] for name in scored] == [
             f"caa @ 0-2 x {alpha:g}" for alpha in ALPHAS]
     assert added
     commands.run(*command).ok()
@@ -454,6 +460,81 @@ def test_a_training_is_taken_up_after_its_last_whole_run(tmp_path):
     once()
     assert made == [0, 1, "stopped", 2, 3]
     assert saved == [[[0, 0], [1, 1], [2, 2], [3, 3]]]
+
+
+def test_a_run_killed_again_and_again_makes_the_tables_of_one_that_was_not(
+        made, commands, tmp_path):
+    """Each process puts a few files in place, then SIGKILL."""
+    command, chance, kills = made[0], random.Random(0), 0
+    first = command[command.index("--datasets") + 1]
+
+    def run(folder, **how):
+        return commands.run(*given(command, datasets=[first], seeds=["0"], output_dir=[str(folder)],
+                                   document=[str(folder / "results.md")]), **how)
+
+    def files(folder):
+        return {str(path.relative_to(folder)): path.read_bytes()
+                for path in folder.rglob("*.*") if path.suffix in (".csv", ".safetensors")}
+
+    run(tmp_path / "whole").ok()
+    while (result := run(tmp_path / "killed", die_after=chance.randint(5, 15))).code:
+        assert result.code == -signal.SIGKILL, result
+        kills += 1
+    assert kills > 5
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert not [*tmp_path.rglob("*.parts"), *tmp_path.rglob("*.lock"), *tmp_path.rglob(".*")]
+
+
+def test_scores_are_kept_by_configuration(make_tiny, tmp_path, monkeypatch):
+    """Against full forwards with hooks, and with LoRA merged into the weights; what is there is
+    read, also after a kill when all but the manifest was written."""
+    lm = make_tiny("llama")
+    questions = [(W[:9], [W[20:24], W[30:33]]), (W[40:43], [W[20:22], W[22:25]])]
+    items = [encoded(lm, *question) for question in questions]
+    generator = torch.Generator().manual_seed(0)
+    steered_ones = [Configuration("some", "", (1,), 1.0, {
+        1: torch.randn(lm.hidden_size, generator=generator)}) for _ in range(2)]
+    steered_ones[1] = replace(steered_ones[1], method="other")
+    adapter = random_adapter(lm)
+    tuned = [experiment.Lora(adapter).at(scale) for scale in (0.5, 2.0, -1.0)]
+    args = SimpleNamespace(parts_dir=tmp_path, overwrite=False, batch_tokens=64)
+    one = SimpleNamespace(name="one", manifest={})
+
+    def check(configurations):
+        found = experiment.scores_of(lm, items, configurations, args, one, "some")
+        for (prompt, responses), values in zip(questions, found, strict=True):
+            assert values.shape == (1 + len(configurations), len(responses))
+            for column, response in enumerate(responses):
+                expected = [own_loss_log_likelihood(lm, prompt, response)]
+                for item in configurations:
+                    if item.layers:
+                        with steered(lm, item.vectors):
+                            expected.append(own_loss_log_likelihood(lm, prompt, response))
+                    else:
+                        expected.append(own_loss_log_likelihood(
+                            SimpleNamespace(model=merged(lm, adapter, item.alpha),
+                                            device=lm.device), prompt, response))
+                assert values[:, column] == approx(np.array(expected), abs=1e-3)
+                assert (np.diff(np.sort(values[:, column])) > 2e-3).all()  # no two alike
+
+    finish = runs.Run.finish
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Run, "finish", killed)
+    with suppress(KeyboardInterrupt):
+        check([steered_ones[0]])
+    monkeypatch.setattr(runs.Run, "finish", finish)
+    for lock in tmp_path.glob("*.lock"):  # which a killed process does not hold
+        lock.unlink()
+    check([steered_ones[0], *tuned[:2]])
+    check([*steered_ones, *tuned])
+    monkeypatch.setattr(experiment, "score_all", None)
+    check([steered_ones[1], tuned[1]])
+    check([])
+    assert not [*tmp_path.glob("*.parts"), *tmp_path.glob("*.lock")]
+    assert len([*tmp_path.glob("*.safetensors")]) == len([*tmp_path.glob("*.json")]) == 4
 
 
 def test_two_processes_make_the_tables_of_one(made, commands, tmp_path):

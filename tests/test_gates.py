@@ -116,9 +116,7 @@ def test_a_gate_is_the_logistic_regression_of_the_states(lm, max_tokens):
         found = torch.sigmoid(torch.from_numpy(states).float() @ weight + bias)
         assert found.numpy() == pytest.approx(expected, abs=2e-3)
         assert found[labels == 1].mean() > found[labels == 0].mean() + 0.1
-    states, vector = torch.randn(1, 4, lm.hidden_size), torch.ones(lm.hidden_size)
-    for layer in range(2, len(lm.layers)):  # shut
-        assert relative(steer(states, vector, gate.at(layer)), states) <= 1e-6
+    assert gate.weights[2:].isnan().all() and gate.biases[2:].isnan().all()
 
 
 def test_positions_are_drawn_where_there_are_many(lm, monkeypatch):
@@ -160,8 +158,8 @@ def test_half_a_gate_is_refused(tmp_path):
 
 def test_vectors_keep_their_gate(lm, tmp_path):
     path, gate = tmp_path / "v.safetensors", a_gate(lm)
-    drawn = torch.randn(len(lm.layers), lm.hidden_size, generator=torch.Generator().manual_seed(2))
-    made = SteeringVectors(drawn, torch.ones(len(lm.layers)), {"method": "trained"}, gate)
+    made = SteeringVectors(torch.randn(len(lm.layers), lm.hidden_size),
+                           torch.ones(len(lm.layers)), {"method": "trained"}, gate)
     made.save(path)
     read = SteeringVectors.load(path)
     assert torch.equal(read.gate.weights, gate.weights)

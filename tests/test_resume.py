@@ -51,7 +51,7 @@ def script(common, stage1):
             more = ["--num_validation", 6, "--methods", "gradient", "random", "--alphas", 0.1,
                     "--hidden_states_path", stage1 / "states_pos.safetensors",
                     "--steering_vectors_dir", folder / "vectors", "--output_dir", folder,
-                    "--batch_tokens", 200]  # several batches
+                    "--batch_tokens", 800]  # several batches
         if name == "steering_generation":
             more += ["--layer_idxs", 1, "--num_prompts", 6, "--max_new_tokens", 60,
                      "--temperature", 0.8, "--batch_tokens", 80]

@@ -7,19 +7,17 @@ import pytest
 import torch
 from reference import embeds, encoded, example, own_loss_log_likelihood, relative, words
 
-from grains import prompts
+from grains import prompts, scoring
 from grains.errors import UserError
-from grains.replay import pack
 from grains.scoring import (
     Configuration,
-    alike,
     batches,
     correct,
     layer_ranges,
     question_batches,
     score,
 )
-from grains.vectors import Gate, steered
+from grains.vectors import steered
 
 W = words(80, seed=3)
 QUESTIONS = [
@@ -192,29 +190,27 @@ def test_batches_hold_every_question_once_and_keep_their_width():
     assert batches([], 64) == []
 
 
-def test_configurations_that_steer_alike_are_computed_together(tiny):
-    assert alike(grid(tiny)) == [[0, 4], [1, 6], [2, 7], [3], [5]]
-    gate = Gate(torch.zeros(4, 8), torch.zeros(4))
-    one, other = (Configuration("some", "", layers, 1.0) for layers in [(1, 3), (3, 1)])
-    assert alike([one, replace(one, gate=gate), other, replace(other, gate=gate)]) == [
-        [0, 2], [1, 3]]
-    assert alike([]) == []
+def test_questions_and_configurations_fill_a_batch_together(tiny, monkeypatch):
+    widths = []
+    replay = scoring.replay
 
+    def noted(lm, states, *args, **kwargs):
+        widths.append(states.shape[:-1].numel())
+        return replay(lm, states, *args, **kwargs)
 
-@pytest.mark.parametrize(("count", "together"), [(0, 1), (1, 1), (3, 3), (40, 4)])
-def test_more_configurations_take_fewer_questions(tiny, count, together):
-    """In place of more questions: what is computed at a time stays as wide."""
+    monkeypatch.setattr(scoring, "replay", noted)
     items = encode_all(tiny) * 9
-    configurations = [replace(grid(tiny)[5], alpha=float(alpha)) for alpha in range(count)]
-    groups = question_batches(items, configurations, 400)
-    assert groups == batches([len(pack(item.sequences(without_last=True))) for item in items],
-                             400 // together)
+    configurations = [replace(grid(tiny)[5], alpha=float(alpha)) for alpha in range(6)]
+    groups = question_batches(items, 400)
     assert sorted(index for group in groups for index in group) == [*range(len(items))]
-
-
-def test_few_of_each_kind_take_many_questions(tiny):
-    items = encode_all(tiny) * 9
-    assert question_batches(items, grid(tiny), 400) == question_batches(items, [], 400)
+    for group in groups:
+        widths.clear()
+        score(tiny, [items[index] for index in group], configurations, 400)
+        base, *steered = widths
+        assert base <= 100
+        # As few passes as there can be, of like width.
+        assert len(steered) == -(-6 // (400 // base)) and max(steered) <= 400
+        assert max(steered) - min(steered) <= base
 
 
 def test_labels():

@@ -121,7 +121,7 @@ def continuation(lm: LanguageModel, text: str) -> Encoded:
 def _score_all(lm, encoded, configurations, max_tokens) -> list[np.ndarray]:
     """`score` of any number of questions, in their order."""
     scores = {}
-    for members in question_batches(encoded, configurations, max_tokens):
+    for members in question_batches(encoded, max_tokens):
         batch = [encoded[index] for index in members]
         values = score(lm, batch, configurations, max_tokens)
         scores.update(zip(members, values, strict=True))

@@ -42,7 +42,7 @@ def fit(
 ) -> Gate:
     """Learn to tell the states of steering examples, prompts and responses, from other text.
 
-    layers: those that are steered; the others are shut.
+    layers: those that are steered; the others have no gates (NaN).
     max_tokens: positions computed at a time. seed: which positions are read, where there are more
         than `POSITIONS` of a kind.
     Raises UserError if there are no examples or no other text, or their states are no numbers.
@@ -54,8 +54,8 @@ def fit(
     mine, theirs = (_states(lm, items, layers, max_tokens, generator, f"states of {name}")
                     for items, name in ((steering, "steering examples"), (others, "other text")))
     labels = [1] * len(mine[layers[0]]) + [0] * len(theirs[layers[0]])
-    weights = torch.zeros(len(lm.layers), lm.hidden_size)
-    biases = torch.full((len(lm.layers),), -torch.inf)
+    weights = torch.full((len(lm.layers), lm.hidden_size), torch.nan)
+    biases = torch.full((len(lm.layers),), torch.nan)
     for layer in tqdm(layers, desc="gates", unit="layer"):
         states = torch.cat([mine.pop(layer), theirs.pop(layer)])
         if not states.isfinite().all():

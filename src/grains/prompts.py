@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from os.path import commonprefix
 
 import torch
 from PIL.Image import Image
@@ -49,9 +47,9 @@ class Encoded:
 
     @property
     def packed_length(self) -> int:
-        """Positions that scoring the responses computes: what they share with each other once."""
-        ordered = sorted(self.sequences(without_last=True))
-        return sum(map(len, ordered)) - sum(len(commonprefix(pair)) for pair in pairwise(ordered))
+        """Positions that scoring the responses computes: like beginnings once, no last token."""
+        return len(self.prompt_ids) + len({tuple(response[:end]) for response in self.responses
+                                           for end in range(1, len(response))})
 
     def without_picture(self) -> Encoded:
         """The same without its pixels, which take megabytes; for lengths and positions."""

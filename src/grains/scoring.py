@@ -69,15 +69,6 @@ def layer_ranges(layers: Sequence[int]) -> list[str]:
     return [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
 
 
-def alike(configurations: Sequence[Configuration]) -> list[list[int]]:
-    """Indices of configurations that can be computed together: same layers, same gate."""
-    groups: dict[tuple[tuple[int, ...], Gate | None], list[int]] = {}
-    for index, configuration in enumerate(configurations):
-        key = tuple(sorted(configuration.layers)), configuration.gate
-        groups.setdefault(key, []).append(index)
-    return [*groups.values()]
-
-
 def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Indices of examples that are computed together: of like length, at most max_tokens wide.
 
@@ -92,20 +83,14 @@ def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-# How many configurations of a kind are computed together rather than more questions.
-TOGETHER = 4
+# Configurations fill a batch as well as questions do, and with fewer questions, closer to one
+# length, less of it is padding. Such a group is a unit of a run: another share, another version.
+QUESTIONS_SHARE = 4
 
 
-def question_batches(encoded: list[Encoded], configurations: list[Configuration],
-                     max_tokens: int) -> list[list[int]]:
-    """Indices of questions that are scored together.
-
-    Configurations that steer alike fill a batch as well as questions do. Where there are several,
-    fewer questions are joined, which are closer to one length: what is padded is computed too.
-    """
-    kinds = len(alike(configurations))
-    together = min(TOGETHER, len(configurations) // kinds) if kinds else 1
-    return batches([item.packed_length for item in encoded], max_tokens // together)
+def question_batches(encoded: list[Encoded], max_tokens: int) -> list[list[int]]:
+    """Indices of questions that are scored together, alone a quarter of max_tokens wide."""
+    return batches([item.packed_length for item in encoded], max_tokens // QUESTIONS_SHARE)
 
 
 @torch.inference_mode()
@@ -122,9 +107,13 @@ def score(
     Returns for each question a (1 + C, choices) array, the base model first.
     """
     batch, read = packed_batch(lm, encoded)
-    groups = alike(configurations)
+    groups: dict[tuple[tuple[int, ...], Gate | None], list[int]] = {}
+    for index, configuration in enumerate(configurations):
+        alike = tuple(sorted(configuration.layers)), configuration.gate
+        groups.setdefault(alike, []).append(index)
+
     kept: dict[int, Tensor] = {}
-    starts = {min(configurations[members[0]].layers) for members in groups}
+    starts = {layers[0] for layers, _ in groups}
 
     def keep(layer: int, states: Tensor) -> None:
         if layer in starts:
@@ -136,10 +125,9 @@ def score(
 
     questions, length = batch.embeds.shape[:2]
     at_a_time = max(1, max_tokens // (questions * length))
-    for members in groups:
-        layers, gate = sorted(configurations[members[0]].layers), configurations[members[0]].gate
-        for begin in range(0, len(members), at_a_time):
-            part = members[begin:begin + at_a_time]
+    for (layers, gate), members in groups.items():
+        passes = -(-len(members) // at_a_time)
+        for part in (members[start::passes] for start in range(passes)):
             vectors = {layer: torch.stack([configurations[i].vectors[layer] for i in part])
                        for layer in layers}
             values = _steered(lm, batch, kept[layers[0]], vectors, gate, read)

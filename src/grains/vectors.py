@@ -164,7 +164,7 @@ def make(states: dict[str, StatesFile], method: str, mode: str, seed: int) -> St
 class Gate:
     """How far the vectors of each layer are added at a position, by its state (see `grains.gates`).
 
-    weights: (L, D); biases: (L,), -inf (shut) at layers that it was not made for.
+    weights: (L, D); biases: (L,); NaN at layers that it was not made for.
     """
 
     weights: Tensor
