@@ -38,7 +38,7 @@ from grains.ablation import hidden_states, select  # noqa: E402
 from grains.attribution import PromptFunction, Settings, absent, attribute  # noqa: E402
 from grains.generation import generate  # noqa: E402
 from grains.replay import pack  # noqa: E402
-from grains.scoring import Configuration, question_batches, score  # noqa: E402
+from grains.scoring import Configuration, score_all  # noqa: E402
 from grains.vectors import pca_vector  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
@@ -110,7 +110,7 @@ def ablation_job(lm, dataset: str, count: int, style: str, stage: str, part: int
         total = 0
         for item in items:
             packed = pack(item.sequences())
-            shorter = len(pack(item.sequences(without_last=True)))
+            shorter = item.packed_length
             scored = sum(map(len, item.responses))
             # forward and backward of every point; the plain pass with its gradients; two ablated
             total += 2 * STEPS * (layer_flops(lm, shorter) + scored * head_flops(lm))
@@ -129,17 +129,12 @@ def mc_job(lm, grid: dict[int, int], stage: str, target: float, part: int,
                                                for _ in range(n)])
 
     def ours(items):
-        found = [None] * len(items)
-        for members in question_batches(items, MAX_TOKENS):
-            scores = score(lm, [items[i] for i in members], configurations, MAX_TOKENS)
-            for index, values in zip(members, scores, strict=True):
-                found[index] = values
-        return found
+        return score_all(lm, items, configurations, MAX_TOKENS)
 
     def flops(items):
         total = 0
         for item in items:
-            length = len(pack(item.sequences(without_last=True)))
+            length = item.packed_length
             above = sum(len(lm.layers) - 1 - c.layers[0] for c in configurations)
             total += layer_flops(lm, length) * (1 + above / len(lm.layers))
             total += (1 + len(configurations)) * sum(map(len, item.responses)) * head_flops(lm)

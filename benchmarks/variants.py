@@ -89,6 +89,13 @@ class Material:
                 for kind, items in kinds.items()}
 
     @cached_property
+    def priced(self) -> tuple[list[Encoded], float]:
+        """The neutral passages that measure prices, and the base model's perplexity of them."""
+        texts = experiment.neutral_items(self.lm, "test")
+        base = values(self, texts, PLAIN, torch.zeros_like(self.of("gradient")))
+        return texts, perplexity(texts, base)
+
+    @cached_property
     def further_gradients(self) -> Tensor:
         """(L, FURTHER_PAIRS, D) gradients of pairs that are for test."""
         pairs = [prompts.encode(self.lm, example.pair(), self.args.prompt_style)
@@ -273,8 +280,7 @@ def perplexity(texts: list[Encoded], scored: list[np.ndarray]) -> float:
 
 def strength(material: Material, variant: Variant, vectors: Tensor, price: float) -> float:
     """The strength at which the perplexity of neutral passages is `price` higher, 0.1 for 10 %."""
-    texts = experiment.neutral_items(material.lm, "test")
-    base = perplexity(texts, values(material, texts, variant, torch.zeros_like(vectors)))
+    texts, base = material.priced
 
     @cache  # the ends of the bracket are asked for again
     def excess(log_alpha: float) -> float:

@@ -548,11 +548,11 @@ def scores_of(lm, items: list[Encoded], configurations, args, one: Study, what: 
     wanted = ["base", *map(identity, configurations)]
     kept: dict[str, tuple[Path, int]] = {}  # where each stands: file and row
     for path in sorted(args.parts_dir.glob(f"{glob.escape(name)}_*.safetensors")):
+        if args.overwrite or not path.with_suffix(".manifest.json").is_file():
+            continue  # without a manifest: killed just before its end
         info = runs.read_header(path)
         scored = info.pop("configurations")
-        if not path.with_suffix(".manifest.json").is_file():  # killed just before its end
-            continue
-        if runs.digest(info) == runs.digest(manifest) and not args.overwrite:
+        if runs.digest(info) == runs.digest(manifest):
             kept |= {known: (path, row) for row, known in enumerate(scored)}
     missing = {known: item for known, item in zip(wanted[1:], configurations, strict=True)
                if known not in kept}
@@ -561,7 +561,7 @@ def scores_of(lm, items: list[Encoded], configurations, args, one: Study, what: 
 
     def keep(scored: list[str], compute: Callable) -> None:
         path = args.parts_dir / f"{name}_{runs.digest([manifest, scored])}.safetensors"
-        score_all(items, compute, path, manifest | {"configurations": scored}, args)
+        write_scores(items, compute, path, manifest | {"configurations": scored}, args)
         kept.update({known: (path, row) for row, known in enumerate(scored)})
 
     if steered or "base" not in kept:
@@ -590,7 +590,7 @@ def identity(item: Configuration) -> str:
     return f"{item.label} {runs.digest({name: one.hexdigest() for name, one in digests.items()})}"
 
 
-def score_all(items: list[Encoded], compute: Callable, path: Path, manifest: dict, args) -> None:
+def write_scores(items: list[Encoded], compute: Callable, path: Path, manifest: dict, args) -> None:
     """Write the log-likelihoods of every item to `path`, by its number, in resumable parts.
 
     compute: gives those (rows, choices) of each of a list of items.

@@ -530,7 +530,7 @@ def test_scores_are_kept_by_configuration(make_tiny, tmp_path, monkeypatch):
         lock.unlink()
     check([steered_ones[0], *tuned[:2]])
     check([*steered_ones, *tuned])
-    monkeypatch.setattr(experiment, "score_all", None)
+    monkeypatch.setattr(experiment, "write_scores", None)
     check([steered_ones[1], tuned[1]])
     check([])
     assert not [*tmp_path.glob("*.parts"), *tmp_path.glob("*.lock")]

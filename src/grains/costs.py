@@ -16,7 +16,7 @@ from grains.data import Example
 from grains.errors import UserError
 from grains.models import LanguageModel
 from grains.prompts import Encoded, encode
-from grains.scoring import Configuration, margins, question_batches, score
+from grains.scoring import Configuration, margins, score_all
 
 NEUTRAL = data.PACKAGED / "neutral_text.jsonl"
 VARIED = data.PACKAGED / "varied_text.jsonl"
@@ -51,7 +51,7 @@ def perplexity(
     Raises UserError for a text of which no token is predicted, or longer than the context.
     """
     encoded = [continuation(lm, text) for text in texts]
-    return perplexity_of(encoded, _score_all(lm, encoded, configurations, max_tokens))
+    return perplexity_of(encoded, score_all(lm, encoded, configurations, max_tokens))
 
 
 def perplexity_of(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:
@@ -72,7 +72,7 @@ def capability(
     log-likelihoods in sum ("sum") or per token ("token").
     """
     encoded = [encode(lm, example, "qa") for example in examples]
-    return accuracy_of(margins(encoded, _score_all(lm, encoded, configurations, max_tokens)))
+    return accuracy_of(margins(encoded, score_all(lm, encoded, configurations, max_tokens)))
 
 
 def perplexity_bound(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:
@@ -116,13 +116,3 @@ def continuation(lm: LanguageModel, text: str) -> Encoded:
         whole.example, lm.tokenizer.decode([first]),
         {key: value[:, :1] for key, value in whole.inputs.items()}, [rest],
         whole.content[:1], whole.words[:1], whole.image[:1])
-
-
-def _score_all(lm, encoded, configurations, max_tokens) -> list[np.ndarray]:
-    """`score` of any number of questions, in their order."""
-    scores = {}
-    for members in question_batches(encoded, max_tokens):
-        batch = [encoded[index] for index in members]
-        values = score(lm, batch, configurations, max_tokens)
-        scores.update(zip(members, values, strict=True))
-    return [scores[index] for index in range(len(encoded))]

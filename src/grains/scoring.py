@@ -138,6 +138,21 @@ def score(
     return [part.double().numpy() for part in stacked.split(sizes, dim=1)]
 
 
+def score_all(
+    lm: LanguageModel,
+    encoded: list[Encoded],
+    configurations: list[Configuration],
+    max_tokens: int,
+) -> list[np.ndarray]:
+    """`score` of any number of questions, in their order."""
+    scores = {}
+    for members in question_batches(encoded, max_tokens):
+        batch = [encoded[index] for index in members]
+        values = score(lm, batch, configurations, max_tokens)
+        scores.update(zip(members, values, strict=True))
+    return [scores[index] for index in range(len(encoded))]
+
+
 def packed_batch(lm: LanguageModel, encoded: list[Encoded]) -> tuple[Capture, Scored]:
     """Examples with their responses packed behind them, and what reads the responses' scores."""
     packs = [pack(item.sequences(without_last=True)) for item in encoded]
