@@ -43,6 +43,7 @@ test: lint
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 ## Every stage against plain code, peers and the machine's limit; writes benchmarks/RESULTS.md.
 bench: $(READY_DEV) $(READY_PEERS)

@@ -27,8 +27,7 @@ from grains import data, models, prompts, runs  # noqa: E402
 from grains.ablation import hidden_states, select  # noqa: E402
 from grains.attribution import Settings, attribute, moved  # noqa: E402
 
-PATHS = [("mean", "content"), ("pad", "content"), ("zeros", "content"),
-         ("zeros", "all")]
+PATHS = [("mean", "content"), ("pad", "content"), ("zeros", "content"), ("zeros", "all")]
 RULES: dict[str, dict] = {
     "Gauss-Legendre 8": {"ig_steps": 8},
     "Gauss-Legendre 20": {"ig_steps": 20},
@@ -42,8 +41,9 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def measure(args) -> pd.DataFrame:
-    rows, source = data.load(args.dataset_name, data.default_split(args.dataset_name, 0),
-                             args.dataset_path)
+    rows, source = data.load(
+        args.dataset_name, data.default_split(args.dataset_name, 0), args.dataset_path
+    )
     examples = [e.pair() for e in data.examples(rows, source, args.seed, args.num_samples)]
     lm = models.load(args.model_name)
     kept = Path(args.work) / "points.jsonl"
@@ -65,21 +65,37 @@ def measure(args) -> pd.DataFrame:
                     file.flush()
                     print(*key, f"{row['error']:.3f}", f"{row['seconds']:.0f} s", flush=True)
     ids = {example.id for example in examples}
-    return pd.DataFrame([row | dict(zip(("id", "baseline", "scope", "rule"), key, strict=True))
-                         for key, row in done.items() if key[0] in ids])
+    return pd.DataFrame(
+        [
+            row | dict(zip(("id", "baseline", "scope", "rule"), key, strict=True))
+            for key, row in done.items()
+            if key[0] in ids
+        ]
+    )
 
 
 def one(lm, encoded, baseline: str, scope: str, settings: dict) -> dict:
     begin = time.perf_counter()
-    result = attribute(lm, encoded, Settings(baseline=baseline, attribute=scope, **settings),
-                       2048, torch.Generator())[0]
+    result = attribute(
+        lm,
+        encoded,
+        Settings(baseline=baseline, attribute=scope, **settings),
+        2048,
+        torch.Generator(),
+    )[0]
     seconds = time.perf_counter() - begin
     candidates = encoded.words & moved(encoded, scope)
     top = select(torch.from_numpy(result.scores), candidates, TOP, "pos", torch.Generator())
     states = hidden_states(lm, encoded, [top], 2048).last
     shift = (states[0] - states[1])[:, 1:].mean(0)
-    return {"error": result.relative_error, "difference": abs(result.difference), "top": top,
-            "points": result.points, "seconds": seconds, "shift": shift.half().tolist()}
+    return {
+        "error": result.relative_error,
+        "difference": abs(result.difference),
+        "top": top,
+        "points": result.points,
+        "seconds": seconds,
+        "shift": shift.half().tolist(),
+    }
 
 
 def table(measured: pd.DataFrame) -> pd.DataFrame:
@@ -90,39 +106,50 @@ def table(measured: pd.DataFrame) -> pd.DataFrame:
         vector = np.mean(reference["shift"].tolist(), axis=0)
         for rule, here in part.groupby("rule", sort=False):
             here = here.set_index("id").loc[reference.index]
-            agreement = [len(set(a) & set(b)) / len(b)
-                         for a, b in zip(here.top, reference.top, strict=True)]
+            agreement = [
+                len(set(a) & set(b)) / len(b) for a, b in zip(here.top, reference.top, strict=True)
+            ]
             own = np.mean(here["shift"].tolist(), axis=0)
             cosine = (own * vector).sum(-1) / (
-                np.linalg.norm(own, axis=-1) * np.linalg.norm(vector, axis=-1))
-            lines.append({
-                "path starts at": baseline, "moves": scope, "rule": rule,
-                "points": f"{here.points.median():.0f}",
-                "median error": f"{here.error.median():.1%}",
-                "within 5 %": f"{(here.error <= 0.05).mean():.0%}",
-                "top-5 agreement": f"{np.mean(agreement):.0%}",
-                "vectors' cosine": f"{cosine.mean():.3f}",
-                "s/example": f"{here.seconds.median():.1f}",
-            })
+                np.linalg.norm(own, axis=-1) * np.linalg.norm(vector, axis=-1)
+            )
+            lines.append(
+                {
+                    "path starts at": baseline,
+                    "moves": scope,
+                    "rule": rule,
+                    "points": f"{here.points.median():.0f}",
+                    "median error": f"{here.error.median():.1%}",
+                    "within 5 %": f"{(here.error <= 0.05).mean():.0%}",
+                    "top-5 agreement": f"{np.mean(agreement):.0%}",
+                    "vectors' cosine": f"{cosine.mean():.3f}",
+                    "s/example": f"{here.seconds.median():.1f}",
+                }
+            )
     return pd.DataFrame(lines)
 
 
 def markdown(lines: pd.DataFrame) -> str:
     head = "| " + " | ".join(lines.columns) + " |\n|" + "---|" * len(lines.columns)
-    return "\n".join([head, *("| " + " | ".join(row) + " |" for row in lines.itertuples(
-        index=False, name=None))])
+    return "\n".join(
+        [head, *("| " + " | ".join(row) + " |" for row in lines.itertuples(index=False, name=None))]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model_name", default=models.EMBEDDED)
     parser.add_argument("--dataset_name", default="misconceptions")
     parser.add_argument("--dataset_path")
     parser.add_argument("--num_samples", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", default=ROOT / "src" / "results" / "convergence",
-                        help="folder where finished measurements are kept")
+    parser.add_argument(
+        "--work",
+        default=ROOT / "src" / "results" / "convergence",
+        help="folder where finished measurements are kept",
+    )
     args = parser.parse_args()
     lines = table(measure(args))
     text = markdown(lines)
@@ -130,9 +157,11 @@ def main() -> None:
     doc = ROOT / "docs" / "attribution.md"
     before, _, rest = doc.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    note = (f"{args.model_name}, {args.num_samples} pairs of {args.dataset_name}, float32, "
-            f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, transformers "
-            f"{runs.versions()['transformers']}.")
+    note = (
+        f"{args.model_name}, {args.num_samples} pairs of {args.dataset_name}, float32, "
+        f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, transformers "
+        f"{runs.versions()['transformers']}."
+    )
     doc.write_text(f"{before}{BEGIN}\n{note}\n\n{text}\n{END}{after}")
     print(f"\nwritten to {doc}")
 

@@ -73,8 +73,10 @@ class Job:
 
 def pairs_of(lm, dataset: str, count: int, style: str) -> list:
     rows, source = data.load(dataset, data.default_split(dataset, 0))
-    return [prompts.encode(lm, example.pair(), style)
-            for example in data.examples(rows, source, 0, count)]
+    return [
+        prompts.encode(lm, example.pair(), style)
+        for example in data.examples(rows, source, 0, count)
+    ]
 
 
 def ablation_job(lm, dataset: str, count: int, style: str, stage: str, part: int) -> Job:
@@ -87,23 +89,33 @@ def ablation_job(lm, dataset: str, count: int, style: str, stage: str, part: int
             candidates = item.words | item.image
             sets = [select(scores, candidates, K, top, None) for top in ("pos", "neg")]
             states = hidden_states(lm, item, sets, MAX_TOKENS)
-            results.append({"scores": scores.numpy(), "last": states.last,
-                            "log_likelihoods": states.log_likelihoods.numpy()})
+            results.append(
+                {
+                    "scores": scores.numpy(),
+                    "last": states.last,
+                    "log_likelihoods": states.log_likelihoods.numpy(),
+                }
+            )
         return results
 
     def by_plain_code(items):
         results = []
         for item in items:
             replacement = absent(lm, item, plain.embed(lm, item.inputs)[0], "pad", "mean")
-            results.append(plain.token_ablation(lm, item, item.words | item.image, K, STEPS,
-                                                replacement))
+            results.append(
+                plain.token_ablation(lm, item, item.words | item.image, K, STEPS, replacement)
+            )
         return results
 
     def agree(mine, theirs):
-        scores = max(np.abs(a["scores"] - b["scores"]).max() / np.abs(b["scores"]).max()
-                     for a, b in zip(mine, theirs, strict=True))
-        plain_row = max(np.abs(a["log_likelihoods"][0] - b["log_likelihoods"][0]).max()
-                        for a, b in zip(mine, theirs, strict=True))
+        scores = max(
+            np.abs(a["scores"] - b["scores"]).max() / np.abs(b["scores"]).max()
+            for a, b in zip(mine, theirs, strict=True)
+        )
+        plain_row = max(
+            np.abs(a["log_likelihoods"][0] - b["log_likelihoods"][0]).max()
+            for a, b in zip(mine, theirs, strict=True)
+        )
         return f"scores within {scores:.1g} of the largest, log-likelihoods within {plain_row:.1g}"
 
     def flops(items):
@@ -117,16 +129,26 @@ def ablation_job(lm, dataset: str, count: int, style: str, stage: str, part: int
             total += 4 * (layer_flops(lm, len(packed)) + scored * head_flops(lm))
         return total
 
-    return Job(stage, f"{count} pairs, {STEPS} steps, k={K}, both signs", 6, part, REPEATS, units,
-               ours, by_plain_code, agree, flops)
+    return Job(
+        stage,
+        f"{count} pairs, {STEPS} steps, k={K}, both signs",
+        6,
+        part,
+        REPEATS,
+        units,
+        ours,
+        by_plain_code,
+        agree,
+        flops,
+    )
 
 
-def mc_job(lm, grid: dict[int, int], stage: str, target: float, part: int,
-           count: int = 100) -> Job:
+def mc_job(lm, grid: dict[int, int], stage: str, target: float, part: int, count: int = 100) -> Job:
     """grid: layer -> how many configurations steer there."""
     units = pairs_of(lm, "misconceptions", count, "qa")
-    configurations = directions(lm, units[0], [(layer,) for layer, n in grid.items()
-                                               for _ in range(n)])
+    configurations = directions(
+        lm, units[0], [(layer,) for layer, n in grid.items() for _ in range(n)]
+    )
 
     def ours(items):
         return score_all(lm, items, configurations, MAX_TOKENS)
@@ -141,10 +163,19 @@ def mc_job(lm, grid: dict[int, int], stage: str, target: float, part: int,
         return total
 
     layers = ", ".join(map(str, grid))
-    return Job(stage, f"base and {len(configurations)} configurations on layers {layers}, "
-               f"{count} questions x 2 choices", target, part, REPEATS, units, ours,
-               lambda items: [plain.steering_mc(lm, item, configurations) for item in items],
-               largest_difference, flops)
+    return Job(
+        stage,
+        f"base and {len(configurations)} configurations on layers {layers}, "
+        f"{count} questions x 2 choices",
+        target,
+        part,
+        REPEATS,
+        units,
+        ours,
+        lambda items: [plain.steering_mc(lm, item, configurations) for item in items],
+        largest_difference,
+        flops,
+    )
 
 
 def generation_job(lm, count: int = 32, new_tokens: int = 64) -> Job:
@@ -156,19 +187,31 @@ def generation_job(lm, count: int = 32, new_tokens: int = 64) -> Job:
         return list(zip(*generate(lm, items, configurations, new_tokens), strict=True))
 
     def agree(mine, theirs):
-        pairs = [(a, b) for x, y in zip(mine, theirs, strict=True)
-                 for a, b in zip(x, y, strict=True)]
+        pairs = [
+            (a, b) for x, y in zip(mine, theirs, strict=True) for a, b in zip(x, y, strict=True)
+        ]
         return f"{sum(a == b for a, b in pairs)} of {len(pairs)} texts the same"
 
     def flops(items):
-        return sum((len(item.prompt_ids) + new_tokens) * 4 * layer_flops(lm, 1)
-                   + new_tokens * 4 * head_flops(lm) for item in items)
+        return sum(
+            (len(item.prompt_ids) + new_tokens) * 4 * layer_flops(lm, 1)
+            + new_tokens * 4 * head_flops(lm)
+            for item in items
+        )
 
     # The ratio depends on how many prompts share a batch: plain code gets all of them, once.
-    return Job("steering_generation", f"{count} prompts x base and 3 configurations, {new_tokens} "
-               "new tokens", 6, count, 1, units, ours,
-               lambda items: [plain.generation(lm, item, configurations, new_tokens)
-                              for item in items], agree, flops)
+    return Job(
+        "steering_generation",
+        f"{count} prompts x base and 3 configurations, {new_tokens} new tokens",
+        6,
+        count,
+        1,
+        units,
+        ours,
+        lambda items: [plain.generation(lm, item, configurations, new_tokens) for item in items],
+        agree,
+        flops,
+    )
 
 
 def directions(lm, item, layers: list[tuple[int, ...]]) -> list[Configuration]:
@@ -177,25 +220,32 @@ def directions(lm, item, layers: list[tuple[int, ...]]) -> list[Configuration]:
     generator = torch.Generator().manual_seed(0)
     made = []
     for group in layers:
-        vectors = {layer: 0.01 * norms[layer] * nn.functional.normalize(
-            torch.randn(lm.hidden_size, generator=generator), dim=-1) for layer in group}
+        vectors = {
+            layer: 0.01
+            * norms[layer]
+            * nn.functional.normalize(torch.randn(lm.hidden_size, generator=generator), dim=-1)
+            for layer in group
+        }
         made.append(Configuration("random", "", group, 0.01, vectors))
     return made
 
 
 def largest_difference(mine, theirs) -> str:
-    worst = max(np.abs(np.asarray(a) - np.asarray(b)).max()
-                for a, b in zip(mine, theirs, strict=True))
+    worst = max(
+        np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in zip(mine, theirs, strict=True)
+    )
     return f"log-likelihoods within {worst:.1g}"
 
 
 def layer_flops(lm, length: int) -> float:
     """Of one forward of all decoder layers on a sequence of `length` positions."""
-    weights = sum(module.weight.numel() for module in lm.layers.modules()
-                  if isinstance(module, nn.Linear))
+    weights = sum(
+        module.weight.numel() for module in lm.layers.modules() if isinstance(module, nn.Linear)
+    )
     config = lm.model.config.get_text_config()
-    width = config.num_attention_heads * (getattr(config, "head_dim", None)
-                                          or config.hidden_size // config.num_attention_heads)
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return 2 * length * weights + len(lm.layers) * 2 * 2 * width * length * (length + 1) / 2
 
 
@@ -221,15 +271,22 @@ def matrix_rate(seconds: float = 1.0) -> float:
 LONG = "long_prompt"
 JOBS = {
     "token_ablation": lambda: ablation_job(
-        models.load(models.EMBEDDED), "misconceptions", 50, "qa", "token_ablation", 2),
+        models.load(models.EMBEDDED), "misconceptions", 50, "qa", "token_ablation", 2
+    ),
     "steering_mc": lambda: mc_job(
-        models.load(models.EMBEDDED), {14: 12, 29: 12}, "steering_mc", 10, 5),
+        models.load(models.EMBEDDED), {14: 12, 29: 12}, "steering_mc", 10, 5
+    ),
     "steering_mc_late": lambda: mc_job(
-        models.load(models.EMBEDDED), {26: 12, 27: 12, 28: 12, 29: 12},
-        "steering_mc, late layers", 18, 3),
+        models.load(models.EMBEDDED),
+        {26: 12, 27: 12, 28: 12, 29: 12},
+        "steering_mc, late layers",
+        18,
+        3,
+    ),
     "steering_generation": lambda: generation_job(models.load(models.EMBEDDED)),
     "token_ablation_vlm": lambda: ablation_job(
-        models.load("shapes-vlm"), "shapes", 20, "chat", "token_ablation_vlm", 6),
+        models.load("shapes-vlm"), "shapes", 20, "chat", "token_ablation_vlm", 6
+    ),
 }
 
 
@@ -250,16 +307,22 @@ def long_prompt() -> dict:
     """Attribution of a prompt of LONG_PROMPT tokens within a memory budget of BUDGET_GIB."""
     lm = models.load(models.EMBEDDED, max_memory=BUDGET_GIB)
     ids = lm.tokenizer(" ".join(costs.neutral_texts())).input_ids[:LONG_PROMPT]
-    item = prompts.encode(lm, data.Example("long", lm.tokenizer.decode(ids),
-                                           (" It is so.", " It is not so."), 0), "plain")
+    item = prompts.encode(
+        lm,
+        data.Example("long", lm.tokenizer.decode(ids), (" It is so.", " It is not so."), 0),
+        "plain",
+    )
     unlimited = STEPS * LONG_PROMPT  # so that memory alone decides how many rows there are
     function = PromptFunction(lm, item, [1.0, -1.0], unlimited)
     loaded = psutil.Process().memory_info().rss / 2**20
-    found, _, peak = peak_memory(
-        lambda: attribute(lm, item, PUBLISHED, unlimited, None)[0])
-    return {"tokens": len(item.prompt_ids), "rows": function.rows,
-            "checkpointed": function.checkpointed, "peak": peak - loaded,
-            "finite": bool(np.isfinite(found.scores).all())}
+    found, _, peak = peak_memory(lambda: attribute(lm, item, PUBLISHED, unlimited, None)[0])
+    return {
+        "tokens": len(item.prompt_ids),
+        "rows": function.rows,
+        "checkpointed": function.checkpointed,
+        "peak": peak - loaded,
+        "finite": bool(np.isfinite(found.scores).all()),
+    }
 
 
 def run_job(name: str, everything: bool) -> dict:
@@ -275,18 +338,34 @@ def run_job(name: str, everything: bool) -> dict:
         times["ours"].append(seconds)
         theirs, seconds, plain_peak = peak_memory(lambda: job.plain(some))
         times["plain"].append(seconds)
-        print(f"{name} {repeat + 1}/{job.repeats}: ours {times['ours'][-1]:.1f} s, "
-              f"plain {seconds:.1f} s", file=sys.stderr, flush=True)
+        print(
+            f"{name} {repeat + 1}/{job.repeats}: ours {times['ours'][-1]:.1f} s, "
+            f"plain {seconds:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     _, whole, peak = peak_memory(lambda: job.ours(job.units))
     rates.append(matrix_rate())
     rate = statistics.median(rates)
     ours, by_plain = (statistics.median(times[key]) for key in ("ours", "plain"))
-    return {"stage": job.stage, "threads": torch.get_num_threads(), "work": job.work,
-            "target": job.target, "part": count, "units": len(job.units), "ours": ours,
-            "plain": by_plain, "ratio": by_plain / ours,
-            "times": times, "whole": whole, "rate": rate,
-            "limit": job.flops(job.units) / rate, "agree": job.agree(mine, theirs),
-            "ours_peak": peak - loaded, "plain_peak": plain_peak - loaded}
+    return {
+        "stage": job.stage,
+        "threads": torch.get_num_threads(),
+        "work": job.work,
+        "target": job.target,
+        "part": count,
+        "units": len(job.units),
+        "ours": ours,
+        "plain": by_plain,
+        "ratio": by_plain / ours,
+        "times": times,
+        "whole": whole,
+        "rate": rate,
+        "limit": job.flops(job.units) / rate,
+        "agree": job.agree(mine, theirs),
+        "ours_peak": peak - loaded,
+        "plain_peak": plain_peak - loaded,
+    }
 
 
 def peer_rows(python: str, count: int, folder: Path) -> list[dict]:
@@ -294,25 +373,39 @@ def peer_rows(python: str, count: int, folder: Path) -> list[dict]:
     lm = models.load(models.EMBEDDED)
     items = pairs_of(lm, "misconceptions", count, "qa")
     pairs = [
-        {"prompt": item.text, "chosen": " " + item.example.chosen,
-         "rejected": " " + item.example.rejected, "prompt_ids": item.prompt_ids,
-         "chosen_ids": item.responses[0], "rejected_ids": item.responses[1]} for item in items]
+        {
+            "prompt": item.text,
+            "chosen": " " + item.example.chosen,
+            "rejected": " " + item.example.rejected,
+            "prompt_ids": item.prompt_ids,
+            "chosen_ids": item.responses[0],
+            "rejected_ids": item.responses[1],
+        }
+        for item in items
+    ]
 
     def attributions():
         return [attribute(lm, item, PUBLISHED, MAX_TOKENS, None)[0].scores for item in items]
 
     def differences():
         """h(x y+) - h(x y-) at the last position of every pair: (N, L, D)."""
-        return np.stack([(s[0, 0] - s[0, 1]).numpy()[1:]
-                         for s in (hidden_states(lm, item, [], MAX_TOKENS, gradients=False).last
-                                   for item in items)])
+        return np.stack(
+            [
+                (s[0, 0] - s[0, 1]).numpy()[1:]
+                for s in (
+                    hidden_states(lm, item, [], MAX_TOKENS, gradients=False).last for item in items
+                )
+            ]
+        )
 
     ours = {
         "captum": (attributions, f"attribution, {STEPS} steps"),
         "inseq": (attributions, f"attribution, {STEPS} steps"),
         "steering-vectors-mean": (lambda: differences().mean(0), "mean-difference vectors"),
-        "repeng-pca": (lambda: [pca_vector([rows]) for rows in differences().swapaxes(0, 1)],
-                       "PCA vectors"),
+        "repeng-pca": (
+            lambda: [pca_vector([rows]) for rows in differences().swapaxes(0, 1)],
+            "PCA vectors",
+        ),
     }
     rows = []
     for job, (work, what) in ours.items():
@@ -325,16 +418,37 @@ def peer_rows(python: str, count: int, folder: Path) -> list[dict]:
             work()
             mine.append((time.perf_counter() - begin) / len(items))
             subprocess.run(
-                [python, ROOT / "benchmarks" / "peers.py", job, "--model",
-                 models.resolve(models.EMBEDDED), "--pairs", folder / "pairs.json", "--threads",
-                 str(torch.get_num_threads()), "--repeats", "1", "--steps", str(STEPS),
-                 "--output", folder / "peer.json"], check=True)
+                [
+                    python,
+                    ROOT / "benchmarks" / "peers.py",
+                    job,
+                    "--model",
+                    models.resolve(models.EMBEDDED),
+                    "--pairs",
+                    folder / "pairs.json",
+                    "--threads",
+                    str(torch.get_num_threads()),
+                    "--repeats",
+                    "1",
+                    "--steps",
+                    str(STEPS),
+                    "--output",
+                    folder / "peer.json",
+                ],
+                check=True,
+            )
             result = json.loads((folder / "peer.json").read_text())
             theirs.append(result["seconds"][0] / len(some))
         package, release = next(iter(result["versions"].items()))
-        rows.append({"peer": f"{package} {release}",
-                     "what": what, "pairs": len(some), "ours": statistics.median(mine),
-                     "theirs": statistics.median(theirs)})
+        rows.append(
+            {
+                "peer": f"{package} {release}",
+                "what": what,
+                "pairs": len(some),
+                "ours": statistics.median(mine),
+                "theirs": statistics.median(theirs),
+            }
+        )
     return rows
 
 
@@ -344,8 +458,12 @@ def report(jobs: list[dict], long: dict | None, peers: list[dict]) -> str:
     lines = [
         f"Measured {time.strftime('%Y-%m-%d')} on {machine()}, "
         f"{jobs[0]['threads']} threads, fp32, Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version}" for name, version in runs.versions().items()
-                    if name in ("torch", "transformers")) + ".",
+        + ", ".join(
+            f"{name} {version}"
+            for name, version in runs.versions().items()
+            if name in ("torch", "transformers")
+        )
+        + ".",
         "",
         "Ours and plain alternate on the same work in one process; medians. Matrix products "
         "(1024 x 576)(576 x 1536), measured beside each job: "
@@ -359,32 +477,54 @@ def report(jobs: list[dict], long: dict | None, peers: list[dict]) -> str:
             f"| {job['stage']} | {job['work']} | {job['part']} of {job['units']}, "
             f"{len(job['times']['ours'])} times | "
             f"{job['ours']:.1f} | {job['plain']:.1f} | {job['ratio']:.1f}x | {job['target']}x | "
-            f"{job['agree']} |")
-    lines += ["", "| ours, all of the work, once | s | the limit, s | % of the limit | "
-              "memory beside the model, MiB | plain's, MiB |", "|---|---|---|---|---|---|"]
+            f"{job['agree']} |"
+        )
+    lines += [
+        "",
+        "| ours, all of the work, once | s | the limit, s | % of the limit | "
+        "memory beside the model, MiB | plain's, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
     for job in jobs:
-        lines.append(f"| {job['stage']} | {job['whole']:.1f} | {job['limit']:.1f} | "
-                     f"{job['limit'] / job['whole']:.0%} | "
-                     f"{job['ours_peak']:.0f} | {job['plain_peak']:.0f} |")
+        lines.append(
+            f"| {job['stage']} | {job['whole']:.1f} | {job['limit']:.1f} | "
+            f"{job['limit'] / job['whole']:.0%} | "
+            f"{job['ours_peak']:.0f} | {job['plain_peak']:.0f} |"
+        )
     if long:
-        lines += ["", f"Attribution of a prompt of {long['tokens']} tokens, {STEPS} points, with "
-                  f"`--max_memory {BUDGET_GIB:g}`: {long['rows']} row(s) of the batch at a time, "
-                  f"layers {'' if long['checkpointed'] else 'not '}checkpointed, "
-                  f"at most {long['peak'] / 1024:.2f} GiB beside the model; every score "
-                  f"{'finite' if long['finite'] else 'NOT FINITE'}."]
+        lines += [
+            "",
+            f"Attribution of a prompt of {long['tokens']} tokens, {STEPS} points, with "
+            f"`--max_memory {BUDGET_GIB:g}`: {long['rows']} row(s) of the batch at a time, "
+            f"layers {'' if long['checkpointed'] else 'not '}checkpointed, "
+            f"at most {long['peak'] / 1024:.2f} GiB beside the model; every score "
+            f"{'finite' if long['finite'] else 'NOT FINITE'}.",
+        ]
     if peers:
-        lines += ["", "| peer | its job | pairs | peer, s a pair | ours, s a pair | ratio |",
-                  "|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            "| peer | its job | pairs | peer, s a pair | ours, s a pair | ratio |",
+            "|---|---|---|---|---|---|",
+        ]
         for row in peers:
-            lines.append(f"| {row['peer']} | {row['what']} | {row['pairs']} | "
-                         f"{row['theirs']:.2f} | {row['ours']:.2f} | "
-                         f"{row['theirs'] / row['ours']:.1f}x |")
+            lines.append(
+                f"| {row['peer']} | {row['what']} | {row['pairs']} | "
+                f"{row['theirs']:.2f} | {row['ours']:.2f} | "
+                f"{row['theirs'] / row['ours']:.1f}x |"
+            )
     return "\n".join(lines)
 
 
 def machine() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
+    names = (
+        [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     memory = psutil.virtual_memory().total / 2**30
     name = names[0] if names else platform.processor()
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB"
@@ -392,12 +532,15 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--jobs", nargs="*", default=[*JOBS, LONG], choices=[*JOBS, LONG])
     parser.add_argument("--all", action="store_true", help="give plain code all of the work")
-    parser.add_argument("--peers", help="Python of an environment with requirements-peers.txt; "
-                        "without it the peers are left out")
+    parser.add_argument(
+        "--peers",
+        help="Python of an environment with requirements-peers.txt; "
+        "without it the peers are left out",
+    )
     parser.add_argument("--peer_pairs", type=int, default=4)
     parser.add_argument("--output", default=RESULTS, type=Path)
     # A job's own process.
@@ -412,7 +555,10 @@ def main() -> None:
     for name in args.jobs:
         done = subprocess.run(
             [sys.executable, __file__, "--one", name, *(["--all"] if args.all else [])],
-            check=True, stdout=subprocess.PIPE, text=True)
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         found["jobs"][name] = json.loads(done.stdout.splitlines()[-1])
         write(found, kept, args.output)
     if args.peers:

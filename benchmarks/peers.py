@@ -46,16 +46,21 @@ def captum_scores(args):
     def log_likelihood(prompts: Tensor, response: Tensor) -> Tensor:
         """log P(response | prompt) (R,) of prompt embeddings (R, P, D)."""
         fixed = embed(response[:-1]).expand(len(prompts), -1, -1)
-        logits = model(inputs_embeds=torch.cat([prompts, fixed], dim=1), use_cache=False,
-                       logits_to_keep=len(response)).logits
+        logits = model(
+            inputs_embeds=torch.cat([prompts, fixed], dim=1),
+            use_cache=False,
+            logits_to_keep=len(response),
+        ).logits
         chosen = response.expand(len(prompts), -1)[..., None]
         return logits.log_softmax(-1).gather(-1, chosen).sum(dim=(1, 2))
 
     def scores(pair: dict) -> Tensor:
-        prompt, chosen, rejected = (torch.tensor(pair[f"{name}_ids"])
-                                    for name in ("prompt", "chosen", "rejected"))
+        prompt, chosen, rejected = (
+            torch.tensor(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")
+        )
         method = IntegratedGradients(
-            lambda x: log_likelihood(x, chosen) - log_likelihood(x, rejected))
+            lambda x: log_likelihood(x, chosen) - log_likelihood(x, rejected)
+        )
         inputs = embed(prompt)[None]
         return method.attribute(inputs, torch.zeros_like(inputs), n_steps=args.steps)[0].sum(-1)
 
@@ -77,16 +82,22 @@ def inseq_scores(args):
     model = inseq.load_model(args.model, "integrated_gradients")
 
     def scores(pair: dict) -> Tensor:
-        start, chosen, rejected = (len(pair[f"{name}_ids"])
-                                   for name in ("prompt", "chosen", "rejected"))
+        start, chosen, rejected = (
+            len(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")
+        )
         result = model.attribute(
-            pair["prompt"], pair["prompt"] + pair["chosen"],
-            attributed_fn="contrast_prob_diff", logprob=True,
+            pair["prompt"],
+            pair["prompt"] + pair["chosen"],
+            attributed_fn="contrast_prob_diff",
+            logprob=True,
             # inseq needs a contrast for each row of captum's batch, which holds all steps.
             contrast_targets=[pair["prompt"] + pair["rejected"]] * args.steps,
             contrast_targets_alignments=[
-                (start + i, start + min(i, rejected - 1)) for i in range(chosen)],
-            n_steps=args.steps, show_progress=False)
+                (start + i, start + min(i, rejected - 1)) for i in range(chosen)
+            ],
+            n_steps=args.steps,
+            show_progress=False,
+        )
         return result.sequence_attributions[0].target_attributions[:start].sum(dim=(1, 2))
 
     return lambda pairs: {str(i): scores(pair) for i, pair in enumerate(pairs)}
@@ -103,9 +114,12 @@ def steering_vectors_mean(args):
 
     def run(pairs: list[dict]) -> dict[str, Tensor]:
         vector = train_steering_vector(
-            model, tokenizer,
+            model,
+            tokenizer,
             [(p["prompt"] + p["chosen"], p["prompt"] + p["rejected"]) for p in pairs],
-            read_token_index=-1, batch_size=args.batch_size)
+            read_token_index=-1,
+            batch_size=args.batch_size,
+        )
         layers = vector.layer_activations
         return {"vectors": torch.stack([layers[i] for i in sorted(layers)])}
 
@@ -125,10 +139,17 @@ def repeng_pca(args):
     model = ControlModel(model, layers)
 
     def run(pairs: list[dict]) -> dict[str, Tensor]:
-        dataset = [DatasetEntry(p["prompt"] + p["chosen"], p["prompt"] + p["rejected"])
-                   for p in pairs]
-        vector = ControlVector.train(model, tokenizer, dataset, hidden_layers=layers,
-                                     method="pca_diff", batch_size=args.batch_size)
+        dataset = [
+            DatasetEntry(p["prompt"] + p["chosen"], p["prompt"] + p["rejected"]) for p in pairs
+        ]
+        vector = ControlVector.train(
+            model,
+            tokenizer,
+            dataset,
+            hidden_layers=layers,
+            method="pca_diff",
+            batch_size=args.batch_size,
+        )
         return {"vectors": torch.stack([torch.from_numpy(vector.directions[i]) for i in layers])}
 
     return run
@@ -144,16 +165,21 @@ JOBS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("job", choices=JOBS)
     parser.add_argument("--model", required=True, help="a Hugging Face folder")
     parser.add_argument("--pairs", required=True, help="the preference pairs (JSON)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20, help="points of Integrated Gradients")
-    parser.add_argument("--batch-size", type=int, default=32,
-                        help="pairs (steering-vectors) or texts (repeng) in a batch")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        help="pairs (steering-vectors) or texts (repeng) in a batch",
+    )
     parser.add_argument("--output", required=True, help="where the measurements go (JSON)")
     parser.add_argument("--save", help="where the results go (safetensors)")
     args = parser.parse_args()
@@ -172,14 +198,23 @@ def main() -> None:
 
     # Linux gives kibibytes, macOS bytes
     unit = 1 if sys.platform == "darwin" else 1024
-    Path(args.output).write_text(json.dumps({
-        "job": args.job, "seconds": seconds, "pairs": len(pairs),
-        "versions": {name: version(name) for name in [*packages, "torch", "transformers"]},
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-    }, indent=2) + "\n")
+    Path(args.output).write_text(
+        json.dumps(
+            {
+                "job": args.job,
+                "seconds": seconds,
+                "pairs": len(pairs),
+                "versions": {name: version(name) for name in [*packages, "torch", "transformers"]},
+                "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     if args.save:
-        save_file({name: tensor.float().contiguous() for name, tensor in results.items()},
-                  args.save)
+        save_file(
+            {name: tensor.float().contiguous() for name, tensor in results.items()}, args.save
+        )
 
 
 if __name__ == "__main__":

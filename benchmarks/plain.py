@@ -20,7 +20,8 @@ def embed(lm, inputs: dict) -> Tensor:
     """(1, T, D) what enters decoder layer 0, image features in their places."""
     read = []
     handle = lm.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(args[0]), with_kwargs=True)
+        lambda module, args, kwargs: read.append(args[0]), with_kwargs=True
+    )
     with torch.no_grad():
         lm.model(**inputs)
     handle.remove()
@@ -33,9 +34,10 @@ def log_likelihood(lm, embeds: Tensor, response: list[int]) -> Tensor:
     sequence = torch.cat([embeds, behind.expand(len(embeds), -1, -1)], dim=1)
     decoder = lm.model.get_decoder()
     logits = lm.model.get_output_embeddings()(decoder(inputs_embeds=sequence).last_hidden_state)
-    log_probs = logits[:, embeds.shape[1] - 1:-1].log_softmax(-1)
-    return log_probs.gather(-1, torch.tensor(response)[None, :, None]
-                            .expand(len(embeds), -1, 1)).sum((1, 2))
+    log_probs = logits[:, embeds.shape[1] - 1 : -1].log_softmax(-1)
+    return log_probs.gather(
+        -1, torch.tensor(response)[None, :, None].expand(len(embeds), -1, 1)
+    ).sum((1, 2))
 
 
 def attribution(lm, encoded, steps: int, at_once: int | None = None) -> np.ndarray:
@@ -50,12 +52,20 @@ def attribution(lm, encoded, steps: int, at_once: int | None = None) -> np.ndarr
         return log_likelihood(lm, embeds, chosen) - log_likelihood(lm, embeds, rejected)
 
     scores = IntegratedGradients(f).attribute(
-        prompt, torch.zeros_like(prompt), n_steps=steps, internal_batch_size=at_once)
+        prompt, torch.zeros_like(prompt), n_steps=steps, internal_batch_size=at_once
+    )
     return scores.sum(-1)[0].detach().numpy()
 
 
-def token_ablation(lm, encoded, candidates: Tensor, k: int, steps: int, replacement: Tensor,
-                   at_once: int | None = 1) -> dict:
+def token_ablation(
+    lm,
+    encoded,
+    candidates: Tensor,
+    k: int,
+    steps: int,
+    replacement: Tensor,
+    at_once: int | None = 1,
+) -> dict:
     """Stage 1 of one pair, both signs.
 
     candidates: (P,) bool; replacement: (P, D) what an ablated position becomes.
@@ -72,18 +82,24 @@ def token_ablation(lm, encoded, candidates: Tensor, k: int, steps: int, replacem
         ablated[0, chosen] = replacement[chosen]
         for prompt in (plain, ablated) if sign == 1 else (ablated,):
             with torch.no_grad():
-                values.append([log_likelihood(lm, prompt, response).item()
-                               for response in encoded.responses])
-                states.append(torch.stack([last_states(lm, prompt, response)
-                                           for response in encoded.responses]))
+                values.append(
+                    [log_likelihood(lm, prompt, response).item() for response in encoded.responses]
+                )
+                states.append(
+                    torch.stack(
+                        [last_states(lm, prompt, response) for response in encoded.responses]
+                    )
+                )
     return {"scores": scores, "log_likelihoods": np.array(values), "last": torch.stack(states)}
 
 
 def last_states(lm, embeds: Tensor, response: list[int]) -> Tensor:
     """(L+1, D) hidden states at the last position, before the final norm."""
     read = []
-    handles = [layer.register_forward_hook(lambda module, args, output: read.append(output[0, -1]))
-               for layer in lm.layers]
+    handles = [
+        layer.register_forward_hook(lambda module, args, output: read.append(output[0, -1]))
+        for layer in lm.layers
+    ]
     behind = lm.model.get_input_embeddings()(torch.tensor([response]))
     sequence = torch.cat([embeds, behind], dim=1)
     lm.model.get_decoder()(inputs_embeds=sequence)
@@ -95,14 +111,17 @@ def last_states(lm, embeds: Tensor, response: list[int]) -> Tensor:
 @contextmanager
 def hooked(lm, vectors: dict[int, Tensor]):
     """h' = (h + v) ||h|| / ||h + v|| at the outputs of layers."""
+
     def steer(vector):
         def hook(module, args, output):
             moved = output + vector
             return moved * output.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
+
         return hook
 
-    handles = [lm.layers[layer].register_forward_hook(steer(vector))
-               for layer, vector in vectors.items()]
+    handles = [
+        lm.layers[layer].register_forward_hook(steer(vector)) for layer, vector in vectors.items()
+    ]
     yield
     for handle in handles:
         handle.remove()
@@ -130,9 +149,16 @@ def generation(lm, encoded, configurations, max_new_tokens: int) -> list[str]:
     texts = []
     for vectors in ({}, *(configuration.vectors for configuration in configurations)):
         with hooked(lm, vectors):
-            ids = lm.model.generate(**encoded.inputs, max_new_tokens=max_new_tokens,
-                                    do_sample=False, temperature=None, top_p=None, top_k=None,
-                                    pad_token_id=lm.replacement_id("pad"))
-        texts.append(lm.tokenizer.decode(ids[0, len(encoded.prompt_ids):],
-                                         skip_special_tokens=True).strip())
+            ids = lm.model.generate(
+                **encoded.inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=lm.replacement_id("pad"),
+            )
+        texts.append(
+            lm.tokenizer.decode(ids[0, len(encoded.prompt_ids) :], skip_special_tokens=True).strip()
+        )
     return texts

@@ -72,9 +72,12 @@ class Material:
         self.given = {item.method: item.vectors for item in one.directions}
         self.norms = self.given["gradient"].norms
         states = StatesFile(args.parts_dir / f"{one.name}_pos.safetensors")
-        self.example_gradients = torch.stack([
-            torch.from_numpy(np.concatenate([*states.layer("gradients", layer)])).float()
-            for layer in range(states.layers)])
+        self.example_gradients = torch.stack(
+            [
+                torch.from_numpy(np.concatenate([*states.layer("gradients", layer)])).float()
+                for layer in range(states.layers)
+            ]
+        )
 
     def of(self, method: str) -> Tensor:
         """(L, D) the vectors of a method, of unit length."""
@@ -83,10 +86,14 @@ class Material:
     @cached_property
     def asked(self) -> dict[str, tuple[list[Encoded], list[np.ndarray]]]:
         """Validation questions and unrelated ones, and what the base model scores of them."""
-        kinds = {"own": experiment.encode(self.lm, self.one.parts["validation"], self.args),
-                 "unrelated": experiment.unrelated_items(self.lm, "validation")}
-        return {kind: (items, values(self, items, PLAIN, torch.zeros_like(self.of("gradient"))))
-                for kind, items in kinds.items()}
+        kinds = {
+            "own": experiment.encode(self.lm, self.one.parts["validation"], self.args),
+            "unrelated": experiment.unrelated_items(self.lm, "validation"),
+        }
+        return {
+            kind: (items, values(self, items, PLAIN, torch.zeros_like(self.of("gradient"))))
+            for kind, items in kinds.items()
+        }
 
     @cached_property
     def priced(self) -> tuple[list[Encoded], float]:
@@ -98,10 +105,17 @@ class Material:
     @cached_property
     def further_gradients(self) -> Tensor:
         """(L, FURTHER_PAIRS, D) gradients of pairs that are for test."""
-        pairs = [prompts.encode(self.lm, example.pair(), self.args.prompt_style)
-                 for example in self.one.parts["test"][:FURTHER_PAIRS]]
-        return torch.stack([hidden_states(self.lm, item, [], self.args.batch_tokens).gradients[1:]
-                            for item in pairs], dim=1)
+        pairs = [
+            prompts.encode(self.lm, example.pair(), self.args.prompt_style)
+            for example in self.one.parts["test"][:FURTHER_PAIRS]
+        ]
+        return torch.stack(
+            [
+                hidden_states(self.lm, item, [], self.args.batch_tokens).gradients[1:]
+                for item in pairs
+            ],
+            dim=1,
+        )
 
     @cached_property
     def neutral(self) -> tuple[Tensor, Tensor]:
@@ -111,8 +125,12 @@ class Material:
         for item in experiment.neutral_items(self.lm, "training")[:PASSAGES]:
             batch, read = packed_batch(self.lm, [item])
             outputs: list[Tensor] = []
-            final = replay(self.lm, batch.embeds.clone().requires_grad_(), batch.kwargs,
-                           after=lambda layer, states, outputs=outputs: outputs.append(states))
+            final = replay(
+                self.lm,
+                batch.embeds.clone().requires_grad_(),
+                batch.kwargs,
+                after=lambda layer, states, outputs=outputs: outputs.append(states),
+            )
             gradients = torch.autograd.grad(-read(final[None]).sum(), outputs)
             found.append([torch.cat(parts).detach()[:, 1:] for parts in (outputs, gradients)])
         states, gradients = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
@@ -128,9 +146,13 @@ class Material:
             return float(np.log(perplexity(texts, values(self, texts, PLAIN, vectors))))
 
         base = loss(torch.zeros_like(self.of("gradient")))
-        rises = [(loss(alone) + loss(-alone)) / 2 - base for alone in
-                 (PROBE * only([layer], "gradient", self) for layer in range(len(self.norms)))]
-        return torch.tensor(rises).clamp_min(1e-4) / PROBE ** 2
+        rises = [
+            (loss(alone) + loss(-alone)) / 2 - base
+            for alone in (
+                PROBE * only([layer], "gradient", self) for layer in range(len(self.norms))
+            )
+        ]
+        return torch.tensor(rises).clamp_min(1e-4) / PROBE**2
 
 
 def add(states: Tensor, vector: Tensor, norm: Tensor) -> Tensor:
@@ -187,8 +209,10 @@ def whitened(method: str, of: int, material: Material) -> Tensor:
     rows = material.neutral[of]
     moment = rows.mT @ rows / rows.shape[1]
     ridge = RIDGE * moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    return normalize(torch.linalg.solve(moment + ridge * torch.eye(moment.shape[-1]),
-                                        material.of(method)), dim=-1)
+    return normalize(
+        torch.linalg.solve(moment + ridge * torch.eye(moment.shape[-1]), material.of(method)),
+        dim=-1,
+    )
 
 
 def main_components(material: Material) -> Tensor:
@@ -200,7 +224,7 @@ def main_components(material: Material) -> Tensor:
 
 def of_half_the_pairs(material: Material) -> Tensor:
     rows = material.example_gradients
-    return normalize(rows[:, :rows.shape[1] // 2].mean(1), dim=-1)
+    return normalize(rows[:, : rows.shape[1] // 2].mean(1), dim=-1)
 
 
 def of_further_pairs(material: Material) -> Tensor:
@@ -208,47 +232,69 @@ def of_further_pairs(material: Material) -> Tensor:
     return normalize(rows.mean(1), dim=-1)
 
 
-PLAIN = Variant("gradient, added at all layers and positions",
-                partial(Material.of, method="gradient"), add)
+PLAIN = Variant(
+    "gradient, added at all layers and positions", partial(Material.of, method="gradient"), add
+)
 
 
 def variants(layers: int) -> list[Variant]:
-    gradient, mean, random = (partial(Material.of, method=method)
-                              for method in ("gradient", "mean", "random"))
+    gradient, mean, random = (
+        partial(Material.of, method=method) for method in ("gradient", "mean", "random")
+    )
     third = layers // 3
 
     def of(method: str, made) -> list[Variant]:
         return [
             Variant(f"{method}, from the prompt's last token on", made, add, 0),
             Variant(f"{method}, the response alone", made, add, 1),
-            Variant(f"{method}, layer {layers // 2 - 1} alone",
-                    partial(only, [layers // 2 - 1], method), add),
-            Variant(f"{method}, layers {third} to {layers - 1}",
-                    partial(only, range(third, layers), method), add),
-            Variant(f"{method}, whitened by the gradients of neutral text",
-                    partial(whitened, method, 1), add),
-            Variant(f"{method}, rotated by one angle", made, rotate)]
+            Variant(
+                f"{method}, layer {layers // 2 - 1} alone",
+                partial(only, [layers // 2 - 1], method),
+                add,
+            ),
+            Variant(
+                f"{method}, layers {third} to {layers - 1}",
+                partial(only, range(third, layers), method),
+                add,
+            ),
+            Variant(
+                f"{method}, whitened by the gradients of neutral text",
+                partial(whitened, method, 1),
+                add,
+            ),
+            Variant(f"{method}, rotated by one angle", made, rotate),
+        ]
 
     return [
-        PLAIN, *of("gradient", gradient),
-        Variant(f"gradient, layers {third} to {2 * third - 1}",
-                partial(only, range(third, 2 * third), "gradient"), add),
+        PLAIN,
+        *of("gradient", gradient),
+        Variant(
+            f"gradient, layers {third} to {2 * third - 1}",
+            partial(only, range(third, 2 * third), "gradient"),
+            add,
+        ),
         Variant("gradient, layers by gain over price", by_gain_and_price, add),
-        Variant(f"gradient, without {SENSITIVE} directions that neutral text is sensitive to",
-                partial(without_sensitive, "gradient"), add),
+        Variant(
+            f"gradient, without {SENSITIVE} directions that neutral text is sensitive to",
+            partial(without_sensitive, "gradient"),
+            add,
+        ),
         Variant("gradient, whitened by neutral states", partial(whitened, "gradient", 0), add),
         Variant("gradient, as much as a state lacks", gradient, fill),
         Variant(f"gradient, within {COMPONENTS} components", main_components, add),
         Variant("gradient, half of the pairs", of_half_the_pairs, add),
         Variant(f"gradient, {FURTHER_PAIRS} more pairs", of_further_pairs, add),
-        Variant("mean, added at all layers and positions", mean, add), *of("mean", mean),
+        Variant("mean, added at all layers and positions", mean, add),
+        *of("mean", mean),
         Variant("random, added at all layers and positions", random, add),
-        Variant("random, rotated by one angle", random, rotate)]
+        Variant("random, rotated by one angle", random, rotate),
+    ]
 
 
 @torch.inference_mode()
-def values(material: Material, items: list[Encoded], variant: Variant, vectors: Tensor
-           ) -> list[np.ndarray]:
+def values(
+    material: Material, items: list[Encoded], variant: Variant, vectors: Tensor
+) -> list[np.ndarray]:
     """(choices,) log-likelihoods of every item under a variant with its (L, D) vectors, the
     strength included. Raises UserError for one that is no number."""
     lm, found = material.lm, [np.empty(0)] * len(items)
@@ -307,11 +353,21 @@ def measured(material: Material, variant: Variant, price: float) -> list[dict]:
     for kind, (items, before) in material.asked.items():
         after = values(material, items, variant, alpha * vectors)
         leads = margins(items, [np.stack(pair) for pair in zip(before, after, strict=True)])
-        rows += [{"variant": variant.name, "seed": material.one.seed, "alpha": alpha,
-                  "questions": kind, "id": item.example.id,
-                  **{f"{score}_{when}": int(leads[score][row, column] > 0)
-                     for score in SCORES for column, when in enumerate(("before", "after"))}}
-                 for row, item in enumerate(items)]
+        rows += [
+            {
+                "variant": variant.name,
+                "seed": material.one.seed,
+                "alpha": alpha,
+                "questions": kind,
+                "id": item.example.id,
+                **{
+                    f"{score}_{when}": int(leads[score][row, column] > 0)
+                    for score in SCORES
+                    for column, when in enumerate(("before", "after"))
+                },
+            }
+            for row, item in enumerate(items)
+        ]
     return rows
 
 
@@ -320,40 +376,71 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     found = {}
     for name, part in rows.groupby("variant", sort=False):
         found[name] = {"strength": f"{part.groupby('seed').alpha.first().mean():.3g}"}
-        for title, kind, score in (("per token", "own", "token"), ("summed", "own", "sum"),
-                                   ("unrelated questions", "unrelated", "token")):
+        for title, kind, score in (
+            ("per token", "own", "token"),
+            ("summed", "own", "sum"),
+            ("unrelated questions", "unrelated", "token"),
+        ):
             here = part[part.questions == kind]
             gains = (here[f"{score}_after"] - here[f"{score}_before"]).groupby(here.id).mean()
             low, high = stats.bootstrap_interval(gains.to_numpy())
-            found[name][title] = points(pd.Series(
-                {"gain": gains.mean(), "gain_low": low, "gain_high": high}))
+            found[name][title] = points(
+                pd.Series({"gain": gains.mean(), "gain_low": low, "gain_high": high})
+            )
     return pd.DataFrame.from_dict(found, orient="index")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataset_name", default="truthfulqa")
     parser.add_argument("--dataset_path")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--price", type=float, default=0.1,
-                        help="rise of perplexity, 0.1 for 10 %%")
-    parser.add_argument("--work", type=Path, default=ROOT / "src" / "results" / "variants",
-                        help="folder where finished measurements are kept")
+    parser.add_argument(
+        "--price", type=float, default=0.1, help="rise of perplexity, 0.1 for 10 %%"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "src" / "results" / "variants",
+        help="folder where finished measurements are kept",
+    )
     parser.add_argument("--document", default=ROOT / "docs" / "trials.md")
     given = parser.parse_args()
-    args = experiment.flags(cli.LLM).parse_args([
-        "--model_name", models.EMBEDDED, "--methods", "gradient", "mean", "random",
-        "--batch_tokens", "1024", "--no-train_vectors", "--device", "cpu", "--dtype", "float32"])
+    args = experiment.flags(cli.LLM).parse_args(
+        [
+            "--model_name",
+            models.EMBEDDED,
+            "--methods",
+            "gradient",
+            "mean",
+            "random",
+            "--batch_tokens",
+            "1024",
+            "--no-train_vectors",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        ]
+    )
     args.parts_dir = args.steering_vectors_dir = given.work
     lm = cli.load_model(args)
     every, found = variants(len(lm.layers)), []
     for seed in given.seeds:
         one = experiment.study(lm, args, given.dataset_name, given.dataset_path, seed, {})
         output = given.work / f"{one.name}_variants.csv"
-        work = runs.Run([output], one.manifest | {
-            "price": given.price, "variants": [variant.name for variant in every],
-            "constants": [RIDGE, PROBE, PASSAGES]}, False)
+        work = runs.Run(
+            [output],
+            one.manifest
+            | {
+                "price": given.price,
+                "variants": [variant.name for variant in every],
+                "constants": [RIDGE, PROBE, PASSAGES],
+            },
+            False,
+        )
         if not work.finished:
             material = Material(lm, one, args)
             for unit in work.todo(len(every), f"{one.name} variants"):
@@ -362,13 +449,21 @@ def main() -> None:
             work.finish()
         found.append(pd.read_csv(output, dtype={"id": str}))
     rows = pd.concat(found)
-    questions = rows[rows.questions == "own"].groupby("id")[
-        ["token_before", "sum_before"]].mean()
-    tell(given.document, "variants", [(
-        f"{given.dataset_name}: gain in points on {len(questions)} validation questions of "
-        f"{len(given.seeds)} seed(s), base {questions.token_before.mean():.1%} per token and "
-        f"{questions.sum_before.mean():.1%} summed, and change on unrelated questions, at "
-        f"{given.price:+.0%} perplexity", table(rows))], {"every question": given.work})
+    questions = rows[rows.questions == "own"].groupby("id")[["token_before", "sum_before"]].mean()
+    tell(
+        given.document,
+        "variants",
+        [
+            (
+                f"{given.dataset_name}: gain in points on {len(questions)} validation questions of "
+                f"{len(given.seeds)} seed(s), base {questions.token_before.mean():.1%} per token "
+                f"and {questions.sum_before.mean():.1%} summed, and change on unrelated questions, "
+                f"at {given.price:+.0%} perplexity",
+                table(rows),
+            )
+        ],
+        {"every question": given.work},
+    )
 
 
 if __name__ == "__main__":

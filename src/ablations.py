@@ -28,29 +28,41 @@ CHANGED = ("grad_method", "attribution", "top_k", "num_samples")
 
 def flags(kind: cli.Kind):
     parser = experiment.flags(kind, __doc__)
-    parser.set_defaults(methods=["mean", "pca", "rand_tokens"], train_vectors=False,
-                        max_ppl_increase=[0.1])
+    parser.set_defaults(
+        methods=["mean", "pca", "rand_tokens"], train_vectors=False, max_ppl_increase=[0.1]
+    )
     group = parser.add_argument_group("ablations")
-    group.add_argument("--change", nargs="+", type=change, metavar="FLAG=VALUE", default=[
-        "grad_method=vanilla", "grad_method=smoothgrad", "attribution=normal",
-        *(f"top_k={max(1, kind.top_k * tenths // 10)}" for tenths in (1, 5, 20)),
-        *(f"num_samples={count}" for count in (10, 25, 100))],
-        help=f"settings to try, one at a time: {', '.join(CHANGED)} (default: %(default)s)")
+    group.add_argument(
+        "--change",
+        nargs="+",
+        type=change,
+        metavar="FLAG=VALUE",
+        default=[
+            "grad_method=vanilla",
+            "grad_method=smoothgrad",
+            "attribution=normal",
+            *(f"top_k={max(1, kind.top_k * tenths // 10)}" for tenths in (1, 5, 20)),
+            *(f"num_samples={count}" for count in (10, 25, 100)),
+        ],
+        help=f"settings to try, one at a time: {', '.join(CHANGED)} (default: %(default)s)",
+    )
     return parser
 
 
 def change(text: str) -> str:
     if text.partition("=")[0] not in CHANGED:
         raise argparse.ArgumentTypeError(
-            f"{text}: expected FLAG=VALUE with a flag of {', '.join(CHANGED)}")
+            f"{text}: expected FLAG=VALUE with a flag of {', '.join(CHANGED)}"
+        )
     return text
 
 
 def main(kind: cli.Kind = cli.LLM) -> None:
     parser = flags(kind)
     args = parser.parse_args()
-    tried = {GIVEN: args} | {setting: parser.parse_args([*sys.argv[1:], f"--{setting}"])
-                             for setting in args.change}
+    tried = {GIVEN: args} | {
+        setting: parser.parse_args([*sys.argv[1:], f"--{setting}"]) for setting in args.change
+    }
     lm = cli.load_model(args)
     folder = cli.output_dir(args, "ablations")
     path = folder / f"{experiment.stem_of(args)}_ablations.csv"
@@ -72,11 +84,16 @@ def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     for (dataset, budget), rows in own.groupby(["dataset", "max_ppl_increase"], sort=False):
         about = f"at most +{budget:.0%} perplexity, {rows.seeds.max()} seed(s)"
         for kind, part in rows.groupby("score", sort=False):
-            found.append((f"{dataset}: gain in {kind} accuracy in points, {about}",
-                          by_setting(part, points)))
+            found.append(
+                (f"{dataset}: gain in {kind} accuracy in points, {about}", by_setting(part, points))
+            )
         part = rows[rows.score == SCORES[0]]
-        found.append((f"{dataset}: rise of perplexity on neutral text on test, {about}",
-                      by_setting(part, lambda row: f"{row.perplexity_increase:+.1%}")))
+        found.append(
+            (
+                f"{dataset}: rise of perplexity on neutral text on test, {about}",
+                by_setting(part, lambda row: f"{row.perplexity_increase:+.1%}"),
+            )
+        )
     return found
 
 

@@ -60,31 +60,71 @@ def flags(kind: cli.Kind, description: str = __doc__):
     parser = cli.evaluation_parser(description, kind)
     parser.set_defaults(methods=[*METHODS], alphas=None)
     group = parser.add_argument_group("experiment")
-    group.add_argument("--datasets", nargs="+", metavar="NAME[=PATH]",
-                       help="several data sets, in place of --dataset_name and --dataset_path")
-    group.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],
-                       help="each draws its own steering, validation and test questions")
-    group.add_argument("--max_ppl_increase", nargs="+", type=cli.positive_float, default=BUDGETS,
-                       help="prices allowed: how much the perplexity of neutral text may rise")
-    group.add_argument("--strengths_at", nargs="+", type=cli.positive_float,
-                       help="prices by which strengths are set, unless --alphas gives some "
-                            "(default: every other one of those allowed); what was learnt is "
-                            "tried at fixed multiples of its length instead")
-    group.add_argument("--max_unrelated_loss", type=cli.not_negative, default=0.02,
-                       help="accuracy on unrelated questions that may be lost; results are given "
-                            "without this limit, with it, and with it and within the same price "
-                            "on what the base model answers freely")
-    group.add_argument("--gated", nargs="*", default=[], choices=METHODS, metavar="METHOD",
-                       help="those of --methods that also steer behind a gate, only where states "
-                            "look like those of the steering examples (default: none)")
-    group.add_argument("--train_vectors", action=argparse.BooleanOptionalAction, default=True,
-                       help="beside the vectors of --methods, train one a layer on the same "
-                            "examples, behind the gate, held to what the model says of other text "
-                            "and itself answers")
-    group.add_argument("--lora", default="none", choices=("none", *lora.OBJECTIVES),
-                       help="beside the vectors, train LoRA on the same examples")
-    group.add_argument("--num_generations", type=cli.positive, default=24,
-                       help="questions answered freely, for validation and test")
+    group.add_argument(
+        "--datasets",
+        nargs="+",
+        metavar="NAME[=PATH]",
+        help="several data sets, in place of --dataset_name and --dataset_path",
+    )
+    group.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0, 1, 2],
+        help="each draws its own steering, validation and test questions",
+    )
+    group.add_argument(
+        "--max_ppl_increase",
+        nargs="+",
+        type=cli.positive_float,
+        default=BUDGETS,
+        help="prices allowed: how much the perplexity of neutral text may rise",
+    )
+    group.add_argument(
+        "--strengths_at",
+        nargs="+",
+        type=cli.positive_float,
+        help="prices by which strengths are set, unless --alphas gives some "
+        "(default: every other one of those allowed); what was learnt is "
+        "tried at fixed multiples of its length instead",
+    )
+    group.add_argument(
+        "--max_unrelated_loss",
+        type=cli.not_negative,
+        default=0.02,
+        help="accuracy on unrelated questions that may be lost; results are given "
+        "without this limit, with it, and with it and within the same price "
+        "on what the base model answers freely",
+    )
+    group.add_argument(
+        "--gated",
+        nargs="*",
+        default=[],
+        choices=METHODS,
+        metavar="METHOD",
+        help="those of --methods that also steer behind a gate, only where states "
+        "look like those of the steering examples (default: none)",
+    )
+    group.add_argument(
+        "--train_vectors",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="beside the vectors of --methods, train one a layer on the same "
+        "examples, behind the gate, held to what the model says of other text "
+        "and itself answers",
+    )
+    group.add_argument(
+        "--lora",
+        default="none",
+        choices=("none", *lora.OBJECTIVES),
+        help="beside the vectors, train LoRA on the same examples",
+    )
+    group.add_argument(
+        "--num_generations",
+        type=cli.positive,
+        default=24,
+        help="questions answered freely, for validation and test",
+    )
     group.add_argument("--max_new_tokens", type=cli.positive, default=32, help="of those answers")
     group.add_argument("--document", help="Markdown file the tables are also written into")
     return parser
@@ -99,24 +139,39 @@ def main(kind: cli.Kind = cli.LLM) -> None:
 
 def given_datasets(args) -> dict[str, str | None]:
     """Path, if there is one, by name."""
-    named = args.datasets or [args.dataset_name + (f"={args.dataset_path}" if args.dataset_path
-                                                   else "")]
+    named = args.datasets or [
+        args.dataset_name + (f"={args.dataset_path}" if args.dataset_path else "")
+    ]
     return dict((*name.split("=", 1), None)[:2] for name in named)
 
 
 def stem_of(args) -> str:
     """What the names of the files begin with."""
-    return "_".join(["+".join(map(runs.slug, given_datasets(args))), runs.slug(args.model_name),
-                     f"n{args.num_samples}", args.attribution, args.grad_method,
-                     f"k{args.top_k}", args.layer_mode, "+".join(args.layer_idxs)])
+    return "_".join(
+        [
+            "+".join(map(runs.slug, given_datasets(args))),
+            runs.slug(args.model_name),
+            f"n{args.num_samples}",
+            args.attribution,
+            args.grad_method,
+            f"k{args.top_k}",
+            args.layer_mode,
+            "+".join(args.layer_idxs),
+        ]
+    )
 
 
 def files_of(args) -> dict[str, Path]:
     """The tables that are written, by what they hold."""
     folder, stem = cli.output_dir(args, "experiment"), stem_of(args)
-    return {what: folder / f"{stem}_{name}.csv" for what, name in (
-        ("every configuration", "grid"), ("gain over price", "front"),
-        ("free answers", "generations"))}
+    return {
+        what: folder / f"{stem}_{name}.csv"
+        for what, name in (
+            ("every configuration", "grid"),
+            ("gain over price", "front"),
+            ("free answers", "generations"),
+        )
+    }
 
 
 def run(args, lm, known: dict | None = None) -> pd.DataFrame:
@@ -139,8 +194,9 @@ def run(args, lm, known: dict | None = None) -> pd.DataFrame:
             configurations = [item for item in configurations if item.label in labels]
             own, questions = evaluate(lm, one, one, "test", configurations, args)
             written = free_answers(lm, one, "test", configurations, args)
-            own = own.merge(written.groupby("configuration")[["repetition", "words"]].mean(),
-                            on="configuration")
+            own = own.merge(
+                written.groupby("configuration")[["repetition", "words"]].mean(), on="configuration"
+            )
             paid = own.set_index("configuration")[PRICES]
             chosen[PRICES] = paid.loc[chosen.configuration].to_numpy()
             grids += [validated, own]
@@ -153,8 +209,9 @@ def run(args, lm, known: dict | None = None) -> pd.DataFrame:
                     answers.append((chosen.assign(**dict.fromkeys(OF_ANSWERS, np.nan)), questions))
     table = fronts.front(answers)
     if runs.processes().is_main_process:
-        for path, cells in zip(files_of(args).values(),
-                               (pd.concat(grids), table, pd.concat(texts)), strict=True):
+        for path, cells in zip(
+            files_of(args).values(), (pd.concat(grids), table, pd.concat(texts)), strict=True
+        ):
             runs.write_table(path, cells)
     return table
 
@@ -210,13 +267,22 @@ class Study:
 
 def study(lm, args, name: str, path: str | None, seed: int, known: dict | None) -> Study:
     """Do stage 1 and make the vectors of one data set and seed."""
-    words = [f"--{flag}={value}" for flag, value in (
-        ("model_name", args.model_name), ("dataset_name", name), ("num_samples", args.num_samples),
-        ("prompt_style", args.prompt_style), ("attribution", args.attribution),
-        ("grad_method", args.grad_method), ("top_k", args.top_k), ("seed", seed),
-        ("batch_tokens", args.batch_tokens),
-        ("output_path_meta", args.parts_dir / f"{name}_seed{seed}.csv"),
-        ("output_path_hidden", args.parts_dir / f"{name}_seed{seed}.safetensors"))]
+    words = [
+        f"--{flag}={value}"
+        for flag, value in (
+            ("model_name", args.model_name),
+            ("dataset_name", name),
+            ("num_samples", args.num_samples),
+            ("prompt_style", args.prompt_style),
+            ("attribution", args.attribution),
+            ("grad_method", args.grad_method),
+            ("top_k", args.top_k),
+            ("seed", seed),
+            ("batch_tokens", args.batch_tokens),
+            ("output_path_meta", args.parts_dir / f"{name}_seed{seed}.csv"),
+            ("output_path_hidden", args.parts_dir / f"{name}_seed{seed}.safetensors"),
+        )
+    ]
     words += [f"--dataset_path={path}"] if path else []
     words += ["--split", args.split] if args.split else []
     words += ["--overwrite"] if args.overwrite else []
@@ -230,8 +296,7 @@ def study(lm, args, name: str, path: str | None, seed: int, known: dict | None) 
         for file, vectors in made.items():
             vectors.save(file)
     manifest = cli.evaluation_manifest(args, "experiment", lm, states, parts)
-    used = {*states["pos"].info["data"]["questions"],
-            *map(data.question_key, parts["validation"])}
+    used = {*states["pos"].info["data"]["questions"], *map(data.question_key, parts["validation"])}
 
     @cache  # read by what trains first, and encoded only where something is left to train
     def examples() -> list[data.Example]:
@@ -252,9 +317,14 @@ def study(lm, args, name: str, path: str | None, seed: int, known: dict | None) 
         layers = {layer for direction in gated for layer in direction.layers}
         layers |= {*cli.parse_layers(args.layer_idxs, len(lm.layers))}
         gate, gate_manifest = learnt_gate(lm, one, args, pairs, sorted(layers), learning)
-        directions += [replace(direction, mode=f"{direction.mode} gated".strip(),
-                               vectors=replace(direction.vectors, gate=gate))
-                       for direction in gated]
+        directions += [
+            replace(
+                direction,
+                mode=f"{direction.mode} gated".strip(),
+                vectors=replace(direction.vectors, gate=gate),
+            )
+            for direction in gated
+        ]
     if args.train_vectors:
         parts["training"] = examples()
         directions += trained_vectors(lm, one, args, pairs, states["pos"], gate, gate_manifest)
@@ -263,30 +333,34 @@ def study(lm, args, name: str, path: str | None, seed: int, known: dict | None) 
     return one
 
 
-def learnt_gate(lm, one: Study, args, pairs, layers: list[int], manifest: dict
-                ) -> tuple[Gate, dict]:
+def learnt_gate(
+    lm, one: Study, args, pairs, layers: list[int], manifest: dict
+) -> tuple[Gate, dict]:
     """The gate between the steering examples and other text, or as it was learnt before.
 
     And the manifest of what it was learnt from.
     """
     path = args.parts_dir / f"{one.name}_gate.safetensors"
     others = training_texts(lm) + unrelated_items(lm, "training")
-    manifest = manifest | {"others": data.fingerprint([item.example for item in others]),
-                           "gate": {"layers": layers, "positions": gates.POSITIONS,
-                                    "penalty": gates.PENALTY},
-                           "scikit-learn": version("scikit-learn")}
+    manifest = manifest | {
+        "others": data.fingerprint([item.example for item in others]),
+        "gate": {"layers": layers, "positions": gates.POSITIONS, "penalty": gates.PENALTY},
+        "scikit-learn": version("scikit-learn"),
+    }
 
     def learn(_) -> dict[str, torch.Tensor]:
         gate = gates.fit(lm, pairs(), others, layers, args.batch_tokens, args.seed)
         return {"weights": gate.weights, "biases": gate.biases}
 
-    once(path, manifest, args, "gate", learn,
-         lambda made: runs.write_tensors(path, *made, manifest))
+    once(
+        path, manifest, args, "gate", learn, lambda made: runs.write_tensors(path, *made, manifest)
+    )
     return Gate(**runs.read_tensors(path)[0]), manifest
 
 
-def trained_vectors(lm, one: Study, args, pairs, states: StatesFile, gate: Gate, manifest: dict
-                    ) -> list[Trained]:
+def trained_vectors(
+    lm, one: Study, args, pairs, states: StatesFile, gate: Gate, manifest: dict
+) -> list[Trained]:
     """Vectors trained on the steering examples, or as they were trained before.
 
     Beside them random directions that are as long at every layer.
@@ -294,29 +368,51 @@ def trained_vectors(lm, one: Study, args, pairs, states: StatesFile, gate: Gate,
     layers = later_layers(lm, args)
     info = {**states.info, "stage": "steering_vectors", "method": "trained", "mode": ""}
     answers = own_answers(lm, one, "training", args)
-    manifest = manifest | {"trained": {**trained.DEFAULTS, **trained.RECIPE, "layers": layers},
-                           "answers": data.fingerprint(answers),
-                           "max_new_tokens": args.max_new_tokens}
+    manifest = manifest | {
+        "trained": {**trained.DEFAULTS, **trained.RECIPE, "layers": layers},
+        "answers": data.fingerprint(answers),
+        "max_new_tokens": args.max_new_tokens,
+    }
     norms = states.norms()
 
     @cache  # for all runs that this process makes
     def trainer():
         return trained.trainer(
-            lm, pairs(), training_texts(lm), unrelated_items(lm, "training"),
-            unfinished(lm, answers, args), norms, gate, layers, seed=args.seed,
-            max_tokens=args.batch_tokens)
+            lm,
+            pairs(),
+            training_texts(lm),
+            unrelated_items(lm, "training"),
+            unfinished(lm, answers, args),
+            norms,
+            gate,
+            layers,
+            seed=args.seed,
+            max_tokens=args.batch_tokens,
+        )
 
     def save(made) -> None:
         mean = sum(tensors["vectors"] / trained.RUNS for tensors in made)
         SteeringVectors(mean, norms, info, gate).save(path)
 
     path = args.parts_dir / f"{one.name}_trained.safetensors"
-    once(path, manifest, args, "training vectors", lambda run: {"vectors": trainer()(run)}, save,
-         trained.RUNS)
+    once(
+        path,
+        manifest,
+        args,
+        "training vectors",
+        lambda run: {"vectors": trainer()(run)},
+        save,
+        trained.RUNS,
+    )
     # The same object as other methods' gate, so that they are scored in one batch.
     vectors = replace(SteeringVectors.load(path), gate=gate)
-    return [Trained(method, "gated", tuple(layers), given) for method, given in (
-        ("trained", vectors), ("trained_random", random_like(vectors, args.seed)))]
+    return [
+        Trained(method, "gated", tuple(layers), given)
+        for method, given in (
+            ("trained", vectors),
+            ("trained_random", random_like(vectors, args.seed)),
+        )
+    ]
 
 
 def later_layers(lm, args) -> list[int]:
@@ -333,18 +429,28 @@ def random_like(vectors: SteeringVectors, seed: int) -> SteeringVectors:
     """Random directions, at every layer as long as the vectors, behind the same gate."""
     drawn = torch.randn(vectors.vectors.shape, generator=torch.Generator().manual_seed(seed))
     lengths = vectors.vectors.norm(dim=-1, keepdim=True)
-    return replace(vectors, vectors=lengths * torch.nn.functional.normalize(drawn, dim=-1),
-                   info={**vectors.info, "method": "trained_random"})
+    return replace(
+        vectors,
+        vectors=lengths * torch.nn.functional.normalize(drawn, dim=-1),
+        info={**vectors.info, "method": "trained_random"},
+    )
 
 
 def trained_lora(lm, one: Study, args, pairs, manifest: dict) -> Lora:
     """LoRA's adapter, trained on the steering examples, or as it was trained before."""
     path = args.parts_dir / f"{one.name}_lora.safetensors"
-    manifest = manifest | {"lora": {"objective": args.lora, **lora.DEFAULTS},
-                           "peft": version("peft")}
-    once(path, manifest, args, f"LoRA ({args.lora})",
-         lambda _: lora.train(lm, pairs(), args.lora, seed=args.seed, max_tokens=args.batch_tokens),
-         lambda made: lora.save(path, *made, manifest))
+    manifest = manifest | {
+        "lora": {"objective": args.lora, **lora.DEFAULTS},
+        "peft": version("peft"),
+    }
+    once(
+        path,
+        manifest,
+        args,
+        f"LoRA ({args.lora})",
+        lambda _: lora.train(lm, pairs(), args.lora, seed=args.seed, max_tokens=args.batch_tokens),
+        lambda made: lora.save(path, *made, manifest),
+    )
     return Lora(lora.load(path)[0])
 
 
@@ -364,8 +470,10 @@ def priced(lm, one: Study, args) -> list[Configuration]:
 
     What was learnt has lengths of its own, and is tried at `SCALES` of them.
     """
-    alphas = {direction: SCALES if direction.method in LEARNT else dict.fromkeys(args.alphas or ())
-              for direction in one.directions}
+    alphas = {
+        direction: SCALES if direction.method in LEARNT else dict.fromkeys(args.alphas or ())
+        for direction in one.directions
+    }
     texts = neutral_items(lm, "validation")
 
     def rises(tried: list[tuple[Direction, float]]) -> np.ndarray:
@@ -377,12 +485,16 @@ def priced(lm, one: Study, args) -> list[Configuration]:
     targets = np.log1p(np.sort(args.strengths_at or sorted(args.max_ppl_increase)[::2]))
     unknown = [direction for direction in one.directions if not alphas[direction]]
     alphas |= strengths.search(unknown, rises, targets)
-    return [direction.at(alpha, args.alpha_units) for direction in one.directions
-            for alpha in alphas[direction]]
+    return [
+        direction.at(alpha, args.alpha_units)
+        for direction in one.directions
+        for alpha in alphas[direction]
+    ]
 
 
-def evaluate(lm, one: Study, other: Study, part: str, configurations, args
-             ) -> tuple[pd.DataFrame, pd.DataFrame]:
+def evaluate(
+    lm, one: Study, other: Study, part: str, configurations, args
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Configurations of one study on the questions of it or another; on its own with their price.
 
     Returns a row for each configuration, and a row for each configuration and question, those of
@@ -390,15 +502,16 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
     """
     examples = other.parts[part]
     if part == "test":
-        examples = [example for example in examples
-                    if data.question_key(example) not in one.used]
+        examples = [example for example in examples if data.question_key(example) not in one.used]
     asked = encode(lm, examples, args)
-    leads = margins(asked, scores_of(lm, asked, configurations, args, one,
-                                     f"{part}_{other.dataset}"))
+    leads = margins(
+        asked, scores_of(lm, asked, configurations, args, one, f"{part}_{other.dataset}")
+    )
     every = [None, *configurations]
     table = grid_rows(one, other, part, every, leads)
     answered = [question_rows(one, other.dataset, every, examples, leads)]
     if other is one:
+
         def scored(items: list[Encoded], what: str) -> list[np.ndarray]:
             return scores_of(lm, items, configurations, args, one, f"{part}_{what}")
 
@@ -410,20 +523,26 @@ def evaluate(lm, one: Study, other: Study, part: str, configurations, args
         of_neutral = scored(neutral, "texts")
         perplexity = costs.perplexity_of(neutral, of_neutral)
         leads = margins(unrelated, scored(unrelated, "unrelated"))
-        answered.append(question_rows(one, UNRELATED, every,
-                                      [item.example for item in unrelated], leads))
+        answered.append(
+            question_rows(one, UNRELATED, every, [item.example for item in unrelated], leads)
+        )
         kept = costs.accuracy_of(leads)
         table = table.assign(
-            perplexity=perplexity, perplexity_increase=perplexity / perplexity[0] - 1,
+            perplexity=perplexity,
+            perplexity_increase=perplexity / perplexity[0] - 1,
             perplexity_bound=costs.perplexity_bound(neutral, of_neutral),
-            answers_increase=increase(unfinished(lm, own_answers(lm, one, part, args), args),
-                                      "answers"),
-            unrelated_accuracy=kept["token"], unrelated_change=kept["token"] - kept["token"][0],
+            answers_increase=increase(
+                unfinished(lm, own_answers(lm, one, part, args), args), "answers"
+            ),
+            unrelated_accuracy=kept["token"],
+            unrelated_change=kept["token"] - kept["token"][0],
             unrelated_accuracy_sum=kept["sum"],
-            unrelated_change_sum=kept["sum"] - kept["sum"][0])
+            unrelated_change_sum=kept["sum"] - kept["sum"][0],
+        )
         if part == "test":
             table = table.assign(
-                varied_increase=increase(neutral_items(lm, part, costs.VARIED), "varied"))
+                varied_increase=increase(neutral_items(lm, part, costs.VARIED), "varied")
+            )
     return table, pd.concat(answered)
 
 
@@ -436,10 +555,16 @@ def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFram
     """
     examples, repeated, drawn = one.parts[part], DRAWN, {"temperature": 1.0}
     if part != "training":
-        examples, repeated, drawn = examples[:args.num_generations], 1, {}
-    manifest = one.manifest | {"configurations": [*map(identity, configurations)],
-                               "items": data.fingerprint(examples * repeated),
-                               "max_new_tokens": args.max_new_tokens} | drawn
+        examples, repeated, drawn = examples[: args.num_generations], 1, {}
+    manifest = (
+        one.manifest
+        | {
+            "configurations": [*map(identity, configurations)],
+            "items": data.fingerprint(examples * repeated),
+            "max_new_tokens": args.max_new_tokens,
+        }
+        | drawn
+    )
     path = args.parts_dir / f"{one.name}_{part}_answers_{runs.digest(manifest)}.csv"
     work = runs.Run([path], manifest, args.overwrite)
     if not work.finished:
@@ -450,19 +575,32 @@ def free_answers(lm, one: Study, part: str, configurations, args) -> pd.DataFram
         labels = ["base", *(item.label for item in [*steered, *tuned])]
         for unit in work.todo(len(groups), f"{one.name} {part} free answers"):
             batch = [asked[index] for index in groups[unit]]
-            texts = generate(lm, batch, steered, args.max_new_tokens, seed=1000 * one.seed + unit,
-                             **drawn)
+            texts = generate(
+                lm, batch, steered, args.max_new_tokens, seed=1000 * one.seed + unit, **drawn
+            )
             if tuned:
                 with with_lora(lm, tuned) as at_each_scale:
                     for alone in at_each_scale(generate, batch, [], args.max_new_tokens):
                         texts += alone
-            work.save(unit, {}, [
-                {"dataset": one.dataset, "seed": one.seed, "number": number,
-                 "id": asked[number].example.id, "question": asked[number].example.question,
-                 "configuration": label, "text": text, "repetition": costs.repetition(text),
-                 "words": len(text.split())}
-                for label, answers in zip(labels, texts, strict=True)
-                for number, text in zip(groups[unit], answers, strict=True)])
+            work.save(
+                unit,
+                {},
+                [
+                    {
+                        "dataset": one.dataset,
+                        "seed": one.seed,
+                        "number": number,
+                        "id": asked[number].example.id,
+                        "question": asked[number].example.question,
+                        "configuration": label,
+                        "text": text,
+                        "repetition": costs.repetition(text),
+                        "words": len(text.split()),
+                    }
+                    for label, answers in zip(labels, texts, strict=True)
+                    for number, text in zip(groups[unit], answers, strict=True)
+                ],
+            )
         if work.all_done():
             runs.write_rows(path, (rows for _, rows in work.units(len(groups))))
         work.finish()
@@ -476,8 +614,11 @@ def own_answers(lm, one: Study, part: str, args) -> list[data.Example]:
     """
     written = free_answers(lm, one, part, [], args).sort_values("number")
     examples = one.parts[part]
-    return [replace(examples[row.number % len(examples)], choices=(row.text,), label=0)
-            for row in written.itertuples() if row.text]
+    return [
+        replace(examples[row.number % len(examples)], choices=(row.text,), label=0)
+        for row in written.itertuples()
+        if row.text
+    ]
 
 
 def unfinished(lm, answered: list[data.Example], args) -> list[Encoded]:
@@ -489,16 +630,21 @@ def unfinished(lm, answered: list[data.Example], args) -> list[Encoded]:
         except UserError as error:
             print(f"note: left out what {lm.name} answers: {error}")
     if not found:
-        raise UserError(f"{lm.name} answers no question in words, so what steering does to free "
-                        "answers cannot be told: give another --prompt_style")
+        raise UserError(
+            f"{lm.name} answers no question in words, so what steering does to free "
+            "answers cannot be told: give another --prompt_style"
+        )
     return found
 
 
 @cache
 def neutral_items(lm, part: str, path: Path = costs.NEUTRAL) -> list[Encoded]:
     """The passages of a file that are for one part of the experiment."""
-    return [costs.continuation(lm, text) for index, text in enumerate(costs.neutral_texts(path))
-            if index % 8 in TEXTS[part]]
+    return [
+        costs.continuation(lm, text)
+        for index, text in enumerate(costs.neutral_texts(path))
+        if index % 8 in TEXTS[part]
+    ]
 
 
 def training_texts(lm) -> list[Encoded]:
@@ -509,8 +655,11 @@ def training_texts(lm) -> list[Encoded]:
 @cache
 def unrelated_items(lm, part: str) -> list[Encoded]:
     """The unrelated questions that are for one part of the experiment."""
-    examples = (costs.unrelated_examples(costs.UNRELATED_TRAINING) if part == "training" else
-                costs.unrelated_examples()[("validation", "test").index(part)::2])
+    examples = (
+        costs.unrelated_examples(costs.UNRELATED_TRAINING)
+        if part == "training"
+        else costs.unrelated_examples()[("validation", "test").index(part) :: 2]
+    )
     return [prompts.encode(lm, example, "qa") for example in examples]
 
 
@@ -521,6 +670,7 @@ def with_lora(lm, tuned: list[Tuned]) -> Iterator[Callable[..., list]]:
     Yields a function: (compute, *given) -> [compute(lm, *given) of each scale].
     """
     with lora.adapted(lm, tuned[0].adapter) as set_scale:
+
         def at_each_scale(compute: Callable, *given) -> list:
             found = []
             for item in tuned:
@@ -537,8 +687,9 @@ def encode(lm, examples: list[data.Example], args) -> list[Encoded]:
     return [prompts.encode(lm, example, args.prompt_style) for example in examples]
 
 
-def scores_of(lm, items: list[Encoded], configurations, args, one: Study, what: str
-              ) -> list[np.ndarray]:
+def scores_of(
+    lm, items: list[Encoded], configurations, args, one: Study, what: str
+) -> list[np.ndarray]:
     """(1 + C, choices) log-likelihoods of every item, base and steered, kept in files.
 
     A configuration that was scored on these items before, whatever for, is not scored again.
@@ -554,8 +705,11 @@ def scores_of(lm, items: list[Encoded], configurations, args, one: Study, what: 
         scored = info.pop("configurations")
         if runs.digest(info) == runs.digest(manifest):
             kept |= {known: (path, row) for row, known in enumerate(scored)}
-    missing = {known: item for known, item in zip(wanted[1:], configurations, strict=True)
-               if known not in kept}
+    missing = {
+        known: item
+        for known, item in zip(wanted[1:], configurations, strict=True)
+        if known not in kept
+    }
     tuned = {known: item for known, item in missing.items() if isinstance(item, Tuned)}
     steered = {known: item for known, item in missing.items() if known not in tuned}
 
@@ -565,28 +719,46 @@ def scores_of(lm, items: list[Encoded], configurations, args, one: Study, what: 
         kept.update({known: (path, row) for row, known in enumerate(scored)})
 
     if steered or "base" not in kept:
-        keep(["base", *steered],
-             lambda batch: score(lm, batch, [*steered.values()], args.batch_tokens))
+        keep(
+            ["base", *steered],
+            lambda batch: score(lm, batch, [*steered.values()], args.batch_tokens),
+        )
     if tuned:
         with with_lora(lm, [*tuned.values()]) as at_each_scale:
-            keep([*tuned], lambda batch: [
-                np.concatenate(rows) for rows in
-                zip(*at_each_scale(score, batch, [], args.batch_tokens), strict=True)])
+            keep(
+                [*tuned],
+                lambda batch: [
+                    np.concatenate(rows)
+                    for rows in zip(
+                        *at_each_scale(score, batch, [], args.batch_tokens), strict=True
+                    )
+                ],
+            )
     rows = [kept[known] for known in wanted]
     files = {path: runs.read_tensors(path)[0] for path in {path for path, _ in rows}}
-    return [np.stack([files[path][str(index)].numpy()[row] for path, row in rows])
-            for index in range(len(items))]
+    return [
+        np.stack([files[path][str(index)].numpy()[row] for path, row in rows])
+        for index in range(len(items))
+    ]
 
 
 def identity(item: Configuration) -> str:
     """A configuration's label, and a digest of all that it changes in the model."""
-    tensors = item.adapter if isinstance(item, Tuned) else {
-        f"{layer}": vector for layer, vector in item.vectors.items()}
+    tensors = (
+        item.adapter
+        if isinstance(item, Tuned)
+        else {f"{layer}": vector for layer, vector in item.vectors.items()}
+    )
     if item.gate:
-        tensors = tensors | {f"{layer} {part}": tensor for layer in item.layers
-                             for part, tensor in zip("wb", item.gate.at(layer), strict=True)}
-    digests = {name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-               for name, tensor in tensors.items()}
+        tensors = tensors | {
+            f"{layer} {part}": tensor
+            for layer in item.layers
+            for part, tensor in zip("wb", item.gate.at(layer), strict=True)
+        }
+    digests = {
+        name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        for name, tensor in tensors.items()
+    }
     return f"{item.label} {runs.digest({name: one.hexdigest() for name, one in digests.items()})}"
 
 
@@ -601,40 +773,73 @@ def write_scores(items: list[Encoded], compute: Callable, path: Path, manifest: 
         return
     for unit in work.todo(len(groups), path.stem.partition("_scores")[0]):
         found = compute([items[i] for i in groups[unit]])
-        work.save(unit, {str(i): torch.from_numpy(values) for i, values
-                         in zip(groups[unit], found, strict=True)}, [])
+        work.save(
+            unit,
+            {
+                str(i): torch.from_numpy(values)
+                for i, values in zip(groups[unit], found, strict=True)
+            },
+            [],
+        )
     if work.all_done():
-        runs.write_tensors(path, {key: value for tensors, _ in work.units(len(groups))
-                                  for key, value in tensors.items()}, manifest)
+        runs.write_tensors(
+            path,
+            {
+                key: value
+                for tensors, _ in work.units(len(groups))
+                for key, value in tensors.items()
+            },
+            manifest,
+        )
     work.finish()
 
 
-def question_rows(one: Study, evaluated_on: str, configurations, examples: list[data.Example],
-                  leads) -> pd.DataFrame:
-    return pd.concat([
-        pd.DataFrame({"dataset": one.dataset, "evaluated_on": evaluated_on, "seed": one.seed,
-                      "configuration": item.label if item else "base",
-                      "id": [example.id for example in examples],
-                      **{kind: leads[kind][:, index] > 0 for kind in SCORES}})
-        for index, item in enumerate(configurations)])
+def question_rows(
+    one: Study, evaluated_on: str, configurations, examples: list[data.Example], leads
+) -> pd.DataFrame:
+    return pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "dataset": one.dataset,
+                    "evaluated_on": evaluated_on,
+                    "seed": one.seed,
+                    "configuration": item.label if item else "base",
+                    "id": [example.id for example in examples],
+                    **{kind: leads[kind][:, index] > 0 for kind in SCORES},
+                }
+            )
+            for index, item in enumerate(configurations)
+        ]
+    )
 
 
 def grid_rows(one: Study, other: Study, part: str, configurations, leads) -> pd.DataFrame:
     rows = []
     for index, item in enumerate(configurations):
-        row = {"dataset": one.dataset, "evaluated_on": other.dataset, "seed": one.seed,
-               "part": part, "configuration": item.label if item else "base",
-               "method": item.method if item else "base", "mode": item.mode if item else "",
-               "layers": " ".join(map(str, item.layers)) if item else "",
-               "alpha": item.alpha if item else 0.0, "questions": len(leads["sum"])}
+        row = {
+            "dataset": one.dataset,
+            "evaluated_on": other.dataset,
+            "seed": one.seed,
+            "part": part,
+            "configuration": item.label if item else "base",
+            "method": item.method if item else "base",
+            "mode": item.mode if item else "",
+            "layers": " ".join(map(str, item.layers)) if item else "",
+            "alpha": item.alpha if item else 0.0,
+            "questions": len(leads["sum"]),
+        }
         for kind in SCORES:
             here, base = leads[kind][:, index] > 0, leads[kind][:, 0] > 0
             accuracy, low, high = stats.accuracy_interval(here)
-            row |= {f"accuracy_{kind}": accuracy, f"accuracy_{kind}_low": low,
-                    f"accuracy_{kind}_high": high,
-                    f"margin_{kind}": leads[kind][:, index].mean(),
-                    f"p_value_{kind}": stats.paired_p_value(here, base),
-                    f"worse_{kind}": (base & ~here).sum() / max(base.sum(), 1)}
+            row |= {
+                f"accuracy_{kind}": accuracy,
+                f"accuracy_{kind}_low": low,
+                f"accuracy_{kind}_high": high,
+                f"margin_{kind}": leads[kind][:, index].mean(),
+                f"p_value_{kind}": stats.paired_p_value(here, base),
+                f"worse_{kind}": (base & ~here).sum() / max(base.sum(), 1),
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -19,26 +19,31 @@ from grains import cli, runs
 from grains.figures import SCORES
 from grains.report_examples import attribution_view, demo_view, generation_view
 from grains.report_figures import Figures
-from grains.report_files import (
-    Section,
-    chosen_path,
-    demo_files,
-    find,
-    manifest_of,
-    what_was_run,
-)
+from grains.report_files import Section, chosen_path, demo_files, find, manifest_of, what_was_run
 from grains.report_steering import evaluation_views
 
 
 def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS_DIR",
-                        help="folder with results of the stages, such as results/llm")
-    parser.add_argument("--output", type=Path,
-                        help="HTML file (default: report.html in the first RESULTS_DIR); the PNGs "
-                             "go into a folder beside it")
-    parser.add_argument("--num_examples", type=cli.positive, default=6,
-                        help="examples and prompts shown of each file, in its order")
+    parser.add_argument(
+        "results",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS_DIR",
+        help="folder with results of the stages, such as results/llm",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="HTML file (default: report.html in the first RESULTS_DIR); the PNGs "
+        "go into a folder beside it",
+    )
+    parser.add_argument(
+        "--num_examples",
+        type=cli.positive,
+        default=6,
+        help="examples and prompts shown of each file, in its order",
+    )
     return parser
 
 
@@ -61,37 +66,59 @@ def build(folders: list[Path], output: Path, count: int) -> tuple[str, dict[str,
     """
     drawn = Figures()
     template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-        lstrip_blocks=True, undefined=jinja2.StrictUndefined).get_template("report.html.j2")
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    ).get_template("report.html.j2")
     page = template.render(
         sections=[view(section, output.parent, drawn, count) for section in find(folders)],
         demo=[demo_view(path) for path in demo_files(folders)],
-        scores=SCORES, version=runs.versions()["grains"])
+        scores=SCORES,
+        version=runs.versions()["grains"],
+    )
     return page, drawn.pngs
 
 
 def view(section: Section, folder: Path, drawn: Figures, count: int) -> dict:
     """A section for the template. folder: where the page lies, for links."""
     name = f"{section.data}_{runs.slug(section.model)}".strip("_")
-    evaluations = [item for stem, files in section.evaluations.items()
-                   for item in evaluation_views(stem, files, section.data, drawn, name)]
+    evaluations = [
+        item
+        for stem, files in section.evaluations.items()
+        for item in evaluation_views(stem, files, section.data, drawn, name)
+    ]
     attributions = [attribution_view(path, drawn, name, count) for path in section.attributions]
     tables = section.tables()
     manifests = [manifest_of(path) for path in tables]
-    beside = [*(path.with_suffix(".manifest.json") for path in tables),
-              *map(chosen_path, section.evaluations)]
+    beside = [
+        *(path.with_suffix(".manifest.json") for path in tables),
+        *map(chosen_path, section.evaluations),
+    ]
     examples = [f"{item['total']} attributed" for item in attributions]
-    examples += [f"{asked} {part} questions" for item in evaluations
-                 for part, asked in item["counts"].items()]
+    examples += [
+        f"{asked} {part} questions"
+        for item in evaluations
+        for part, asked in item["counts"].items()
+    ]
     return {
         "title": " · ".join(filter(None, (section.data, runs.slug(section.model)))),
-        "anchor": re.sub(r"[^\w-]+", "-", name), "known": any(manifests),
-        "run": what_was_run(manifests, ", ".join(dict.fromkeys(examples)),
-                            [seed for item in evaluations for seed in item["seeds"]]),
-        "evaluations": evaluations, "attributions": attributions,
+        "anchor": re.sub(r"[^\w-]+", "-", name),
+        "known": any(manifests),
+        "run": what_was_run(
+            manifests,
+            ", ".join(dict.fromkeys(examples)),
+            [seed for item in evaluations for seed in item["seeds"]],
+        ),
+        "evaluations": evaluations,
+        "attributions": attributions,
         "generations": [generation_view(path, count) for path in section.generations],
-        "files": [(f"{path.parent.name}/{path.name}", link(path, folder))
-                  for path in [*tables, *beside] if path.is_file()],
+        "files": [
+            (f"{path.parent.name}/{path.name}", link(path, folder))
+            for path in [*tables, *beside]
+            if path.is_file()
+        ],
     }
 
 

@@ -42,36 +42,67 @@ MEANINGS = {
 
 def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--generations", type=Path, required=True, metavar="FILE",
-                        help="table that steering_generation.py or steering_generation_vlm.py "
-                             "wrote")
-    parser.add_argument("--dataset_name", help="short name (" + ", ".join(data.DATASETS) + "), or "
-                        "any label together with --dataset_path (default: as in the manifest "
-                        "beside the table)")
+    parser.add_argument(
+        "--generations",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="table that steering_generation.py or steering_generation_vlm.py wrote",
+    )
+    parser.add_argument(
+        "--dataset_name",
+        help="short name (" + ", ".join(data.DATASETS) + "), or "
+        "any label together with --dataset_path (default: as in the manifest "
+        "beside the table)",
+    )
     parser.add_argument("--dataset_path", help="local file or folder (default: likewise)")
-    parser.add_argument("--split", help="split of the questions (default: the data set's for test "
-                        "questions, and the others where some are not in it)")
-    parser.add_argument("--output_dir", type=Path,
-                        help="folder of the tables (default: scores/ beside the table)")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="do a run anew whose outputs exist from other settings")
+    parser.add_argument(
+        "--split",
+        help="split of the questions (default: the data set's for test "
+        "questions, and the others where some are not in it)",
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, help="folder of the tables (default: scores/ beside the table)"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="do a run anew whose outputs exist from other settings",
+    )
     group = parser.add_argument_group("judge")
-    group.add_argument("--judge", metavar="MODEL",
-                       help="chat model that rates the texts: short name ("
-                            + ", ".join([models.EMBEDDED, *models.MODELS]) + "), hub id or local "
-                            "folder; with --judge_url the name it has there")
-    group.add_argument("--judge_url", metavar="URL",
-                       help="OpenAI-compatible interface, such as http://localhost:8000/v1; its "
-                            "key is read from the environment variable OPENAI_API_KEY")
-    group.add_argument("--judge_max_tokens", type=cli.positive, default=256,
-                       help="longest answer of the judge")
-    group.add_argument("--dtype", default="auto", choices=["auto", *models.DTYPES],
-                       help="auto: the checkpoint's on an accelerator, float32 on a CPU")
+    group.add_argument(
+        "--judge",
+        metavar="MODEL",
+        help="chat model that rates the texts: short name ("
+        + ", ".join([models.EMBEDDED, *models.MODELS])
+        + "), hub id or local "
+        "folder; with --judge_url the name it has there",
+    )
+    group.add_argument(
+        "--judge_url",
+        metavar="URL",
+        help="OpenAI-compatible interface, such as http://localhost:8000/v1; its "
+        "key is read from the environment variable OPENAI_API_KEY",
+    )
+    group.add_argument(
+        "--judge_max_tokens", type=cli.positive, default=256, help="longest answer of the judge"
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *models.DTYPES],
+        help="auto: the checkpoint's on an accelerator, float32 on a CPU",
+    )
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator if any)")
-    group.add_argument("--device_map", choices=["auto"],
-                       help="auto: spread the layers over all devices")
-    group.add_argument("--batch_tokens", type=cli.positive, default=16384,
-                       help="positions that a local judge computes at a time")
+    group.add_argument(
+        "--device_map", choices=["auto"], help="auto: spread the layers over all devices"
+    )
+    group.add_argument(
+        "--batch_tokens",
+        type=cli.positive,
+        default=16384,
+        help="positions that a local judge computes at a time",
+    )
     return parser
 
 
@@ -85,10 +116,18 @@ def main() -> None:
     texts = list_texts(generations)
     judge, prompts, groups = None, [], []
     if args.judge:
-        judge = judging.load_judge(args.judge, args.judge_url, args.judge_max_tokens,
-                                   args.batch_tokens, args.dtype, args.device, args.device_map)
-        texts["prompt_of_judge"] = [judging.judge_prompt(examples[row.id], row.text)
-                                    for row in texts.itertuples()]
+        judge = judging.load_judge(
+            args.judge,
+            args.judge_url,
+            args.judge_max_tokens,
+            args.batch_tokens,
+            args.dtype,
+            args.device,
+            args.device_map,
+        )
+        texts["prompt_of_judge"] = [
+            judging.judge_prompt(examples[row.id], row.text) for row in texts.itertuples()
+        ]
         prompts = list(dict.fromkeys(texts.prompt_of_judge))  # what is written twice, asked once
         groups = judge.groups(prompts)
     outputs = output_paths(args)
@@ -100,11 +139,20 @@ def main() -> None:
         if judge:
             for unit in run.todo(len(groups), "judging"):
                 answers = judge.ask([prompts[i] for i in groups[unit]])
-                run.save(unit, {}, [{"prompt": i, "answer": answer} for i, answer
-                                    in zip(groups[unit], answers, strict=True)])
+                run.save(
+                    unit,
+                    {},
+                    [
+                        {"prompt": i, "answer": answer}
+                        for i, answer in zip(groups[unit], answers, strict=True)
+                    ],
+                )
         if run.all_done():
-            answers = {prompts[row["prompt"]]: row["answer"]
-                       for _, rows in run.units(len(groups)) for row in rows}
+            answers = {
+                prompts[row["prompt"]]: row["answer"]
+                for _, rows in run.units(len(groups))
+                for row in rows
+            }
             scores = score_texts(texts, examples, objects, answers)
             runs.write_table(outputs["scores"], scores)
             runs.write_table(outputs["summary"], summary(scores))
@@ -113,8 +161,10 @@ def main() -> None:
         show(pd.read_csv(outputs["summary"]))
         if judge:
             rated = pd.read_csv(outputs["scores"]).judge_rating.notna()
-            print(f"judge: {args.judge}; {(~rated).sum()} of {len(rated)} texts have no rating, "
-                  "for its answer states none")
+            print(
+                f"judge: {args.judge}; {(~rated).sum()} of {len(rated)} texts have no rating, "
+                "for its answer states none"
+            )
         print(f"every text: {outputs['scores']}")
         print(f"summary:    {outputs['summary']}")
 
@@ -131,18 +181,24 @@ def read_generations(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read as a CSV ({str(error).splitlines()[0]}); "
-                        f"{expected}") from error
+        raise UserError(
+            f"'{path}' cannot be read as a CSV ({str(error).splitlines()[0]}); {expected}"
+        ) from error
     missing = [column for column in COLUMNS if column not in table.columns]
     if missing:
-        raise UserError(f"'{path}': column{'s' * (len(missing) > 1)} {', '.join(missing)} missing, "
-                        f"found {', '.join(table.columns)}; {expected}")
+        raise UserError(
+            f"'{path}': column{'s' * (len(missing) > 1)} {', '.join(missing)} missing, "
+            f"found {', '.join(table.columns)}; {expected}"
+        )
     if not len(table):
         raise UserError(f"'{path}' has no rows; {expected}")
-    if (table.duplicated(["prompt", "configuration"]).any()
-            or table.groupby("prompt")[["id", "base"]].nunique().gt(1).any(axis=None)):
-        raise UserError(f"'{path}' holds several runs: a prompt has more than one base text, or a "
-                        "configuration twice; give the table of one run")
+    if table.duplicated(["prompt", "configuration"]).any() or table.groupby("prompt")[
+        ["id", "base"]
+    ].nunique().gt(1).any(axis=None):
+        raise UserError(
+            f"'{path}' holds several runs: a prompt has more than one base text, or a "
+            "configuration twice; give the table of one run"
+        )
     return table
 
 
@@ -152,8 +208,10 @@ def take_data_set(args) -> None:
     if args.dataset_name is None:
         known = runs.read_json(path).get("data", {}) if path.is_file() else {}
         if "name" not in known:
-            raise UserError(f"no manifest '{path}' says which data set the generations are from: "
-                            "give --dataset_name (and --dataset_path)")
+            raise UserError(
+                f"no manifest '{path}' says which data set the generations are from: "
+                "give --dataset_name (and --dataset_path)"
+            )
         args.dataset_name = known["name"]
         args.dataset_path = args.dataset_path or known.get("path")
 
@@ -177,14 +235,19 @@ def find_examples(generations: pd.DataFrame, args) -> tuple[dict[str, Example], 
     missing = sorted(wanted - set(found))
     advice = "give --dataset_name, --dataset_path and --split as they were for the generations"
     if missing:
-        raise UserError(f"{len(missing)} of {len(wanted)} examples of '{args.generations}' are not "
-                        f"in data set '{args.dataset_name}' ({', '.join(missing[:3])}); {advice}")
+        raise UserError(
+            f"{len(missing)} of {len(wanted)} examples of '{args.generations}' are not "
+            f"in data set '{args.dataset_name}' ({', '.join(missing[:3])}); {advice}"
+        )
     for row in generations.itertuples():
         example = found[row.id]
-        if (_plain(row.question) != _plain(example.question)
-                or _plain(row.reference) != _plain(example.chosen)):
-            raise UserError(f"example {row.id} of '{args.generations}' has another question or "
-                            f"answer in data set '{args.dataset_name}'; {advice}")
+        if _plain(row.question) != _plain(example.question) or _plain(row.reference) != _plain(
+            example.chosen
+        ):
+            raise UserError(
+                f"example {row.id} of '{args.generations}' has another question or "
+                f"answer in data set '{args.dataset_name}'; {advice}"
+            )
     return found, judging.Objects(names)
 
 
@@ -195,10 +258,12 @@ def _plain(text: str) -> str:
 def list_texts(generations: pd.DataFrame) -> pd.DataFrame:
     """A row per prompt and configuration, the base first."""
     base = generations.drop_duplicates("prompt").assign(
-        configuration="base", method="base", alpha=0.0, text=lambda table: table.base)
+        configuration="base", method="base", alpha=0.0, text=lambda table: table.base
+    )
     steered = generations.assign(text=generations.steered)
     return pd.concat([base, steered], ignore_index=True)[
-        ["prompt", "id", "configuration", "method", "alpha", "text"]]
+        ["prompt", "id", "configuration", "method", "alpha", "text"]
+    ]
 
 
 def output_paths(args) -> dict[str, Path]:
@@ -208,19 +273,26 @@ def output_paths(args) -> dict[str, Path]:
     return {kind: folder / f"{stem}_{kind}.csv" for kind in ("scores", "summary")}
 
 
-def manifest_of(args, examples: dict[str, Example], objects: judging.Objects, judge,
-                prompts: list[str]) -> dict:
+def manifest_of(
+    args, examples: dict[str, Example], objects: judging.Objects, judge, prompts: list[str]
+) -> dict:
     """What the scores depend on."""
     beside = args.generations.with_suffix(".manifest.json")
     known = [[example.references, example.objects] for example in examples.values()]
     return {
         "stage": "score_generations",
-        "generations": {"file": args.generations.name,
-                        "sha256": hashlib.sha256(args.generations.read_bytes()).hexdigest()},
+        "generations": {
+            "file": args.generations.name,
+            "sha256": hashlib.sha256(args.generations.read_bytes()).hexdigest(),
+        },
         "model": runs.read_json(beside).get("model") if beside.is_file() else None,
-        "data": {"name": args.dataset_name, "path": args.dataset_path, "split": args.split,
-                 "fingerprint": data.fingerprint(list(examples.values())),
-                 "known": digest([known, objects.forms])},
+        "data": {
+            "name": args.dataset_name,
+            "path": args.dataset_path,
+            "split": args.split,
+            "fingerprint": data.fingerprint(list(examples.values())),
+            "known": digest([known, objects.forms]),
+        },
         "judge": judge and judge.identity | {"prompts": digest(prompts)},
         "versions": runs.versions(),
     }
@@ -233,8 +305,12 @@ def digest(content) -> str:
 # --- scores ---
 
 
-def score_texts(texts: pd.DataFrame, examples: dict[str, Example], objects: judging.Objects,
-                answers: dict[str, str]) -> pd.DataFrame:
+def score_texts(
+    texts: pd.DataFrame,
+    examples: dict[str, Example],
+    objects: judging.Objects,
+    answers: dict[str, str],
+) -> pd.DataFrame:
     """A row per text with its scores; NaN where there is none.
 
     answers: of the judge, by its prompts. Columns of objects or of a judge are there if those are.
@@ -248,17 +324,32 @@ def score_texts(texts: pd.DataFrame, examples: dict[str, Example], objects: judg
             scores["f1_margin"] = margin
         if example.objects is not None:
             named, false = objects.count(row.text, example.objects)
-            scores |= {"objects_named": named, "objects_false": false,
-                       "text_hallucination": float(false > 0)}
+            scores |= {
+                "objects_named": named,
+                "objects_false": false,
+                "text_hallucination": float(false > 0),
+            }
         scores |= {"repetition": costs.repetition(row.text), "words": len(row.text.split())}
         if answers:
             answer = answers[row.prompt_of_judge]
             rating = judging.rating(answer)
             below = float(rating < judging.HALLUCINATION_BELOW)
-            scores |= {"judge_rating": rating, "judge_answer": answer,
-                       "judge_hallucination": np.nan if np.isnan(rating) else below}
-        rows.append({"prompt": row.prompt, "id": row.id, "configuration": row.configuration,
-                     "method": row.method, "alpha": row.alpha, **scores, "text": row.text})
+            scores |= {
+                "judge_rating": rating,
+                "judge_answer": answer,
+                "judge_hallucination": np.nan if np.isnan(rating) else below,
+            }
+        rows.append(
+            {
+                "prompt": row.prompt,
+                "id": row.id,
+                "configuration": row.configuration,
+                "method": row.method,
+                "alpha": row.alpha,
+                **scores,
+                "text": row.text,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -269,27 +360,40 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
     the base's to the same prompts (pairs of them), with a bootstrap interval and the p-value of a
     paired permutation test.
     """
-    parts = {name: table.set_index("prompt")
-             for name, table in scores.groupby("configuration", sort=False)}
+    parts = {
+        name: table.set_index("prompt")
+        for name, table in scores.groupby("configuration", sort=False)
+    }
     rows = []
     for score in MEANINGS:
-        if score not in scores and not (score == "object_hallucination"
-                                        and "objects_named" in scores):
+        if score not in scores and not (
+            score == "object_hallucination" and "objects_named" in scores
+        ):
             continue
         values = {name: values_of(table, score) for name, table in parts.items()}
         for name, table in parts.items():
             here = values[name].dropna().to_numpy()
             low, high = stats.bootstrap_interval(here)
-            row = {"score": score, "configuration": name, "method": table.method.iloc[0],
-                   "alpha": table.alpha.iloc[0], "n": len(here),
-                   "mean": here.mean() if len(here) else np.nan, "low": low, "high": high}
+            row = {
+                "score": score,
+                "configuration": name,
+                "method": table.method.iloc[0],
+                "alpha": table.alpha.iloc[0],
+                "n": len(here),
+                "mean": here.mean() if len(here) else np.nan,
+                "low": low,
+                "high": high,
+            }
             if name != "base":
                 gains = (values[name] - values["base"]).dropna().to_numpy()
                 low, high = stats.bootstrap_interval(gains)
-                row |= {"pairs": len(gains),
-                        "difference": gains.mean() if len(gains) else np.nan,
-                        "difference_low": low, "difference_high": high,
-                        "p_value": stats.sign_flip_p_value(gains) if len(gains) else np.nan}
+                row |= {
+                    "pairs": len(gains),
+                    "difference": gains.mean() if len(gains) else np.nan,
+                    "difference_low": low,
+                    "difference_high": high,
+                    "p_value": stats.sign_flip_p_value(gains) if len(gains) else np.nan,
+                }
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -315,8 +419,11 @@ def show(table: pd.DataFrame) -> None:
         print(f"  {'':40}{'mean':>32}{'n':>6}{'against base':>14}{'p':>9}")
         for row in rows.itertuples():
             mean = f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]"
-            against = "" if row.configuration == "base" else (
-                f"{row.difference:>+14.3f}{row.p_value:>9.2g}")
+            against = (
+                ""
+                if row.configuration == "base"
+                else (f"{row.difference:>+14.3f}{row.p_value:>9.2g}")
+            )
             print(f"  {row.configuration:40}{mean:>32}{row.n:>6}{against}")
     print()
 

@@ -25,9 +25,12 @@ def flags(kind: cli.Kind):
     parser = cli.evaluation_parser(__doc__, kind, chosen_by_default=True)
     group = parser.add_argument_group("generation")
     group.add_argument("--num_prompts", type=cli.positive, default=32, help="test questions used")
-    group.add_argument("--generation_style", choices=prompts.STYLES,
-                       help="prompt style (default: chat where the model has a chat template, "
-                            "otherwise --prompt_style)")
+    group.add_argument(
+        "--generation_style",
+        choices=prompts.STYLES,
+        help="prompt style (default: chat where the model has a chat template, "
+        "otherwise --prompt_style)",
+    )
     group.add_argument("--max_new_tokens", type=cli.positive, default=64)
     group.add_argument("--temperature", type=cli.not_negative, default=0.0, help="0: greedy")
     return parser
@@ -46,22 +49,36 @@ def main(kind: cli.Kind = cli.LLM) -> None:
     encoded = [prompts.encode(lm, example, style) for example in questions]
     groups = decoding_batches(encoded, configurations, args.max_new_tokens, args.batch_tokens)
     output = cli.output_dir(args, "steering_generation") / f"{cli.evaluation_stem(args)}.csv"
-    manifest = cli.evaluation_manifest(args, "steering_generation", lm, states,
-                                       {"prompts": questions}) | {
-        "generation_style": style, "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature}
+    manifest = cli.evaluation_manifest(
+        args, "steering_generation", lm, states, {"prompts": questions}
+    ) | {
+        "generation_style": style,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+    }
     run = runs.Run([output], manifest, args.overwrite)
     if run.finished:
         run.state.print("nothing to do: these results are already there")
     else:
         for unit in run.todo(len(groups), "generating"):
             members = groups[unit]
-            texts = generate(lm, [encoded[i] for i in members], configurations,
-                             args.max_new_tokens, args.temperature, args.seed + unit)
-            run.save(unit, {}, [row(i, questions[i], configuration, style, *pair)
-                                for configuration, steered in zip(configurations, texts[1:],
-                                                                  strict=True)
-                                for i, *pair in zip(members, texts[0], steered, strict=True)])
+            texts = generate(
+                lm,
+                [encoded[i] for i in members],
+                configurations,
+                args.max_new_tokens,
+                args.temperature,
+                args.seed + unit,
+            )
+            run.save(
+                unit,
+                {},
+                [
+                    row(i, questions[i], configuration, style, *pair)
+                    for configuration, steered in zip(configurations, texts[1:], strict=True)
+                    for i, *pair in zip(members, texts[0], steered, strict=True)
+                ],
+            )
         if run.all_done():
             table = pd.DataFrame([row for _, rows in run.units(len(groups)) for row in rows])
             runs.write_table(output, table.sort_values(["prompt", "configuration"]))
@@ -74,11 +91,19 @@ def main(kind: cli.Kind = cli.LLM) -> None:
 
 
 def row(index: int, example: data.Example, configuration, style, base: str, steered: str) -> dict:
-    return {"prompt": index, "id": example.id, "question": example.question,
-            "prompt_style": style, "configuration": configuration.label,
-            "method": configuration.method, "alpha": configuration.alpha,
-            "base": base, "steered": steered, "reference": example.chosen,
-            "changed": base != steered}
+    return {
+        "prompt": index,
+        "id": example.id,
+        "question": example.question,
+        "prompt_style": style,
+        "configuration": configuration.label,
+        "method": configuration.method,
+        "alpha": configuration.alpha,
+        "base": base,
+        "steered": steered,
+        "reference": example.chosen,
+        "changed": base != steered,
+    }
 
 
 def show(table: pd.DataFrame) -> None:
@@ -87,7 +112,8 @@ def show(table: pd.DataFrame) -> None:
     for _, answers in list(table.groupby("prompt"))[:SHOWN]:
         print(f"question: {answers.question.iloc[0]}")
         texts = {"base": answers.base.iloc[0]} | dict(
-            zip(answers.configuration, answers.steered, strict=True))
+            zip(answers.configuration, answers.steered, strict=True)
+        )
         for name, text in texts.items():
             print(textwrap.indent(textwrap.fill(f"{name}: {text!r}", 96), "  "))
         print()

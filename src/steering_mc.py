@@ -36,11 +36,14 @@ def main(kind: cli.Kind = cli.LLM) -> None:
 
     asked = [example for examples in parts.values() for example in examples]
     if alone := next((example for example in asked if len(example.choices) < 2), None):
-        raise UserError(f"example {alone.id} has a single answer: multiple choice needs two; use "
-                        "steering_generation.py for this data")
+        raise UserError(
+            f"example {alone.id} has a single answer: multiple choice needs two; use "
+            "steering_generation.py for this data"
+        )
     # Thousands of pictures do not fit in memory: a batch's own are opened when it is scored.
-    encoded = [prompts.encode(lm, example, args.prompt_style).without_picture()
-               for example in asked]
+    encoded = [
+        prompts.encode(lm, example, args.prompt_style).without_picture() for example in asked
+    ]
     groups = question_batches(encoded, args.batch_tokens)
     outputs = cli.mc_paths(args)
     manifest = cli.evaluation_manifest(args, "steering_mc", lm, states, parts)
@@ -52,11 +55,20 @@ def main(kind: cli.Kind = cli.LLM) -> None:
             members = groups[unit]
             batch = [prompts.encode(lm, asked[i], args.prompt_style) for i in members]
             scores = score(lm, batch, configurations, args.batch_tokens)
-            run.save(unit, {str(index): torch.from_numpy(values) for index, values
-                            in zip(members, scores, strict=True)}, [])
+            run.save(
+                unit,
+                {
+                    str(index): torch.from_numpy(values)
+                    for index, values in zip(members, scores, strict=True)
+                },
+                [],
+            )
         if run.all_done():
-            scores = {int(i): s.numpy() for tensors, _ in run.units(len(groups))
-                      for i, s in tensors.items()}
+            scores = {
+                int(i): s.numpy()
+                for tensors, _ in run.units(len(groups))
+                for i, s in tensors.items()
+            }
             questions = question_table(parts, encoded, [BASE, *configurations], scores)
             grid = grid_table(questions, [BASE, *configurations], args)
             for path, vectors in made.items():
@@ -82,13 +94,20 @@ def question_table(parts, encoded, configurations, scores) -> pd.DataFrame:
         for configuration, values in zip(configurations, scores[index], strict=True):
             by_sum, margin_sum = correct(values, item.example.label)
             by_token, margin_token = correct(values, item.example.label, lengths)
-            rows.append({
-                "configuration": configuration.label, "part": part, "id": item.example.id,
-                "correct_sum": by_sum, "correct_token": by_token,
-                "margin_sum": margin_sum, "margin_token": margin_token,
-                "log_likelihoods": json.dumps(values.round(6).tolist()),
-                "tokens": json.dumps(lengths.tolist()), "label": item.example.label,
-            })
+            rows.append(
+                {
+                    "configuration": configuration.label,
+                    "part": part,
+                    "id": item.example.id,
+                    "correct_sum": by_sum,
+                    "correct_token": by_token,
+                    "margin_sum": margin_sum,
+                    "margin_token": margin_token,
+                    "log_likelihoods": json.dumps(values.round(6).tolist()),
+                    "tokens": json.dumps(lengths.tolist()),
+                    "label": item.example.label,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -101,19 +120,28 @@ def grid_table(questions, configurations, args) -> pd.DataFrame:
         table = tables[configuration.label]
         for part in dict.fromkeys(table.part):
             here, there = table[table.part == part], base[base.part == part]
-            row = {"configuration": configuration.label, "method": configuration.method,
-                   "mode": configuration.mode, "layers": " ".join(map(str, configuration.layers)),
-                   "alpha": configuration.alpha, "alpha_units": args.alpha_units,
-                   "part": part, "questions": len(here),
-                   "includes_steering_examples": args.evaluate_on == "all"}
+            row = {
+                "configuration": configuration.label,
+                "method": configuration.method,
+                "mode": configuration.mode,
+                "layers": " ".join(map(str, configuration.layers)),
+                "alpha": configuration.alpha,
+                "alpha_units": args.alpha_units,
+                "part": part,
+                "questions": len(here),
+                "includes_steering_examples": args.evaluate_on == "all",
+            }
             for kind in ("sum", "token"):
                 is_right = here[f"correct_{kind}"].to_numpy(bool)
                 was_right = there[f"correct_{kind}"].to_numpy(bool)
                 accuracy, low, high = stats.accuracy_interval(is_right)
-                row |= {f"accuracy_{kind}": accuracy, f"accuracy_{kind}_low": low,
-                        f"accuracy_{kind}_high": high,
-                        f"p_value_{kind}": stats.paired_p_value(is_right, was_right),
-                        f"margin_{kind}": here[f"margin_{kind}"].mean()}
+                row |= {
+                    f"accuracy_{kind}": accuracy,
+                    f"accuracy_{kind}_low": low,
+                    f"accuracy_{kind}_high": high,
+                    f"p_value_{kind}": stats.paired_p_value(is_right, was_right),
+                    f"margin_{kind}": here[f"margin_{kind}"].mean(),
+                }
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -122,12 +150,19 @@ def chosen(grid: pd.DataFrame, args) -> dict:
     """The configuration with the best validation accuracy; of equal ones the weakest."""
     part = "validation" if args.evaluate_on == "held_out" else "all"
     candidates = grid[(grid.part == part) & ~grid.method.isin(["base", *CONTROLS])]
-    best = candidates.sort_values([f"accuracy_{args.score}", "alpha", f"margin_{args.score}"],
-                                  ascending=[False, True, False]).iloc[0]
-    return {"configuration": best.configuration, "method": best.method, "mode": best["mode"],
-            "layers": [int(layer) for layer in best.layers.split()], "alpha": float(best.alpha),
-            "alpha_units": args.alpha_units, "chosen_on": part,
-            "controls": [method for method in args.methods if method in CONTROLS]}
+    best = candidates.sort_values(
+        [f"accuracy_{args.score}", "alpha", f"margin_{args.score}"], ascending=[False, True, False]
+    ).iloc[0]
+    return {
+        "configuration": best.configuration,
+        "method": best.method,
+        "mode": best["mode"],
+        "layers": [int(layer) for layer in best.layers.split()],
+        "alpha": float(best.alpha),
+        "alpha_units": args.alpha_units,
+        "chosen_on": part,
+        "controls": [method for method in args.methods if method in CONTROLS],
+    }
 
 
 def report(grid: pd.DataFrame, args) -> None:
@@ -136,24 +171,39 @@ def report(grid: pd.DataFrame, args) -> None:
     part = "test" if args.evaluate_on == "held_out" else "all"
     here = grid[grid.part == part]
     same = (here.layers == " ".join(map(str, best["layers"]))) & (here.alpha == best["alpha"])
-    lines = {"base": here[here.method == "base"],
-             "steered (chosen)": here[here.configuration == best["configuration"]],
-             **{f"control ({name})": here[same & (here.method == name)] for name in CONTROLS}}
+    lines = {
+        "base": here[here.method == "base"],
+        "steered (chosen)": here[here.configuration == best["configuration"]],
+        **{f"control ({name})": here[same & (here.method == name)] for name in CONTROLS},
+    }
     count = int(here.questions.iloc[0])
     if args.evaluate_on == "all":
-        print(f"\nAll {count} questions, the steering examples included, and the configuration "
-              "chosen on them too (the authors' way): no held-out result")
+        print(
+            f"\nAll {count} questions, the steering examples included, and the configuration "
+            "chosen on them too (the authors' way): no held-out result"
+        )
     else:
         print(f"\n{count} test questions; configuration chosen on validation questions")
     print(f"{'':22}{'per-token accuracy':>30}{'p':>8}{'summed accuracy':>30}{'p':>8}")
     for name, rows in lines.items():
         for row in rows.itertuples():
             cells = "".join(
-                f"{f'{a:.1%} [{low:.1%}, {high:.1%}]':>30}{p:>8.2g}" for a, low, high, p in (
-                    (row.accuracy_token, row.accuracy_token_low, row.accuracy_token_high,
-                     row.p_value_token),
-                    (row.accuracy_sum, row.accuracy_sum_low, row.accuracy_sum_high,
-                     row.p_value_sum)))
+                f"{f'{a:.1%} [{low:.1%}, {high:.1%}]':>30}{p:>8.2g}"
+                for a, low, high, p in (
+                    (
+                        row.accuracy_token,
+                        row.accuracy_token_low,
+                        row.accuracy_token_high,
+                        row.p_value_token,
+                    ),
+                    (
+                        row.accuracy_sum,
+                        row.accuracy_sum_low,
+                        row.accuracy_sum_high,
+                        row.p_value_sum,
+                    ),
+                )
+            )
             print(f"{name:22}{cells}  {row.configuration}")
     print()
 

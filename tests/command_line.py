@@ -40,8 +40,11 @@ class Result:
 
     def error(self) -> str:
         """The one line of a user's mistake."""
-        lines = [line for line in self.err.splitlines() if line.strip() and "it/s" not in line
-                 and "unit/s" not in line and "?unit" not in line]
+        lines = [
+            line
+            for line in self.err.splitlines()
+            if line.strip() and "it/s" not in line and "unit/s" not in line and "?unit" not in line
+        ]
         assert self.code not in (0, None) and self.code > 0, (self.code, self.out, self.err)
         assert "Traceback" not in self.err, self.err
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
@@ -69,8 +72,10 @@ class Process:
     def _ask(self, block: bool) -> None:
         status = self.commands.ask({"wait": self.pid, "block": block})["status"]
         if status is not None:
-            self.result = Result(os.waitstatus_to_exitcode(status),
-                                 *((self.folder / name).read_text() for name in ("out", "err")))
+            self.result = Result(
+                os.waitstatus_to_exitcode(status),
+                *((self.folder / name).read_text() for name in ("out", "err")),
+            )
 
 
 class Commands:
@@ -81,16 +86,29 @@ class Commands:
         self.folder = tempfile.TemporaryDirectory(prefix="commands-")
         self.count = 0
         self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=self.environment, start_new_session=True, cwd=SRC)
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.environment,
+            start_new_session=True,
+            cwd=SRC,
+        )
 
     def ask(self, request: dict) -> dict:
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, script: str, *arguments, env: dict | None = None, die_after: int | None = None,
-              largest_file: int | None = None, seconds: int = 120) -> Process:
+    def start(
+        self,
+        script: str,
+        *arguments,
+        env: dict | None = None,
+        die_after: int | None = None,
+        largest_file: int | None = None,
+        seconds: int = 120,
+    ) -> Process:
         """Start src/`script`.
 
         die_after: kill the process when it has put that many files in place (renamed them).
@@ -100,10 +118,17 @@ class Commands:
         self.count += 1
         folder = Path(self.folder.name) / str(self.count)
         folder.mkdir()
-        pid = self.ask({"run": [str(SRC / script), *map(str, arguments)], "env": env or {},
-                        "out": str(folder / "out"), "err": str(folder / "err"),
-                        "die_after": die_after, "largest_file": largest_file,
-                        "seconds": seconds})["pid"]
+        pid = self.ask(
+            {
+                "run": [str(SRC / script), *map(str, arguments)],
+                "env": env or {},
+                "out": str(folder / "out"),
+                "err": str(folder / "err"),
+                "die_after": die_after,
+                "largest_file": largest_file,
+                "seconds": seconds,
+            }
+        )["pid"]
         return Process(self, pid, folder)
 
     def run(self, script: str, *arguments, **options) -> Result:
@@ -118,9 +143,21 @@ class Commands:
     def together(self, script: str, *arguments) -> list[Process]:
         """Start a command as two processes that know of each other, as a launcher does."""
         port = self.free_port()
-        return [self.start(script, *arguments, env={
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(2)]
+        return [
+            self.start(
+                script,
+                *arguments,
+                env={
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": "2",
+                    "LOCAL_WORLD_SIZE": "2",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                },
+            )
+            for rank in range(2)
+        ]
 
     def close(self) -> None:
         self.server.stdin.close()
@@ -136,12 +173,25 @@ class Commands:
 
 def child_environment(**changes: str) -> dict[str, str]:
     """The environment of a child: one thread, no token, nothing of the hub but `changes`."""
-    kept = {key: value for key, value in os.environ.items()
-            if not key.startswith(("HF_", "HUGGING_FACE", "ACCELERATE")) and "proxy" not in
-            key.lower() and key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                   "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-                   "NO_PROXY": "127.0.0.1,localhost", "PYTHONDONTWRITEBYTECODE": "1"} | changes
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("HF_", "HUGGING_FACE", "ACCELERATE"))
+        and "proxy" not in key.lower()
+        and key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    return (
+        kept
+        | {
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        | changes
+    )
 
 
 def arguments_of(flags: dict) -> list[str]:

@@ -21,9 +21,18 @@ from grains import models
 FAMILIES = ("llama", "qwen2", "gemma3")
 ATTENTIONS = ("sdpa", "eager")
 SLIDING_WINDOW = 8
-SIZES = {"vocab_size": 49152, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+SIZES = {
+    "vocab_size": 49152,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
 
 
 def tiny_config(family: str, **changes):
@@ -35,9 +44,15 @@ def tiny_config(family: str, **changes):
         return Qwen2Config(**sizes)
     kinds = ("sliding_attention", "full_attention", "sliding_attention", "sliding_attention")
     layers = sizes["num_hidden_layers"]
-    return Gemma3TextConfig(**{"head_dim": 12, "query_pre_attn_scalar": 12,
-                               "sliding_window": SLIDING_WINDOW,
-                               "layer_types": [kinds[i % 4] for i in range(layers)]} | sizes)
+    return Gemma3TextConfig(
+        **{
+            "head_dim": 12,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": [kinds[i % 4] for i in range(layers)],
+        }
+        | sizes
+    )
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -93,8 +108,9 @@ def make_tiny(tokenizer):
     return make
 
 
-@pytest.fixture(scope="session",
-                params=[(f, a) for f in FAMILIES for a in ATTENTIONS], ids="-".join)
+@pytest.fixture(
+    scope="session", params=[(f, a) for f in FAMILIES for a in ATTENTIONS], ids="-".join
+)
 def tiny(request, make_tiny):
     """A tiny model of every family, with sdpa and with eager attention."""
     return make_tiny(*request.param)

@@ -59,8 +59,14 @@ class Hub:
         self.url = f"http://127.0.0.1:{port}"
         self.storage = f"http://localhost:{port}"  # large files come from another host
 
-    def add(self, kind: str, name: str, files: dict[str, bytes], revision: str = "main",
-            gated: bool = False) -> None:
+    def add(
+        self,
+        kind: str,
+        name: str,
+        files: dict[str, bytes],
+        revision: str = "main",
+        gated: bool = False,
+    ) -> None:
         """kind: models or datasets; files: path -> content."""
         repo = self.repos.setdefault((kind, name), Repo())
         repo.revisions[revision] = files
@@ -98,15 +104,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, body: bytes = b"") -> None:
         self.hub.asked.append(f"{self.command} {self.path}")
         path = unquote(urlsplit(self.path).path)
-        if match := re.fullmatch(r"/storage/(models|datasets)/([^/]+/[^/]+)/([0-9a-f]{40})/(.+)",
-                                 path):
+        if match := re.fullmatch(
+            r"/storage/(models|datasets)/([^/]+/[^/]+)/([0-9a-f]{40})/(.+)", path
+        ):
             kind, name, commit, file = match.groups()
             repo = self.hub.repos[kind, name]
             self._file(repo.revisions[repo.find(commit)][file])
         elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(/.*)?", path):
             self._api(*match.groups(), body)
         elif match := re.fullmatch(
-                r"/(datasets/)?([^/]+/[^/]+)/resolve/(refs/[^/]+/[^/]+|[^/]+)/(.+)", path):
+            r"/(datasets/)?([^/]+/[^/]+)/resolve/(refs/[^/]+/[^/]+|[^/]+)/(.+)", path
+        ):
             self._resolve(*match.groups())
         else:
             self._error(404, "", "Not Found")
@@ -119,8 +127,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(self.hub.missing, "RepoNotFound", "Repository not found")
         elif repo.gated and content:
             page = f"https://huggingface.co/{'datasets/' if kind == 'datasets' else ''}{name}"
-            self._error(403, "GatedRepo", f"Access to {name} is restricted and you are not in the "
-                        f"authorized list. Visit {page} to ask for access.")
+            self._error(
+                403,
+                "GatedRepo",
+                f"Access to {name} is restricted and you are not in the "
+                f"authorized list. Visit {page} to ask for access.",
+            )
         else:
             return repo
         return None
@@ -128,7 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _api(self, kind: str, name: str, rest: str | None, body: bytes) -> None:
         rest = rest or ""
         match = re.fullmatch(
-            r"/(revision|tree|paths-info)/(refs/[^/]+/[^/]+|[^/]+)(?:/(.*))?", rest)
+            r"/(revision|tree|paths-info)/(refs/[^/]+/[^/]+|[^/]+)(?:/(.*))?", rest
+        )
         if rest and not match:
             self._error(404, "", "Not Found")
             return
@@ -142,11 +155,24 @@ class _Handler(BaseHTTPRequestHandler):
             return
         files = repo.revisions[found]
         if what == "revision":
-            self._json({"_id": "0" * 24, "id": name, "modelId": name, "author": name.split("/")[0],
-                        "sha": repo.sha(found), "lastModified": DATE, "createdAt": DATE,
-                        "private": False, "gated": "manual" if repo.gated else False,
-                        "disabled": False, "downloads": 0, "likes": 0, "tags": [],
-                        "siblings": [{"rfilename": path} for path in sorted(files)]})
+            self._json(
+                {
+                    "_id": "0" * 24,
+                    "id": name,
+                    "modelId": name,
+                    "author": name.split("/")[0],
+                    "sha": repo.sha(found),
+                    "lastModified": DATE,
+                    "createdAt": DATE,
+                    "private": False,
+                    "gated": "manual" if repo.gated else False,
+                    "disabled": False,
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                    "siblings": [{"rfilename": path} for path in sorted(files)],
+                }
+            )
         elif what == "tree":
             recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0]
             listing = _tree(files, folder or "", recursive.lower() in ("true", "1"))
@@ -155,8 +181,11 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._json(listing)
         else:
-            wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(
-                body.decode())["paths"]
+            wanted = (
+                json.loads(body)["paths"]
+                if body.startswith(b"{")
+                else parse_qs(body.decode())["paths"]
+            )
             known = {entry["path"]: entry for entry in _tree(files, "", True)}
             self._json([known[path] for path in wanted if path in known])
 
@@ -175,9 +204,16 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             self._error(404, "EntryNotFound", "Entry not found", headers)
         elif file.endswith(LARGE):
-            self._send(302, b"", headers | {
-                "X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{_sha256(content)}"',
-                "Location": f"{self.hub.storage}/storage/{kind}/{name}/{commit}/{file}"})
+            self._send(
+                302,
+                b"",
+                headers
+                | {
+                    "X-Linked-Size": str(len(content)),
+                    "X-Linked-Etag": f'"{_sha256(content)}"',
+                    "Location": f"{self.hub.storage}/storage/{kind}/{name}/{commit}/{file}",
+                },
+            )
         else:
             self._file(content, headers | {"ETag": f'"{_blob(content)}"'})
 
@@ -189,15 +225,18 @@ class _Handler(BaseHTTPRequestHandler):
             return
         first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
         headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        self._send(206, content[first:last + 1], headers)
+        self._send(206, content[first : last + 1], headers)
 
     def _json(self, answer) -> None:
         self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _error(self, status: int, code: str, message: str, headers: dict | None = None) -> None:
         more = {"X-Error-Code": code, "X-Error-Message": message} if code else {}
-        self._send(status, json.dumps({"error": message}).encode(),
-                   {"Content-Type": "application/json"} | more | (headers or {}))
+        self._send(
+            status,
+            json.dumps({"error": message}).encode(),
+            {"Content-Type": "application/json"} | more | (headers or {}),
+        )
 
     def _send(self, status: int, content: bytes, headers: dict) -> None:
         self.send_response(status)
@@ -224,15 +263,26 @@ def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict] |
     for path, content in sorted(files.items()):
         if not path.startswith(start):
             continue
-        parts = path[len(start):].split("/")
+        parts = path[len(start) :].split("/")
         for depth in range(1, len(parts) if recursive else min(2, len(parts))):
             directory = start + "/".join(parts[:depth])
-            entries[directory] = {"type": "directory", "oid": _blob(directory.encode()), "size": 0,
-                                  "path": directory}
+            entries[directory] = {
+                "type": "directory",
+                "oid": _blob(directory.encode()),
+                "size": 0,
+                "path": directory,
+            }
         if recursive or len(parts) == 1:
-            entries[path] = {"type": "file", "oid": _blob(content), "size": len(content),
-                             "path": path}
+            entries[path] = {
+                "type": "file",
+                "oid": _blob(content),
+                "size": len(content),
+                "path": path,
+            }
             if path.endswith(LARGE):
-                entries[path]["lfs"] = {"oid": _sha256(content), "size": len(content),
-                                        "pointerSize": 134}
+                entries[path]["lfs"] = {
+                    "oid": _sha256(content),
+                    "size": len(content),
+                    "pointerSize": 134,
+                }
     return list(entries.values()) if entries else None

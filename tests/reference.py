@@ -20,9 +20,13 @@ def encoded(lm, prompt_ids, responses, content=None):
     mask[slice(None) if content is None else content] = True
     return Encoded(
         example=example("?", *(" ".join(map(str, response)) for response in responses)),
-        text="?", inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-        responses=responses, content=mask, words=everywhere,
-        image=torch.zeros_like(everywhere))
+        text="?",
+        inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        responses=responses,
+        content=mask,
+        words=everywhere,
+        image=torch.zeros_like(everywhere),
+    )
 
 
 def words(count, seed=0):
@@ -63,7 +67,7 @@ def own_loss_log_likelihood(lm, prompt_ids, response):
     """The same sum from transformers' own loss, the prompt's labels masked."""
     ids = torch.tensor([prompt_ids + response])
     labels = ids.clone()
-    labels[:, :len(prompt_ids)] = -100
+    labels[:, : len(prompt_ids)] = -100
     with torch.no_grad():
         return -lm.model(input_ids=ids, labels=labels).loss.item() * len(response)
 
@@ -72,10 +76,15 @@ def own_loss_log_likelihood(lm, prompt_ids, response):
 def layer_outputs(lm):
     """A list that a forward fills: what enters layer 0, then every layer's output."""
     read = []
-    handles = [lm.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(args[0]), with_kwargs=True)]
-    handles += [layer.register_forward_hook(lambda module, args, output: read.append(output))
-                for layer in lm.layers]
+    handles = [
+        lm.layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs: read.append(args[0]), with_kwargs=True
+        )
+    ]
+    handles += [
+        layer.register_forward_hook(lambda module, args, output: read.append(output))
+        for layer in lm.layers
+    ]
     try:
         yield read
     finally:
@@ -85,9 +94,12 @@ def layer_outputs(lm):
 
 def no_hooks(lm):
     """Whether the model is as it came: no hooks, no replaced forwards, no gradients."""
-    return all(not module._forward_hooks and not module._forward_pre_hooks
-               and "forward" not in module.__dict__ for module in lm.model.modules()) and all(
-        parameter.grad is None for parameter in lm.model.parameters())
+    return all(
+        not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
+        for module in lm.model.modules()
+    ) and all(parameter.grad is None for parameter in lm.model.parameters())
 
 
 def relative(found, expected):

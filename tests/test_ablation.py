@@ -114,8 +114,9 @@ def states_of(lm, prompt, response):
     return torch.stack(outputs)[:, 0]
 
 
-@pytest.mark.parametrize(("pair", "kind"), zip(PAIRS, ["pad", "unk", "mean", "pad", "unk"],
-                                               strict=True))
+@pytest.mark.parametrize(
+    ("pair", "kind"), zip(PAIRS, ["pad", "unk", "mean", "pad", "unk"], strict=True)
+)
 def test_last_hidden_states_and_log_likelihoods(tiny, pair, kind):
     item = encoded(tiny, PROMPT, PAIRS[pair])
     found = hidden_states(tiny, item, ABLATED, max_tokens=50, text=kind)
@@ -129,8 +130,9 @@ def test_last_hidden_states_and_log_likelihoods(tiny, pair, kind):
             with torch.no_grad():
                 value = log_likelihood(tiny, prompt, response).item()
             assert found.log_likelihoods[row, column].item() == pytest.approx(value, abs=1e-3)
-    assert torch.equal(found.last[4], found.last[0]) or relative(found.last[4],
-                                                                 found.last[0]) <= 1e-5
+    assert (
+        torch.equal(found.last[4], found.last[0]) or relative(found.last[4], found.last[0]) <= 1e-5
+    )
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -144,7 +146,7 @@ def test_gradients_at_every_layer(tiny, pair):
         with layer_outputs(tiny) as outputs:
             value = log_likelihood(tiny, prompt, response)
         gradients = torch.autograd.grad(sign * value / len(response), outputs)
-        expected = expected + torch.stack([g[0, :len(PROMPT)].sum(0) for g in gradients])
+        expected = expected + torch.stack([g[0, : len(PROMPT)].sum(0) for g in gradients])
     assert found.shape == expected.shape
     for layer in range(len(expected)):
         assert relative(found[layer], expected[layer]) <= 1e-4
@@ -156,11 +158,18 @@ def test_norms_are_medians_over_the_plain_positions(tiny, pair):
     item = encoded(tiny, PROMPT, PAIRS[pair])
     found = hidden_states(tiny, item, ABLATED[:1], max_tokens=50).norms
     first, second = item.sequences()
-    shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-                  min(len(first), len(second)))
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )
     prompt = embeds(tiny, PROMPT)
-    states = torch.cat([states_of(tiny, prompt, item.responses[0]),
-                        states_of(tiny, prompt, item.responses[1])[:, shared:]], dim=1)
+    states = torch.cat(
+        [
+            states_of(tiny, prompt, item.responses[0]),
+            states_of(tiny, prompt, item.responses[1])[:, shared:],
+        ],
+        dim=1,
+    )
     expected = states.norm(dim=-1).median(dim=1).values
     assert found.shape == expected.shape
     assert relative(found, expected) <= 1e-5
@@ -179,13 +188,17 @@ def test_the_model_leaves_as_it_came(family):
     before = {name: weight.clone() for name, weight in family.model.state_dict().items()}
     hidden_states(family, encoded(family, PROMPT, PAIRS["different lengths"]), ABLATED, 100)
     assert no_hooks(family)
-    assert all(torch.equal(before[name], weight)
-               for name, weight in family.model.state_dict().items())
+    assert all(
+        torch.equal(before[name], weight) for name, weight in family.model.state_dict().items()
+    )
 
 
 def test_smollm2(smollm2):
-    item = prompts.encode(smollm2, example("What is the capital of Australia?", "Canberra is",
-                                           "Sydney, of course"), "chat")
+    item = prompts.encode(
+        smollm2,
+        example("What is the capital of Australia?", "Canberra is", "Sydney, of course"),
+        "chat",
+    )
     positions = item.content.nonzero()[:, 0].tolist()[1:4]
     found = hidden_states(smollm2, item, [positions], max_tokens=512)
     gradients = 0
@@ -198,13 +211,15 @@ def test_smollm2(smollm2):
                 value = log_likelihood(smollm2, prompt.requires_grad_(), response)
             last = torch.stack([output[0, -1] for output in outputs])
             assert relative(found.last[row, column].detach(), last.detach()) <= 1e-4
-            assert found.log_likelihoods[row, column].item() == pytest.approx(value.item(),
-                                                                              abs=1e-3)
+            assert found.log_likelihoods[row, column].item() == pytest.approx(
+                value.item(), abs=1e-3
+            )
             if not row:
                 sign = (1 - 2 * column) / len(response)
                 by_layer = torch.autograd.grad(sign * value, outputs)
                 gradients = gradients + torch.stack(
-                    [g[0, :len(item.prompt_ids)].sum(0) for g in by_layer])
+                    [g[0, : len(item.prompt_ids)].sum(0) for g in by_layer]
+                )
             prompt = prompt.detach()
     for layer in range(31):
         assert relative(found.gradients[layer], gradients[layer]) <= 1e-3

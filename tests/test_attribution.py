@@ -47,16 +47,21 @@ def generator(seed=0):
 
 def objective(lm, item, weights=(1.0, -1.0)):
     """f of (R, P, D) prompt embeddings, each response a sequence of its own."""
-    return lambda prompts: sum(weight * log_likelihood(lm, prompts, response)
-                               for weight, response in zip(weights, item.responses, strict=True)
-                               if weight)
+    return lambda prompts: sum(
+        weight * log_likelihood(lm, prompts, response)
+        for weight, response in zip(weights, item.responses, strict=True)
+        if weight
+    )
 
 
 def baseline_embedding(lm, kind):
     matrix = embeds(lm, range(lm.model.config.vocab_size))
-    return {"zeros": torch.zeros(lm.hidden_size), "mean": matrix.mean(0),
-            "pad": matrix[lm.tokenizer.pad_token_id],
-            "unk": matrix[lm.tokenizer.unk_token_id]}[kind]
+    return {
+        "zeros": torch.zeros(lm.hidden_size),
+        "mean": matrix.mean(0),
+        "pad": matrix[lm.tokenizer.pad_token_id],
+        "unk": matrix[lm.tokenizer.unk_token_id],
+    }[kind]
 
 
 def start_of_path(lm, item, kind, scope):
@@ -70,8 +75,12 @@ def start_of_path(lm, item, kind, scope):
 def captum_scores(lm, item, kind, scope, steps, weights=(1.0, -1.0)):
     prompt = embeds(lm, item.prompt_ids)
     scores = IntegratedGradients(objective(lm, item, weights)).attribute(
-        prompt[None], start_of_path(lm, item, kind, scope)[None], n_steps=steps,
-        method="gausslegendre", internal_batch_size=steps)
+        prompt[None],
+        start_of_path(lm, item, kind, scope)[None],
+        n_steps=steps,
+        method="gausslegendre",
+        internal_batch_size=steps,
+    )
     return scores[0].sum(-1)
 
 
@@ -126,8 +135,9 @@ def test_completeness_error_is_what_it_says(family, rule, scope):
     (found,) = attribute(family, item, settings, MAX_TOKENS, generator())
     f = objective(family, item)
     with torch.no_grad():
-        difference = (f(embeds(family, PROMPT))
-                      - f(start_of_path(family, item, "pad", scope))).item()
+        difference = (
+            f(embeds(family, PROMPT)) - f(start_of_path(family, item, "pad", scope))
+        ).item()
     assert found.difference == pytest.approx(difference, abs=1e-3)
     error = abs(found.scores.sum() - difference)
     assert found.completeness_error == pytest.approx(error, abs=2e-3)
@@ -140,10 +150,13 @@ def test_completeness_error_is_what_it_says(family, rule, scope):
 def test_the_size_of_micro_batches_changes_nothing(family, max_tokens):
     item = encoded(family, PROMPT, PAIRS["different"])
     for method in ("integrated_gradients", "smoothgrad"):
-        settings = Settings(grad_method=method, baseline="mean", attribute="all", ig_steps=6,
-                            smooth_samples=6)
-        found, expected = (attribute(family, item, settings, size, generator())[0]
-                           for size in (max_tokens, MAX_TOKENS))
+        settings = Settings(
+            grad_method=method, baseline="mean", attribute="all", ig_steps=6, smooth_samples=6
+        )
+        found, expected = (
+            attribute(family, item, settings, size, generator())[0]
+            for size in (max_tokens, MAX_TOKENS)
+        )
         assert relative(found.scores, expected.scores) <= 1e-4
 
 
@@ -179,7 +192,7 @@ def test_micro_batches_fit_the_memory(tiny):
         assert function.checkpointed == (rows < 1)
         if rows > 1:
             assert 0.6 * rows <= function.rows <= 1.3 * rows
-            held = held_for_backward(small, item, prompts[:function.rows])
+            held = held_for_backward(small, item, prompts[: function.rows])
             assert held <= small.memory - LOGITS
         else:
             assert held_for_backward(small, item, prompts[:1]) < 0.5 * a_row
@@ -221,8 +234,10 @@ def test_smoothgrad_is_the_mean_gradient_under_noise_times_input(family, kind):
 def test_smoothgrad_takes_its_noise_from_the_generator(family):
     item = encoded(family, PROMPT, PAIRS["different"])
     settings = Settings(grad_method="smoothgrad", smooth_samples=4)
-    one, same, other = (attribute(family, item, settings, MAX_TOKENS, generator(seed))[0].scores
-                        for seed in (1, 1, 2))
+    one, same, other = (
+        attribute(family, item, settings, MAX_TOKENS, generator(seed))[0].scores
+        for seed in (1, 1, 2)
+    )
     assert np.array_equal(one, same) and not np.allclose(one, other, rtol=1e-3)
 
 
@@ -234,15 +249,19 @@ def test_baselines(family, kind):
 def test_no_weight_gets_a_gradient(family):
     item = encoded(family, PROMPT, PAIRS["different"])
     attribute(family, item, Settings(ig_steps=2), MAX_TOKENS, generator())
-    assert all(weight.grad is None and not weight.requires_grad
-               for weight in family.model.parameters())
+    assert all(
+        weight.grad is None and not weight.requires_grad for weight in family.model.parameters()
+    )
 
 
 def test_shared_words_are_scored_once_and_belong_to_both():
     sequences = [[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 7]]
     terms = targets(pack(sequences), 2, [[7, 8], [7, 9], [7]])
     assert list(zip(terms.nodes.tolist(), terms.tokens.tolist(), strict=True)) == [
-        (1, 7), (2, 8), (2, 9)]
+        (1, 7),
+        (2, 8),
+        (2, 9),
+    ]
     assert terms.member.tolist() == [[1, 1, 0], [1, 0, 1], [1, 0, 0]]
 
 
@@ -393,8 +412,10 @@ def test_smollm2_adaptive_converges_to_many_points(smollm2, question):
     many = gauss_legendre(StraightPath(function, start), 100)
     norms = np.linalg.norm(found.scores) * np.linalg.norm(many.scores)
     cosine = found.scores @ many.scores / norms
-    print(f"{found.points} points, error {found.relative_error:.2%}, cosine {cosine:.4f}; "
-          f"100 points, error {many.relative_error:.2%}")
+    print(
+        f"{found.points} points, error {found.relative_error:.2%}, cosine {cosine:.4f}; "
+        f"100 points, error {many.relative_error:.2%}"
+    )
     assert cosine >= 0.98
     f = objective(smollm2, question)
     with torch.no_grad():

@@ -25,19 +25,38 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "questions.jsonl",
-                            tiny.question_rows())
+    return tiny.write_jsonl(
+        tmp_path_factory.mktemp("data") / "questions.jsonl", tiny.question_rows()
+    )
 
 
 @pytest.fixture(scope="module")
 def stage1(commands, model, questions):
     """Starts stage 1 with outputs in a folder; further flags come last, so that they count."""
+
     def run(folder, *more, start=False, **options):
         begin = commands.start if start else commands.run
-        return begin("token_ablation.py", "--model_name", model, "--dataset_name", "questions",
-                     "--dataset_path", questions, "--num_samples", SAMPLES, "--top_k", 3,
-                     "--ig_steps", 4, "--output_path_meta", folder / "tokens.csv",
-                     "--output_path_hidden", folder / "states.safetensors", *more, **options)
+        return begin(
+            "token_ablation.py",
+            "--model_name",
+            model,
+            "--dataset_name",
+            "questions",
+            "--dataset_path",
+            questions,
+            "--num_samples",
+            SAMPLES,
+            "--top_k",
+            3,
+            "--ig_steps",
+            4,
+            "--output_path_meta",
+            folder / "tokens.csv",
+            "--output_path_hidden",
+            folder / "states.safetensors",
+            *more,
+            **options,
+        )
 
     return run
 
@@ -45,15 +64,38 @@ def stage1(commands, model, questions):
 @pytest.fixture(scope="module")
 def stage2(commands, model, questions, done):
     """Starts stage 2 (or 3) on the finished stage 1."""
+
     def run(folder, *more, script="steering_mc.py", **options):
-        return commands.run(script, "--model_name", model, "--dataset_name", "questions",
-                            "--dataset_path", questions, "--num_samples", SAMPLES,
-                            "--num_validation", 4, "--methods", "mean", "random",
-                            "--alphas", 0.1, "--layer_idxs", 1,
-                            "--hidden_states_path", done / "states_pos.safetensors",
-                            "--hidden_states_neg_path", done / "states_neg.safetensors",
-                            "--steering_vectors_dir", folder / "vectors",
-                            "--output_dir", folder / "results", *more, **options)
+        return commands.run(
+            script,
+            "--model_name",
+            model,
+            "--dataset_name",
+            "questions",
+            "--dataset_path",
+            questions,
+            "--num_samples",
+            SAMPLES,
+            "--num_validation",
+            4,
+            "--methods",
+            "mean",
+            "random",
+            "--alphas",
+            0.1,
+            "--layer_idxs",
+            1,
+            "--hidden_states_path",
+            done / "states_pos.safetensors",
+            "--hidden_states_neg_path",
+            done / "states_neg.safetensors",
+            "--steering_vectors_dir",
+            folder / "vectors",
+            "--output_dir",
+            folder / "results",
+            *more,
+            **options,
+        )
 
     return run
 
@@ -73,10 +115,13 @@ def contents(folder) -> dict:
 # --- model ---
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("/nowhere/model", ["/nowhere/model", "does not exist", "smollm2-135m-instruct"]),
-    ("no such model", ["no such model", "hub id or a local folder"]),
-])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("/nowhere/model", ["/nowhere/model", "does not exist", "smollm2-135m-instruct"]),
+        ("no such model", ["no such model", "hub id or a local folder"]),
+    ],
+)
 def test_unknown_model(stage1, tmp_path, name, expected):
     message = stage1(tmp_path, "--model_name", name).error()
     assert all(part in message for part in expected)
@@ -85,6 +130,7 @@ def test_unknown_model(stage1, tmp_path, name, expected):
 def change_weights(model, folder, change):
     """A copy of the model whose weights are changed."""
     from safetensors.torch import load_file, save_file
+
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
     change(weights)
@@ -93,15 +139,19 @@ def change_weights(model, folder, change):
 
 
 def test_weights_that_are_nan(stage1, model, tmp_path):
-    broken = change_weights(model, tmp_path / "nan", lambda weights: weights[
-        "model.layers.1.mlp.up_proj.weight"].fill_(torch.nan))
+    broken = change_weights(
+        model,
+        tmp_path / "nan",
+        lambda weights: weights["model.layers.1.mlp.up_proj.weight"].fill_(torch.nan),
+    )
     message = stage1(tmp_path, "--model_name", broken).error()
     assert "NaN" in message and "float32" in message
 
 
 def test_weights_that_are_missing(stage1, model, tmp_path):
-    broken = change_weights(model, tmp_path / "some", lambda weights: weights.pop(
-        "model.layers.1.mlp.up_proj.weight"))
+    broken = change_weights(
+        model, tmp_path / "some", lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight")
+    )
     message = stage1(tmp_path, "--model_name", broken).error()
     assert "model.layers.1.mlp.up_proj.weight" in message and "make it" in message
 
@@ -118,8 +168,9 @@ def test_weights_cut_short(stage1, model, tmp_path):
 
 
 def test_unknown_dataset(stage1, tmp_path, commands, model):
-    message = commands.run("token_ablation.py", "--model_name", model, "--dataset_name",
-                           "trivia").error()
+    message = commands.run(
+        "token_ablation.py", "--model_name", model, "--dataset_name", "trivia"
+    ).error()
     assert "unknown data set 'trivia'" in message and "truthfulqa" in message
     assert "--dataset_path" in message
     message = stage1(tmp_path, "--dataset_path", tmp_path / "nowhere.jsonl").error()
@@ -144,16 +195,19 @@ def test_unknown_split(stage1, tmp_path, questions):
     assert "no split 'dev'" in message and "found train" in message
 
 
-@pytest.mark.parametrize("row, expected", [
-    ({"question": " "}, "an empty question"),
-    ({"question": None}, "an empty question"),
-    ({"choices": ["No", " "]}, "an empty answer"),
-    ({"choices": None}, "an empty choices"),
-    ({"choices": ["No"]}, "a single answer"),
-    ({"label": 2}, "label 2 does not name one of 2 choices"),
-    ({"choices": ["No", "\u0001\u0002"]}, "tokenizes to nothing"),
-    ({"question": "Why? " * 200}, "more than the 256"),
-])
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"question": " "}, "an empty question"),
+        ({"question": None}, "an empty question"),
+        ({"choices": ["No", " "]}, "an empty answer"),
+        ({"choices": None}, "an empty choices"),
+        ({"choices": ["No"]}, "a single answer"),
+        ({"label": 2}, "label 2 does not name one of 2 choices"),
+        ({"choices": ["No", "\u0001\u0002"]}, "tokenizes to nothing"),
+        ({"question": "Why? " * 200}, "more than the 256"),
+    ],
+)
 def test_bad_row(stage1, tmp_path, row, expected):
     good = tiny.question_rows()[:3]
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [good[0], good[1] | row, good[2]])
@@ -172,7 +226,7 @@ def test_csv(stage1, tmp_path):
     stage1(tmp_path, "--dataset_path", path).ok()
     before = contents(tmp_path)
 
-    path.write_text(whole[:whole.rindex('""')])
+    path.write_text(whole[: whole.rindex('""')])
     message = stage1(tmp_path, "--dataset_path", path).error()
     assert str(path) in message and "whole" in message
     path.write_text(whole.replace("[", ""))
@@ -211,8 +265,9 @@ def test_states_of_another_model(stage2, tmp_path):
 
 def test_states_of_different_runs(stage1, stage2, tmp_path):
     stage1(tmp_path, "--seed", 1, "--top", "neg").ok()
-    message = stage2(tmp_path, "--mode", "both", "--hidden_states_neg_path",
-                     tmp_path / "states.safetensors").error()
+    message = stage2(
+        tmp_path, "--mode", "both", "--hidden_states_neg_path", tmp_path / "states.safetensors"
+    ).error()
     assert "different runs" in message and "seed" in message
 
 
@@ -230,9 +285,17 @@ def test_states_that_are_missing_or_damaged(stage2, done, tmp_path):
 
 
 def test_no_configuration_chosen_yet(stage2, commands, model, questions, done, tmp_path):
-    message = commands.run("steering_generation.py", "--model_name", model, "--dataset_name",
-                           "questions", "--dataset_path", questions, "--chosen_path",
-                           tmp_path / "chosen.json").error()
+    message = commands.run(
+        "steering_generation.py",
+        "--model_name",
+        model,
+        "--dataset_name",
+        "questions",
+        "--dataset_path",
+        questions,
+        "--chosen_path",
+        tmp_path / "chosen.json",
+    ).error()
     assert "no configuration is chosen yet" in message and "steering_mc.py" in message
 
 
@@ -302,7 +365,8 @@ def test_an_output_that_was_removed_is_made_again(stage1, done, tmp_path):
     (folder / "states_neg.safetensors").unlink()
     stage1(folder).ok()
     assert {path.name: content for path, content in contents(folder).items()} == {
-        path.name: content for path, content in contents(done).items()}
+        path.name: content for path, content in contents(done).items()
+    }
 
 
 def test_two_runs_at_once(stage1, tmp_path):
@@ -321,9 +385,16 @@ def test_file_too_large(stage1, done, tmp_path):
     """No file may grow beyond a limit: the same as a disk that is full in the middle of one."""
     folder = shutil.copytree(done, tmp_path / "done")
     before = contents(folder)
-    message = stage1(folder, "--seed", 1, "--output_path_meta", folder / "other.csv",
-                     "--output_path_hidden", folder / "other.safetensors",
-                     largest_file=6000).error()
+    message = stage1(
+        folder,
+        "--seed",
+        1,
+        "--output_path_meta",
+        folder / "other.csv",
+        "--output_path_hidden",
+        folder / "other.safetensors",
+        largest_file=6000,
+    ).error()
     assert "could not be written" in message and "free some space" in message
     assert before.items() <= contents(folder).items()
     assert not (folder / "other.csv").exists() and not list(folder.rglob("*.tmp"))

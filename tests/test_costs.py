@@ -18,9 +18,11 @@ from grains.errors import UserError
 from grains.scoring import Configuration
 from grains.vectors import steered
 
-TEXTS = ["The ferry was late, and the passengers waited in the hall.",
-         "Snow fell for most of Monday and left about twenty centimetres in the town.",
-         "Wash the lettuce."]
+TEXTS = [
+    "The ferry was late, and the passengers waited in the hall.",
+    "Snow fell for most of Monday and left about twenty centimetres in the town.",
+    "Wash the lettuce.",
+]
 QUESTIONS = [
     example("What is the capital of France?", "Rome", "Paris", "the city of London", label=1),
     example("What is the plural of box?", "boxes", "boxen", "boxies"),
@@ -33,9 +35,19 @@ def grid(lm, strength=1.0):
     """One layer, the last layer, and several."""
     generator = torch.Generator().manual_seed(0)
     last = len(lm.layers) - 1
-    return [Configuration("some", "", layers, factor, {
-        layer: strength * factor * torch.randn(lm.hidden_size, generator=generator)
-        for layer in layers}) for layers, factor in [((3,), 1.0), ((last,), 4.0), ((0, 2), 0.3)]]
+    return [
+        Configuration(
+            "some",
+            "",
+            layers,
+            factor,
+            {
+                layer: strength * factor * torch.randn(lm.hidden_size, generator=generator)
+                for layer in layers
+            },
+        )
+        for layers, factor in [((3,), 1.0), ((last,), 4.0), ((0, 2), 0.3)]
+    ]
 
 
 def own_perplexity(lm, sequences):
@@ -50,8 +62,9 @@ def own_accuracies(lm):
     for item in QUESTIONS:
         prompt = f"Q: {item.question}\nA:"
         start = lm.tokenizer(prompt).input_ids
-        ends = [lm.tokenizer(f"{prompt} {choice}").input_ids[len(start):]
-                for choice in item.choices]
+        ends = [
+            lm.tokenizer(f"{prompt} {choice}").input_ids[len(start) :] for choice in item.choices
+        ]
         sums = [own_loss_log_likelihood(lm, start, end) for end in ends]
         means = [value / len(end) for value, end in zip(sums, ends, strict=True)]
         by_sum.append(sums.index(max(sums)) == item.label)
@@ -75,7 +88,8 @@ def test_a_bos_is_read_and_every_token_of_the_text_predicted(smollm2):
     tokenizer = copy.deepcopy(smollm2.tokenizer)
     bos, number = tokenizer.bos_token, tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, number)])
+        single=f"{bos} $A", special_tokens=[(bos, number)]
+    )
     sequences = [[number, *smollm2.tokenizer(text).input_ids] for text in TEXTS]
     found = costs.perplexity(replace(smollm2, tokenizer=tokenizer), TEXTS, [], 64)
     assert found == pytest.approx([own_perplexity(smollm2, sequences)], rel=1e-4)
@@ -100,21 +114,24 @@ def test_capability_is_that_of_every_choice_alone(smollm2):
     assert by_sum != by_token and len(set(by_sum)) > 1 and len(set(by_token)) > 1
 
 
-@pytest.mark.parametrize(("path", "least", "topics"), [(costs.NEUTRAL, 60, 8),
-                                                       (costs.VARIED, 48, 6)])
+@pytest.mark.parametrize(
+    ("path", "least", "topics"), [(costs.NEUTRAL, 60, 8), (costs.VARIED, 48, 6)]
+)
 def test_the_embedded_texts(path, least, topics):
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(rows) >= least and len({row["topic"] for row in rows}) >= topics
     assert all(list(row) == ["id", "topic", "text"] for row in rows)
     for field in ("id", "text"):
         assert len({row[field] for row in rows}) == len(rows)
-    assert all((45 if row["topic"] == "code" else 60) <= len(row["text"].split()) <= 120
-               for row in rows)
+    assert all(
+        (45 if row["topic"] == "code" else 60) <= len(row["text"].split()) <= 120 for row in rows
+    )
     assert costs.neutral_texts(path) == [row["text"] for row in rows]
 
 
-@pytest.mark.parametrize(("path", "least"), [(costs.UNRELATED, 200),
-                                             (costs.UNRELATED_TRAINING, 180)])
+@pytest.mark.parametrize(
+    ("path", "least"), [(costs.UNRELATED, 200), (costs.UNRELATED_TRAINING, 180)]
+)
 def test_the_embedded_questions(path, least):
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(rows) >= least and len({row["category"] for row in rows}) >= 10
@@ -131,12 +148,15 @@ def test_the_embedded_questions(path, least):
 
     examples = costs.unrelated_examples(path)
     assert [(item.id, item.question, list(item.choices), item.label) for item in examples] == [
-        (row["id"], row["question"], row["choices"], row["label"]) for row in rows]
+        (row["id"], row["question"], row["choices"], row["label"]) for row in rows
+    ]
 
 
 def test_no_question_is_both_for_training_and_for_the_report():
-    training, others = ({item.question.lower() for item in costs.unrelated_examples(path)}
-                        for path in (costs.UNRELATED_TRAINING, costs.UNRELATED))
+    training, others = (
+        {item.question.lower() for item in costs.unrelated_examples(path)}
+        for path in (costs.UNRELATED_TRAINING, costs.UNRELATED)
+    )
     assert not training & others
 
 
@@ -159,14 +179,17 @@ def test_the_bound_of_a_price_is_scipys(smollm2):
         rises = [(values[0, 0] - values[row, 0]) / 7 for values in scores]
         interval = ttest_1samp(rises, 0, alternative="less").confidence_interval(0.95)
         assert found[row] == pytest.approx(np.expm1(interval.high))
-        assert found[row] > costs.perplexity_of(texts, scores)[row] / costs.perplexity_of(
-            texts, scores)[0] - 1
+        assert (
+            found[row]
+            > costs.perplexity_of(texts, scores)[row] / costs.perplexity_of(texts, scores)[0] - 1
+        )
 
 
 def test_a_text_counts_by_its_tokens_in_the_bound(smollm2):
     """Rises of 0.3 and 0 per token over 10 and 30: mean 0.075; apart by 2.25 each, times sqrt 2."""
     texts = [encoded(smollm2, [5], [list(range(10, 10 + size))]) for size in (10, 30)]
     scores = [np.array([[-30.0], [-33.0]]), np.array([[-90.0], [-90.0]])]
-    error = (2 * 2.25 ** 2 * 2 / 1) ** 0.5 / 40
+    error = (2 * 2.25**2 * 2 / 1) ** 0.5 / 40
     assert costs.perplexity_bound(texts, scores)[1] == pytest.approx(
-        np.expm1(0.075 + 6.313752 * error))
+        np.expm1(0.075 + 6.313752 * error)
+    )

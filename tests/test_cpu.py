@@ -18,8 +18,9 @@ from grains.attribution import PromptFunction
 from grains.cpu import OneDnnLinear, is_faster, use_onednn
 from grains.scoring import score
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
-                                reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
 W = words(40)
 
 
@@ -36,7 +37,8 @@ def both(tokenizer, faster):
     use_onednn(two.model)
     assert not any(isinstance(module, OneDnnLinear) for module in one.model.modules())
     assert {type(module) for module in two.model.modules() if isinstance(module, nn.Linear)} == {
-        OneDnnLinear}
+        OneDnnLinear
+    }
     return one, two
 
 
@@ -63,8 +65,11 @@ def test_states_that_lie_apart_in_memory(faster):
     module = nn.Sequential(nn.Linear(96, 64)).requires_grad_(False)
     exact = copy.deepcopy(module).double()
     use_onednn(module)
-    for states in (torch.randn(96, 7).t(), torch.randn(4, 9, 96)[:, 2:5],
-                   torch.randn(5, 192)[:, ::2]):
+    for states in (
+        torch.randn(96, 7).t(),
+        torch.randn(4, 9, 96)[:, 2:5],
+        torch.randn(5, 192)[:, ::2],
+    ):
         assert relative(module(states), exact(states.double())) <= 1e-6
 
 
@@ -101,9 +106,14 @@ def test_a_second_derivative_is_refused(faster):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("capability, vendor, expected", [
-    ("AVX512", "AuthenticAMD", True), ("AVX2", "AuthenticAMD", False),
-    ("AVX512", "GenuineIntel", False)])
+@pytest.mark.parametrize(
+    "capability, vendor, expected",
+    [
+        ("AVX512", "AuthenticAMD", True),
+        ("AVX2", "AuthenticAMD", False),
+        ("AVX512", "GenuineIntel", False),
+    ],
+)
 def test_it_is_for_amds_avx512(monkeypatch, capability, vendor, expected):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     monkeypatch.setattr("grains.cpu.Path.read_text", lambda path: f"vendor_id : {vendor}\n")
@@ -127,9 +137,13 @@ for _ in range(20):
     torch.ones(5 * 2**20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                            check=True, env=os.environ | {
-                                "PYTHONPATH": str(Path(cpu.__file__).parents[1])})
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(Path(cpu.__file__).parents[1])},
+    )
     return int(result.stdout)
 
 
@@ -163,7 +177,8 @@ def test_lora_trains_around_them(both, tokenizer):
     for name, tensor in plain.items():
         assert relative(found[name], tensor) <= 1e-3, name
     assert {type(module) for module in two.layers.modules() if isinstance(module, nn.Linear)} == {
-        OneDnnLinear}
+        OneDnnLinear
+    }
 
 
 def test_a_model_that_is_loaded_has_them_where_they_are_faster(smollm2):

@@ -32,11 +32,13 @@ def picture(colour):
 
 
 def test_truthfulqa(tmp_path):
-    pd.DataFrame({
-        "question": ["Is the sky blue?", "Do pigs fly?", "Who?"],
-        "choices": [["Yes", "No"], ["They do", "They do not"], ["Me", "You"]],
-        "label": [0, 1, 1],
-    }).to_parquet(tmp_path / "validation-00000-of-00001.parquet")
+    pd.DataFrame(
+        {
+            "question": ["Is the sky blue?", "Do pigs fly?", "Who?"],
+            "choices": [["Yes", "No"], ["They do", "They do not"], ["Me", "You"]],
+            "label": [0, 1, 1],
+        }
+    ).to_parquet(tmp_path / "validation-00000-of-00001.parquet")
     found = everything("truthfulqa", str(tmp_path), "validation")
     assert len(found) == 3
     pigs = found["Do pigs fly?"]
@@ -47,12 +49,24 @@ def test_truthfulqa(tmp_path):
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_faitheval(tmp_path, form):
-    rows = [{"id": "f1", "context": "Here the moon is made of cheese.", "question": "Of what?",
-             "choices": {"label": ["A", "B", "C", "D"], "text": ["rock", "ice", "cheese", "fire"]},
-             "answerKey": "C", "answer": "cheese"},
-            {"id": "f2", "context": "Two and two are five.", "question": "2 + 2?",
-             "choices": {"label": ["1", "2"], "text": ["5", "4"]}, "answerKey": "1",
-             "answer": "5"}]
+    rows = [
+        {
+            "id": "f1",
+            "context": "Here the moon is made of cheese.",
+            "question": "Of what?",
+            "choices": {"label": ["A", "B", "C", "D"], "text": ["rock", "ice", "cheese", "fire"]},
+            "answerKey": "C",
+            "answer": "cheese",
+        },
+        {
+            "id": "f2",
+            "context": "Two and two are five.",
+            "question": "2 + 2?",
+            "choices": {"label": ["1", "2"], "text": ["5", "4"]},
+            "answerKey": "1",
+            "answer": "5",
+        },
+    ]
     path = tmp_path / f"test.{form}"
     jsonl(path, rows) if form == "jsonl" else Dataset.from_list(rows).to_parquet(path)
     found = everything("faitheval", str(path), "test")
@@ -64,25 +78,42 @@ def test_faitheval(tmp_path, form):
 
 
 def test_faitheval_names_a_key_that_is_no_choice(tmp_path):
-    path = jsonl(tmp_path / "x.jsonl", [
-        {"context": "c", "question": "q", "answerKey": "E",
-         "choices": {"label": ["A", "B"], "text": ["a", "b"]}}])
+    path = jsonl(
+        tmp_path / "x.jsonl",
+        [
+            {
+                "context": "c",
+                "question": "q",
+                "answerKey": "E",
+                "choices": {"label": ["A", "B"], "text": ["a", "b"]},
+            }
+        ],
+    )
     with pytest.raises(UserError, match=r"row 0.*'E'"):
         everything("faitheval", path, "test")
 
 
 def test_toxigen_pairs_within_a_group(tmp_path):
     """Toxic is where the two ratings sum to more than 5.5."""
-    rows = [("kind of us", "women", 1.0, 1.0), ("bad of them", "women", 5.0, 4.5),
-            ("kind again", "women", 2.5, 3.0), ("more bad", "women", 2.5, 3.1),
-            ("a third kind one", "women", 1.0, 1.5), ("lonely bad", "asian", 5.0, 5.0),
-            ("nice", "black", 1.0, 2.0), ("nasty", "black", 4.0, 4.0)]
+    rows = [
+        ("kind of us", "women", 1.0, 1.0),
+        ("bad of them", "women", 5.0, 4.5),
+        ("kind again", "women", 2.5, 3.0),
+        ("more bad", "women", 2.5, 3.1),
+        ("a third kind one", "women", 1.0, 1.5),
+        ("lonely bad", "asian", 5.0, 5.0),
+        ("nice", "black", 1.0, 2.0),
+        ("nasty", "black", 4.0, 4.0),
+    ]
     columns = ["text", "target_group", "toxicity_ai", "toxicity_human"]
     pd.DataFrame(rows, columns=columns).to_parquet(tmp_path / "train-00000-of-00001.parquet")
     table, source = data.load("toxigen", "train", str(tmp_path))
     items = [data.read(table, source, index) for index in range(len(table))]
     assert {(item.chosen, item.rejected) for item in items} == {
-        ("kind of us", "bad of them"), ("kind again", "more bad"), ("nice", "nasty")}
+        ("kind of us", "bad of them"),
+        ("kind again", "more bad"),
+        ("nice", "nasty"),
+    }
     for item in items:
         group = "black" if item.chosen == "nice" else "women"
         assert group in item.question and item.label == 0
@@ -94,14 +125,20 @@ def test_toxigen_examples_of_one_group_are_all_there(tmp_path):
     columns = ["text", "target_group", "toxicity_ai", "toxicity_human"]
     parts = {}
     for split, first in (("train", 0), ("test", 6)):
-        rows = [(f"{kind} text {index}", "women", toxicity, toxicity)
-                for index in range(first, first + 6)
-                for kind, toxicity in (("kind", 1.0), ("bad", 5.0))]
+        rows = [
+            (f"{kind} text {index}", "women", toxicity, toxicity)
+            for index in range(first, first + 6)
+            for kind, toxicity in (("kind", 1.0), ("bad", 5.0))
+        ]
         path = tmp_path / f"{split}-00000-of-00001.parquet"
         pd.DataFrame(rows, columns=columns).to_parquet(path)
     for split in ("train", "test"):
-        used = frozenset(key for items in parts.values() for item in items
-                         for key in (item.id, data.question_key(item)))
+        used = frozenset(
+            key
+            for items in parts.values()
+            for item in items
+            for key in (item.id, data.question_key(item))
+        )
         table, source = data.load("toxigen", split, str(tmp_path))
         parts[split] = data.examples(table, source, 0, exclude=used)
     assert [len(items) for items in parts.values()] == [6, 6]
@@ -111,10 +148,21 @@ def test_toxigen_examples_of_one_group_are_all_there(tmp_path):
 @pytest.mark.parametrize("form", ["parquet", "save_to_disk"])
 def test_spa_vl(tmp_path, form):
     rows = Dataset.from_dict(
-        {"image": [picture("red"), picture("blue")], "question": ["What is this?", "Which?"],
-         "chosen": ["Red paint.", "Blue."], "rejected": ["A weapon.", "A threat."]},
-        features=Features({"image": Image(), "question": Value("string"),
-                           "chosen": Value("string"), "rejected": Value("string")}))
+        {
+            "image": [picture("red"), picture("blue")],
+            "question": ["What is this?", "Which?"],
+            "chosen": ["Red paint.", "Blue."],
+            "rejected": ["A weapon.", "A threat."],
+        },
+        features=Features(
+            {
+                "image": Image(),
+                "question": Value("string"),
+                "chosen": Value("string"),
+                "rejected": Value("string"),
+            }
+        ),
+    )
     if form == "parquet":
         rows.to_parquet(tmp_path / "train-00000-of-00001.parquet")
     else:
@@ -130,12 +178,18 @@ def test_spa_vl(tmp_path, form):
 
 
 def test_the_same_question_about_another_picture_is_another_question(tmp_path):
-    features = Features({"image": Image(), **dict.fromkeys(("question", "chosen", "rejected"),
-                                                           Value("string"))})
-    Dataset.from_dict({"image": [picture(c) for c in ("red", "blue", "red")],
-                       "question": ["What is this?"] * 3, "chosen": ["a"] * 3,
-                       "rejected": ["b"] * 3},
-                      features=features).to_parquet(tmp_path / "train.parquet")
+    features = Features(
+        {"image": Image(), **dict.fromkeys(("question", "chosen", "rejected"), Value("string"))}
+    )
+    Dataset.from_dict(
+        {
+            "image": [picture(c) for c in ("red", "blue", "red")],
+            "question": ["What is this?"] * 3,
+            "chosen": ["a"] * 3,
+            "rejected": ["b"] * 3,
+        },
+        features=features,
+    ).to_parquet(tmp_path / "train.parquet")
     rows, source = data.load("spa-vl", "train", str(tmp_path / "train.parquet"))
     items = data.examples(rows, source, 0)
     assert len(items) == 2 and len({data.question_key(item) for item in items}) == 2
@@ -143,11 +197,21 @@ def test_the_same_question_about_another_picture_is_another_question(tmp_path):
 
 
 def test_mmhal_bench(tmp_path):
-    features = Features({"image": Image(), **dict.fromkeys(
-        ("question", "gt_answer", "question_type"), Value("string"))})
-    Dataset.from_dict({"image": [picture("red")], "question": ["What colour is the wall?"],
-                       "gt_answer": ["It is red."], "question_type": ["attribute"]},
-                      features=features).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    features = Features(
+        {
+            "image": Image(),
+            **dict.fromkeys(("question", "gt_answer", "question_type"), Value("string")),
+        }
+    )
+    Dataset.from_dict(
+        {
+            "image": [picture("red")],
+            "question": ["What colour is the wall?"],
+            "gt_answer": ["It is red."],
+            "question_type": ["attribute"],
+        },
+        features=features,
+    ).to_parquet(tmp_path / "train-00000-of-00001.parquet")
     (item,) = everything("mmhal-bench", str(tmp_path)).values()
     assert item.chosen == "It is red." and item.image.read()["bytes"]
     with pytest.raises(UserError, match="single answer"):
@@ -155,10 +219,18 @@ def test_mmhal_bench(tmp_path):
 
 
 def test_misconceptions(tmp_path):
-    row = {"id": "a-1", "category": "a", "split": "steering", "question": "Why?",
-           "best_answer": "So", "correct_answers": ["Thus"], "incorrect_answers": ["No", "Never"]}
-    path = jsonl(tmp_path / "m.jsonl", [row, row | {"id": "a-2", "split": "test",
-                                                    "question": "Who?"}])
+    row = {
+        "id": "a-1",
+        "category": "a",
+        "split": "steering",
+        "question": "Why?",
+        "best_answer": "So",
+        "correct_answers": ["Thus"],
+        "incorrect_answers": ["No", "Never"],
+    }
+    path = jsonl(
+        tmp_path / "m.jsonl", [row, row | {"id": "a-2", "split": "test", "question": "Who?"}]
+    )
     found = everything("misconceptions", path, "steering")
     assert list(found) == ["Why?"]
     item = found["Why?"]
@@ -179,8 +251,9 @@ def test_the_packaged_misconceptions_keep_their_splits_apart():
         assert not (kind[0] & kind[1] | kind[0] & kind[2] | kind[1] & kind[2])
 
 
-@pytest.mark.parametrize("name", ["truthfulqa", "faitheval", "toxigen", "spa-vl", "mmhal-bench",
-                                  "misconceptions"])
+@pytest.mark.parametrize(
+    "name", ["truthfulqa", "faitheval", "toxigen", "spa-vl", "mmhal-bench", "misconceptions"]
+)
 def test_a_missing_column_is_named(tmp_path, name):
     source = data.DATASETS[name]
     for column in source.columns:
@@ -200,8 +273,10 @@ def write(path, row):
     if path.suffix == ".jsonl":
         jsonl(path, [row])
     elif path.suffix == ".csv":
-        flat = {key: json.dumps(value) if isinstance(value, list) else value
-                for key, value in row.items()}
+        flat = {
+            key: json.dumps(value) if isinstance(value, list) else value
+            for key, value in row.items()
+        }
         pd.DataFrame([flat]).to_csv(path, index=False)
     else:
         pd.DataFrame([row]).to_parquet(path)
@@ -232,26 +307,32 @@ def test_a_context_and_an_image_beside_the_file(tmp_path):
     assert item.context == "Once." and item.image == str(tmp_path / "red.png")
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    ({"prompt": "a", "chosen": "b"}, "column rejected missing"),
-    ({"question": "a", "choices": ["b", "c"]}, "column label missing"),
-    ({"text": "a"}, "missing; expected prompt, chosen, rejected or question, choices, label"),
-])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "column rejected missing"),
+        ({"question": "a", "choices": ["b", "c"]}, "column label missing"),
+        ({"text": "a"}, "missing; expected prompt, chosen, rejected or question, choices, label"),
+    ],
+)
 def test_own_files_with_a_missing_column(tmp_path, row, reason):
     with pytest.raises(UserError, match=reason):
         data.load("x", "train", jsonl(tmp_path / "x.jsonl", [row]))
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    (PAIR | {"prompt": " \n"}, "empty question"),
-    (PAIR | {"chosen": ""}, "empty answer"),
-    (PAIR | {"rejected": None}, "empty"),
-    (QUESTION | {"choices": ["one", "", "three"]}, "empty answer"),
-    (QUESTION | {"label": 3}, "label 3 does not name one of 3 choices"),
-    (QUESTION | {"label": -1}, "label -1 does not name one of 3 choices"),
-    (QUESTION | {"label": None}, "row 1"),
-    (QUESTION | {"choices": []}, "label 2 does not name one of 0 choices"),
-])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (PAIR | {"prompt": " \n"}, "empty question"),
+        (PAIR | {"chosen": ""}, "empty answer"),
+        (PAIR | {"rejected": None}, "empty"),
+        (QUESTION | {"choices": ["one", "", "three"]}, "empty answer"),
+        (QUESTION | {"label": 3}, "label 3 does not name one of 3 choices"),
+        (QUESTION | {"label": -1}, "label -1 does not name one of 3 choices"),
+        (QUESTION | {"label": None}, "row 1"),
+        (QUESTION | {"choices": []}, "label 2 does not name one of 0 choices"),
+    ],
+)
 def test_a_bad_row_is_named(tmp_path, row, reason):
     good = PAIR | {"prompt": "fine"} if "prompt" in row else QUESTION | {"question": "fine"}
     rows, source = data.load("x", "train", jsonl(tmp_path / "x.jsonl", [good, row]))
@@ -278,8 +359,10 @@ def test_unknown_names_and_files(tmp_path):
 
 @pytest.fixture
 def many(tmp_path):
-    rows = [{"question": f"Question {i}?", "choices": [f"a{i}", f"b{i}"], "label": i % 2}
-            for i in range(40)]
+    rows = [
+        {"question": f"Question {i}?", "choices": [f"a{i}", f"b{i}"], "label": i % 2}
+        for i in range(40)
+    ]
     twice = [rows[3] | {"choices": ["other", "answers"]}, rows[5] | {"question": "QUESTION 5?"}]
     return data.load("x", "train", jsonl(tmp_path / "x.jsonl", rows + twice))
 
@@ -329,10 +412,12 @@ def test_ids_are_of_the_content_and_stable(many, tmp_path):
     items = [data.read(rows, source, index) for index in range(len(rows))]
     assert len(set(ids(items))) == len(items)
     order = np.random.default_rng(0).permutation(len(rows))
-    turned, again = data.load("x", "train", jsonl(tmp_path / "turned.jsonl",
-                                                  [rows[int(i)] for i in order]))
+    turned, again = data.load(
+        "x", "train", jsonl(tmp_path / "turned.jsonl", [rows[int(i)] for i in order])
+    )
     assert ids(data.read(turned, again, i) for i in range(len(rows))) == [
-        items[i].id for i in order]
+        items[i].id for i in order
+    ]
     named = jsonl(tmp_path / "named.jsonl", [QUESTION | {"id": 17}])
     assert ids(everything("x", named).values()) == ["17"]
 
@@ -340,5 +425,7 @@ def test_ids_are_of_the_content_and_stable(many, tmp_path):
 def test_fingerprint_tells_examples_apart(many):
     items = data.examples(*many, 0)
     assert data.fingerprint(items) == data.fingerprint(list(items))
-    assert len({data.fingerprint(items), data.fingerprint(items[1:]),
-                data.fingerprint(items[::-1])}) == 3
+    assert (
+        len({data.fingerprint(items), data.fingerprint(items[1:]), data.fingerprint(items[::-1])})
+        == 3
+    )

@@ -25,8 +25,10 @@ from grains.scoring import Configuration, score
 pytest_plugins = ("command_line",)
 
 LAYERS, TOKENS = 4, 512
-QUESTIONS = [Example(str(i), question, (true, false), 0)
-             for i, (question, true, false) in enumerate(tiny.QUESTIONS[:2])]
+QUESTIONS = [
+    Example(str(i), question, (true, false), 0)
+    for i, (question, true, false) in enumerate(tiny.QUESTIONS[:2])
+]
 
 
 def everything(lm: models.LanguageModel) -> list:
@@ -35,14 +37,22 @@ def everything(lm: models.LanguageModel) -> list:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(LAYERS, lm.hidden_size, generator=generator)
     # Steered from a layer of each half on, at the last layer alone, at all.
-    grid = [Configuration("some", "", layers, 1.0, {layer: vectors[layer] for layer in layers})
-            for layers in [(1,), (2,), (3,), (0, 1, 2, 3)]]
+    grid = [
+        Configuration("some", "", layers, 1.0, {layer: vectors[layer] for layer in layers})
+        for layers in [(1,), (2,), (3,), (0, 1, 2, 3)]
+    ]
     results = []
-    for settings in (Settings(max_points=24),
-                     Settings(objective="normal", ig_steps=3, baseline="pad"),
-                     Settings(grad_method="smoothgrad", baseline="zeros")):
-        results += [item.scores for item in
-                    attribute(lm, encoded[0], settings, TOKENS, torch.Generator().manual_seed(0))]
+    for settings in (
+        Settings(max_points=24),
+        Settings(objective="normal", ig_steps=3, baseline="pad"),
+        Settings(grad_method="smoothgrad", baseline="zeros"),
+    ):
+        results += [
+            item.scores
+            for item in attribute(
+                lm, encoded[0], settings, TOKENS, torch.Generator().manual_seed(0)
+            )
+        ]
     states = hidden_states(lm, encoded[0], [[3, 4], [5]], TOKENS)
     results += [states.last, states.log_likelihoods, states.norms, states.gradients]
     results += score(lm, encoded, grid, TOKENS)
@@ -57,8 +67,9 @@ def check_same(found: list, expected: list) -> None:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["head", "tied head"])
 def folder(request, tmp_path_factory):
-    return tiny.save_model(tmp_path_factory.mktemp("model"), layers=LAYERS,
-                           tie_word_embeddings=request.param)
+    return tiny.save_model(
+        tmp_path_factory.mktemp("model"), layers=LAYERS, tie_word_embeddings=request.param
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +81,25 @@ def whole(folder):
 # --- the disk ---
 
 
-PART = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
-        "model.layers.2": "disk", "model.layers.3": "cpu", "model.norm": "disk",
-        "model.rotary_emb": "cpu", "lm_head": "cpu"}
+PART = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.layers.2": "disk",
+    "model.layers.3": "cpu",
+    "model.norm": "disk",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
 
 
 @pytest.mark.parametrize("device_map", [PART, "auto"], ids=["part", "auto"])
 def test_layers_on_the_disk(folder, whole, monkeypatch, device_map):
     # "auto" goes by the memory that there is: as much as two thirds of this model.
-    monkeypatch.setattr("transformers.integrations.accelerate.get_max_memory",
-                        lambda max_memory=None: {"cpu": 150_000})
+    monkeypatch.setattr(
+        "transformers.integrations.accelerate.get_max_memory",
+        lambda max_memory=None: {"cpu": 150_000},
+    )
     lm = models.load(str(folder), dtype="float32", device_map=device_map)
     offloaded = [parameter.is_meta for parameter in lm.model.parameters()]
     assert any(offloaded)
@@ -91,8 +111,9 @@ def test_layers_on_the_disk(folder, whole, monkeypatch, device_map):
     assert [parameter.is_meta for parameter in lm.model.parameters()] == offloaded
     assert [layer.forward for layer in lm.layers] == forwards
     assert all(layer.forward.func.__module__ == "accelerate.hooks" for layer in lm.layers)
-    assert not any(module._forward_hooks or module._forward_pre_hooks
-                   for module in lm.model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules()
+    )
 
 
 def test_a_split_model_is_known_by_the_same_weights(folder, whole):
@@ -105,10 +126,24 @@ def test_device_map_of_a_script(commands, folder, tmp_path):
     made = []
     for name, flags in (("whole", []), ("split", ["--device_map", "auto"])):
         (tmp_path / name).mkdir()
-        commands.run("token_ablation.py", "--model_name", folder, "--dataset_name", "questions",
-                     "--dataset_path", questions, "--num_samples", 2, "--ig_steps", 3,
-                     "--output_path_meta", tmp_path / name / "tokens.csv",
-                     "--output_path_hidden", tmp_path / name / "states.safetensors", *flags).ok()
+        commands.run(
+            "token_ablation.py",
+            "--model_name",
+            folder,
+            "--dataset_name",
+            "questions",
+            "--dataset_path",
+            questions,
+            "--num_samples",
+            2,
+            "--ig_steps",
+            3,
+            "--output_path_meta",
+            tmp_path / name / "tokens.csv",
+            "--output_path_hidden",
+            tmp_path / name / "states.safetensors",
+            *flags,
+        ).ok()
         made.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert made[0] == made[1]
 
@@ -127,8 +162,13 @@ class Elsewhere(torch.Tensor):
     def __new__(cls, value: torch.Tensor, place: torch.device):
         with torch.inference_mode(False):
             tensor = torch.Tensor._make_wrapper_subclass(
-                cls, value.shape, strides=value.stride(), dtype=value.dtype,
-                storage_offset=value.storage_offset(), device=torch.device("meta", place.index))
+                cls,
+                value.shape,
+                strides=value.stride(),
+                dtype=value.dtype,
+                storage_offset=value.storage_offset(),
+                device=torch.device("meta", place.index),
+            )
         tensor.value, tensor.place = value, place
         return tensor
 
@@ -174,8 +214,9 @@ class Made(TorchFunctionMode):
 
 def compute(operation, args, kwargs):
     """Compute on the CPU; the result is where the arguments are, or where it is asked to be."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(),
-                                                      "CompositeImplicitAutograd"):
+    if torch._C._dispatch_has_kernel_for_dispatch_key(
+        operation.name(), "CompositeImplicitAutograd"
+    ):
         with Dispatched():
             return operation.decompose(*args, **kwargs)
     name = operation.overloadpacket.__name__
@@ -201,8 +242,13 @@ def compute(operation, args, kwargs):
     result = operation(*tree_map(value, args), **tree_map(value, kwargs))
     if args and result is value(args[0]):  # in place
         return args[0]
-    return result if place.type == "cpu" else tree_map(
-        lambda item: Elsewhere(item, place) if isinstance(item, torch.Tensor) else item, result)
+    return (
+        result
+        if place.type == "cpu"
+        else tree_map(
+            lambda item: Elsewhere(item, place) if isinstance(item, torch.Tensor) else item, result
+        )
+    )
 
 
 @pytest.fixture
@@ -219,12 +265,14 @@ def put(model, places: dict[str, torch.device]) -> None:
             for key, tensor in module._parameters.items():
                 if tensor is not None:
                     module._parameters[key] = torch.nn.Parameter(
-                        Elsewhere(tensor.detach(), place), requires_grad=False)
+                        Elsewhere(tensor.detach(), place), requires_grad=False
+                    )
             for key, tensor in module._buffers.items():
                 module._buffers[key] = Elsewhere(tensor, place)
         add_hook_to_module(part, AlignDevicesHook(execution_device=place))
-    add_hook_to_module(model, AlignDevicesHook(
-        execution_device=next(iter(places.values())), io_same_device=True))
+    add_hook_to_module(
+        model, AlignDevicesHook(execution_device=next(iter(places.values())), io_same_device=True)
+    )
 
 
 def test_the_devices_refuse_each_other(two_devices):
@@ -242,11 +290,22 @@ def test_the_devices_refuse_each_other(two_devices):
 
 def test_two_devices(folder, whole, two_devices):
     first, second = two_devices
-    model = tiny.llama(len(whole[0].tokenizer), layers=LAYERS, attn_implementation="eager",
-                       tie_word_embeddings=whole[0].model.config.tie_word_embeddings)
-    places = {"model.embed_tokens": first, "model.rotary_emb": first, "model.layers.0": first,
-              "model.layers.1": first, "model.layers.2": second, "model.layers.3": second,
-              "model.norm": second, "lm_head": second}
+    model = tiny.llama(
+        len(whole[0].tokenizer),
+        layers=LAYERS,
+        attn_implementation="eager",
+        tie_word_embeddings=whole[0].model.config.tie_word_embeddings,
+    )
+    places = {
+        "model.embed_tokens": first,
+        "model.rotary_emb": first,
+        "model.layers.0": first,
+        "model.layers.1": first,
+        "model.layers.2": second,
+        "model.layers.3": second,
+        "model.norm": second,
+        "lm_head": second,
+    }
     model.requires_grad_(False)
     put(model, places)
     lm = models.wrap(str(folder), model, whole[0].tokenizer)

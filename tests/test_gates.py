@@ -18,8 +18,11 @@ from grains.scoring import Direction, score
 from grains.vectors import Gate, SteeringVectors, steer, steered
 
 W = words(120, seed=5)
-QUESTIONS = [(W[:11], [W[20:24], W[30:33]]), (W[40:43], [W[20:22], W[22:25], W[60:61]]),
-             (W[44:46], [W[24:36], W[36:40]])]
+QUESTIONS = [
+    (W[:11], [W[20:24], W[30:33]]),
+    (W[40:43], [W[20:22], W[22:25], W[60:61]]),
+    (W[44:46], [W[24:36], W[36:40]]),
+]
 
 
 @pytest.fixture
@@ -30,8 +33,10 @@ def lm(make_tiny):
 def a_gate(lm, seed=0):
     """Opens at some positions and not at others."""
     generator = torch.Generator().manual_seed(seed)
-    return Gate(3 * torch.randn(len(lm.layers), lm.hidden_size, generator=generator),
-                torch.randn(len(lm.layers), generator=generator))
+    return Gate(
+        3 * torch.randn(len(lm.layers), lm.hidden_size, generator=generator),
+        torch.randn(len(lm.layers), generator=generator),
+    )
 
 
 def questions(lm):
@@ -42,7 +47,7 @@ def test_steer_by_hand():
     """||h|| = 5; along = 0.6 * 2 = 1.2, bias ln 3 - 1.2: open 3/4; moved to (3 + 6, 4)."""
     gate = torch.tensor([2.0, 0.0]), torch.tensor(np.log(3) - 1.2)
     found = steer(torch.tensor([[3.0, 4.0]]), torch.tensor([8.0, 0.0]), gate)
-    assert found[0].tolist() == pytest.approx([45 / 97 ** 0.5, 20 / 97 ** 0.5])
+    assert found[0].tolist() == pytest.approx([45 / 97**0.5, 20 / 97**0.5])
 
 
 def test_an_open_gate_changes_nothing():
@@ -55,9 +60,16 @@ def test_scores_are_those_of_hooks_on_every_sequence(lm):
     """Gated and not, the same layers, one of them the last, in one call."""
     layers = {"all": tuple(range(len(lm.layers))), "last": (len(lm.layers) - 1,)}
     first, second = a_gate(lm), a_gate(lm, 1)
-    grid = [replace(some(lm, layers[name], 2.0, seed), gate=gate) for name, seed, gate in (
-        ("all", 1, first), ("all", 1, None), ("all", 2, first), ("all", 1, second),
-        ("last", 3, first))]
+    grid = [
+        replace(some(lm, layers[name], 2.0, seed), gate=gate)
+        for name, seed, gate in (
+            ("all", 1, first),
+            ("all", 1, None),
+            ("all", 2, first),
+            ("all", 1, second),
+            ("last", 3, first),
+        )
+    ]
     found = score(lm, questions(lm), grid, 1000)
     for (prompt, responses), values in zip(QUESTIONS, found, strict=True):
         for row, item in enumerate(grid, start=1):
@@ -76,8 +88,12 @@ def test_a_batch_decodes_gated_and_not_side_by_side(smollm2):
     late = some(smollm2, (25,), 5.0, 3)
     found = generate(smollm2, items, [gated, plain, late], 8)
     opening = {layer: gated.gate.at(layer) for layer in gated.layers}
-    for texts, vectors, gate in zip(found, ({}, gated.vectors, plain.vectors, late.vectors),
-                                    (None, opening, None, None), strict=True):
+    for texts, vectors, gate in zip(
+        found,
+        ({}, gated.vectors, plain.vectors, late.vectors),
+        (None, opening, None, None),
+        strict=True,
+    ):
         for prompt, text in zip(items, texts, strict=True):
             with steered(smollm2, vectors, gate):
                 expected = one_at_a_time(smollm2, prompt.prompt_ids, {}, 8)
@@ -93,7 +109,7 @@ def own_states(lm, items):
             ids = torch.tensor([item.prompt_ids + response[:-1]])
             with torch.no_grad(), layer_outputs(lm) as read:
                 lm.model(ids, use_cache=False)
-            found.append(torch.stack(read[1:])[:, 0, len(item.prompt_ids) * (number > 0):])
+            found.append(torch.stack(read[1:])[:, 0, len(item.prompt_ids) * (number > 0) :])
     return torch.nn.functional.normalize(torch.cat(found, 1), dim=-1).numpy()
 
 
@@ -101,7 +117,7 @@ def own_states(lm, items):
 def test_a_gate_is_the_logistic_regression_of_the_states(lm, max_tokens):
     """No two answers of an item begin alike, so every node is in one of them."""
     steering = questions(lm)
-    others = [encoded(lm, W[60 + 5 * i:65 + 5 * i], [W[100 + i:104 + i]]) for i in range(8)]
+    others = [encoded(lm, W[60 + 5 * i : 65 + 5 * i], [W[100 + i : 104 + i]]) for i in range(8)]
     layers = [0, 1]
     gate = gates.fit(lm, steering, others, layers, max_tokens)
     mine, theirs = own_states(lm, steering), own_states(lm, others)
@@ -109,9 +125,11 @@ def test_a_gate_is_the_logistic_regression_of_the_states(lm, max_tokens):
         states = np.concatenate([mine[layer], theirs[layer]]).astype(float)
         labels = np.repeat([1, 0], [len(mine[layer]), len(theirs[layer])])
         mean, spread = states.mean(0), states.std(0)
-        expected = LogisticRegression(
-            C=gates.PENALTY, class_weight="balanced", max_iter=10_000, tol=1e-8).fit(
-            (states - mean) / spread, labels).predict_proba((states - mean) / spread)[:, 1]
+        expected = (
+            LogisticRegression(C=gates.PENALTY, class_weight="balanced", max_iter=10_000, tol=1e-8)
+            .fit((states - mean) / spread, labels)
+            .predict_proba((states - mean) / spread)[:, 1]
+        )
         weight, bias = gate.at(layer)
         found = torch.sigmoid(torch.from_numpy(states).float() @ weight + bias)
         assert found.numpy() == pytest.approx(expected, abs=2e-3)
@@ -123,11 +141,14 @@ def test_positions_are_drawn_where_there_are_many(lm, monkeypatch):
     others = [encoded(lm, W[60:100], [W[100:104]])]
     whole = gates.fit(lm, questions(lm), others, [1])
     monkeypatch.setattr(gates, "POSITIONS", 20)
-    drawn = [len(gates._states(lm, items, [1], 2048, torch.Generator().manual_seed(0), "")[1])
-             for items in (questions(lm), others)]
+    drawn = [
+        len(gates._states(lm, items, [1], 2048, torch.Generator().manual_seed(0), "")[1])
+        for items in (questions(lm), others)
+    ]
     assert all(10 <= count <= 30 for count in drawn)
-    one, same, other = (gates.fit(lm, questions(lm), others, [1], seed=seed).weights[1]
-                        for seed in (0, 0, 1))
+    one, same, other = (
+        gates.fit(lm, questions(lm), others, [1], seed=seed).weights[1] for seed in (0, 0, 1)
+    )
     assert torch.equal(one, same)
     assert relative(one, other) > 0.01 < relative(one, whole.weights[1])
 
@@ -150,16 +171,23 @@ def test_states_that_are_no_numbers_are_refused(lm):
 
 def test_half_a_gate_is_refused(tmp_path):
     path = tmp_path / "v.safetensors"
-    write_tensors(path, {"vectors": torch.ones(2, 3), "norms": torch.ones(2),
-                         "gate_biases": torch.ones(2)}, {})
+    write_tensors(
+        path,
+        {"vectors": torch.ones(2, 3), "norms": torch.ones(2), "gate_biases": torch.ones(2)},
+        {},
+    )
     with pytest.raises(UserError, match="gate_biases, norms, vectors: these are no steering"):
         SteeringVectors.load(path)
 
 
 def test_vectors_keep_their_gate(lm, tmp_path):
     path, gate = tmp_path / "v.safetensors", a_gate(lm)
-    made = SteeringVectors(torch.randn(len(lm.layers), lm.hidden_size),
-                           torch.ones(len(lm.layers)), {"method": "trained"}, gate)
+    made = SteeringVectors(
+        torch.randn(len(lm.layers), lm.hidden_size),
+        torch.ones(len(lm.layers)),
+        {"method": "trained"},
+        gate,
+    )
     made.save(path)
     read = SteeringVectors.load(path)
     assert torch.equal(read.gate.weights, gate.weights)

@@ -43,15 +43,22 @@ def text_of(lm, ids):
 
 def some(lm, layers, strength, seed):
     generator = torch.Generator().manual_seed(seed)
-    return Configuration("some", "", layers, strength, {
-        layer: strength * torch.randn(lm.hidden_size, generator=generator) for layer in layers})
+    return Configuration(
+        "some",
+        "",
+        layers,
+        strength,
+        {layer: strength * torch.randn(lm.hidden_size, generator=generator) for layer in layers},
+    )
 
 
 def test_smollm2_decodes_a_batch_as_one_at_a_time(smollm2):
     """Base and a configuration that steers jointly, prompts of two styles."""
     styles = ["chat", "plain"] * 4
-    items = [prompts.encode(smollm2, example(text, "x"), style)
-             for text, style in zip(PROMPTS, styles, strict=True)]
+    items = [
+        prompts.encode(smollm2, example(text, "x"), style)
+        for text, style in zip(PROMPTS, styles, strict=True)
+    ]
     assert len({len(item.prompt_ids) for item in items}) >= 6
     configurations = [some(smollm2, tuple(range(10, 30)), 0.15, 2)]
     found = generate(smollm2, items, configurations, NEW)
@@ -70,12 +77,13 @@ W = words(60, seed=5)
 
 def test_tiny_models_with_sliding_layers_too(tiny):
     """Prompts shorter and longer than the window, decoded beyond it."""
-    items = [encoded(tiny, W[start:start + length], [[5]])
-             for start, length in [(0, 2), (10, 13), (30, 7), (40, 20)]]
+    items = [
+        encoded(tiny, W[start : start + length], [[5]])
+        for start, length in [(0, 2), (10, 13), (30, 7), (40, 20)]
+    ]
     configurations = [some(tiny, (1,), 0.5, 3), some(tiny, (0, 3), 0.5, 4)]
     found = generate(tiny, items, configurations, 10)
-    for texts, vectors in zip(found, [{}, *(item.vectors for item in configurations)],
-                              strict=True):
+    for texts, vectors in zip(found, [{}, *(item.vectors for item in configurations)], strict=True):
         for item, text in zip(items, texts, strict=True):
             expected = one_at_a_time(tiny, item.prompt_ids, vectors, 10)
             assert text == text_of(tiny, expected)
@@ -85,8 +93,9 @@ def test_tiny_models_with_sliding_layers_too(tiny):
 def test_sampling_is_seeded(make_tiny):
     lm = make_tiny("llama")
     items = [encoded(lm, W[:5], [[5]]), encoded(lm, W[8:20], [[5]])]
-    one, same, other = (generate(lm, items, [], 8, temperature=1.0, seed=seed)
-                        for seed in (1, 1, 2))
+    one, same, other = (
+        generate(lm, items, [], 8, temperature=1.0, seed=seed) for seed in (1, 1, 2)
+    )
     assert one == same != other
 
 
@@ -98,5 +107,5 @@ def test_pad_left(make_tiny, rows):
     longest, pad = (4, lm.replacement_id("pad")) if rows > 1 else (2, None)
     for row, item in enumerate(items):
         missing = longest - item["input_ids"].shape[1]
-        assert padded["input_ids"][row].tolist() == [pad] * missing + W[:longest - missing]
+        assert padded["input_ids"][row].tolist() == [pad] * missing + W[: longest - missing]
         assert padded["attention_mask"][row].tolist() == [0] * missing + [1] * (longest - missing)

@@ -8,8 +8,13 @@ from grains.runs import write_tensors
 from grains.vectors import StatesFile
 
 EXAMPLES = 3
-NAMES = ("hidden_pos_response", "hidden_neg_response", "hidden_pos_response_ablated",
-         "hidden_neg_response_ablated", "gradients")
+NAMES = (
+    "hidden_pos_response",
+    "hidden_neg_response",
+    "hidden_pos_response_ablated",
+    "hidden_neg_response_ablated",
+    "gradients",
+)
 
 
 @pytest.fixture
@@ -36,26 +41,54 @@ def grid(states, *words):
     return cli.configurations(parser.parse_args(words), *states)[0]
 
 
-@pytest.mark.parametrize("mode, layers, expected", [
-    ("joint", ["all"], [(0, 1, 2, 3)]),
-    ("joint", ["0", "-1"], [(0, 3)]),
-    ("each", ["1-2"], [(1,), (2,)]),
-    ("from", ["1", "3"], [(1, 2, 3), (3,)]),
-])
+@pytest.mark.parametrize(
+    "mode, layers, expected",
+    [
+        ("joint", ["all"], [(0, 1, 2, 3)]),
+        ("joint", ["0", "-1"], [(0, 3)]),
+        ("each", ["1-2"], [(1,), (2,)]),
+        ("from", ["1", "3"], [(1, 2, 3), (3,)]),
+    ],
+)
 def test_layers_that_are_steered_together(states, mode, layers, expected):
-    found = grid(states, "--methods", "mean", "--layer_idxs", *layers, "--layer_mode", mode,
-                 "--alphas", "0.1")
+    found = grid(
+        states,
+        "--methods",
+        "mean",
+        "--layer_idxs",
+        *layers,
+        "--layer_mode",
+        mode,
+        "--alphas",
+        "0.1",
+    )
     assert [item.layers for item in found] == expected
     assert [tuple(item.vectors) for item in found] == expected
 
 
 def test_the_grid_is_methods_modes_layers_and_strengths(states):
-    found = grid(states, "--methods", "mean", "gradient", "--mode", "pos", "both",
-                 "--layer_idxs", "1", "2", "--layer_mode", "each", "--alphas", "0.1", "0.2")
+    found = grid(
+        states,
+        "--methods",
+        "mean",
+        "gradient",
+        "--mode",
+        "pos",
+        "both",
+        "--layer_idxs",
+        "1",
+        "2",
+        "--layer_mode",
+        "each",
+        "--alphas",
+        "0.1",
+        "0.2",
+    )
     assert len(set(found)) == len(found) == (2 + 1) * 2 * 2
     files = states[1]
     norms = files["pos"].norms()
     for item in found:
         (layer,) = item.layers
         assert item.vectors[layer].norm().item() == pytest.approx(
-            item.alpha * norms[layer].item(), rel=1e-5)
+            item.alpha * norms[layer].item(), rel=1e-5
+        )

@@ -45,9 +45,12 @@ def hub(tmp_path_factory):
         hub.add("models", "meta-llama/Llama-3.1-8B", files, gated=True)
         script = {"truthful_qa_binary.py": b"raise SystemExit", "README.md": b"# a script\n"}
         hub.add("datasets", "EleutherAI/truthful_qa_binary", script)
-        hub.add("datasets", "EleutherAI/truthful_qa_binary",
-                {"multiple_choice/validation/0000.parquet": table.getvalue()},
-                revision="refs/convert/parquet")
+        hub.add(
+            "datasets",
+            "EleutherAI/truthful_qa_binary",
+            {"multiple_choice/validation/0000.parquet": table.getvalue()},
+            revision="refs/convert/parquet",
+        )
         hub.add("datasets", "toxigen/toxigen-data", {"annotated/train.csv": b"text\n"}, gated=True)
         yield hub
 
@@ -56,8 +59,13 @@ def hub(tmp_path_factory):
 def commands(hub, server_with, tmp_path_factory):
     """A server whose hub is the stand-in."""
     home = tmp_path_factory.mktemp("home")
-    return server_with(HF_ENDPOINT=hub.url, HF_HOME=str(home / "hf"), HOME=str(home),
-                       PYTHON=sys.executable, NUM_SAMPLES=str(STEERING))
+    return server_with(
+        HF_ENDPOINT=hub.url,
+        HF_HOME=str(home / "hf"),
+        HOME=str(home),
+        PYTHON=sys.executable,
+        NUM_SAMPLES=str(STEERING),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +76,36 @@ def out(tmp_path_factory):
 @pytest.fixture(scope="module")
 def flags(out):
     """The three shell scripts, and further flags so that nothing is written into the repository."""
-    vectors = ["--hidden_states_path", out / "states_pos.safetensors",
-               "--hidden_states_neg_path", out / "states_neg.safetensors",
-               "--steering_vectors_dir", out / "vectors", "--output_dir", out / "results",
-               "--num_validation", VALIDATION]
+    vectors = [
+        "--hidden_states_path",
+        out / "states_pos.safetensors",
+        "--hidden_states_neg_path",
+        out / "states_neg.safetensors",
+        "--steering_vectors_dir",
+        out / "vectors",
+        "--output_dir",
+        out / "results",
+        "--num_validation",
+        VALIDATION,
+    ]
     return {
-        "run_token_ablation.sh": ["--output_path_meta", out / "tokens.csv",
-                                  "--output_path_hidden", out / "states.safetensors"],
+        "run_token_ablation.sh": [
+            "--output_path_meta",
+            out / "tokens.csv",
+            "--output_path_hidden",
+            out / "states.safetensors",
+        ],
         "run_steering_mc.sh": vectors,
         "run_steering_generation.sh": [
-            *vectors, "--chosen_path", out / "results" / f"{STEM}_chosen.json",
-            "--num_prompts", 3, "--max_new_tokens", 6]}
+            *vectors,
+            "--chosen_path",
+            out / "results" / f"{STEM}_chosen.json",
+            "--num_prompts",
+            3,
+            "--max_new_tokens",
+            6,
+        ],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +114,13 @@ def finished(hub, commands, flags, out):
     before = written_by_scripts()
     printed = {}
     for script, more in flags.items():
-        ended = subprocess.run(["bash", f"scripts/llm/{script}", *map(str, more)], cwd=SRC,
-                               env=commands.environment, capture_output=True, text=True)
+        ended = subprocess.run(
+            ["bash", f"scripts/llm/{script}", *map(str, more)],
+            cwd=SRC,
+            env=commands.environment,
+            capture_output=True,
+            text=True,
+        )
         assert ended.returncode == 0, ended.stderr + "\n".join(hub.asked)
         printed[script] = ended.stdout
     assert written_by_scripts() == before
@@ -97,20 +129,37 @@ def finished(hub, commands, flags, out):
 
 def written_by_scripts() -> set:
     """What the runs of this test would be called in the repository."""
-    return {path for folder in ("data/llm", "data/vlm", "results")
-            for path in (SRC / folder).rglob("*llama-3.1-8b-instruct*n4*")}
+    return {
+        path
+        for folder in ("data/llm", "data/vlm", "results")
+        for path in (SRC / folder).rglob("*llama-3.1-8b-instruct*n4*")
+    }
 
 
 def test_stage_1(finished, out):
     table = pd.read_csv(out / "tokens.csv")
     assert len(table) == 2 * STEERING and set(table.top) == {"pos", "neg"}
-    assert {"id", "question", "chosen", "rejected", "f", "f_ablated", "log_likelihood_pos",
-            "log_likelihood_neg_ablated", "selected_tokens", "attributions",
-            "completeness_error"} <= set(table.columns)
+    assert {
+        "id",
+        "question",
+        "chosen",
+        "rejected",
+        "f",
+        "f_ablated",
+        "log_likelihood_pos",
+        "log_likelihood_neg_ablated",
+        "selected_tokens",
+        "attributions",
+        "completeness_error",
+    } <= set(table.columns)
     for top in ("pos", "neg"):
         with safe_open(out / f"states_{top}.safetensors", framework="np") as file:
-            for name in ("hidden_pos_response", "hidden_neg_response",
-                         "hidden_pos_response_ablated", "hidden_neg_response_ablated"):
+            for name in (
+                "hidden_pos_response",
+                "hidden_neg_response",
+                "hidden_pos_response_ablated",
+                "hidden_neg_response_ablated",
+            ):
                 assert file.get_slice(name).get_shape() == [STEERING, LAYERS + 1, SIZE]
             info = json.loads(file.metadata()["grains"])
         assert info["model"]["model"] == "llama-3.1-8b-instruct"
@@ -138,7 +187,9 @@ def test_no_steering_example_is_evaluated(finished, out):
     generated = set(pd.read_csv(out / "results" / GENERATIONS).id)
     assert len(steering) == STEERING
     assert {part: len(ids) for part, ids in parts.items()} == {
-        "validation": VALIDATION, "test": TEST}
+        "validation": VALIDATION,
+        "test": TEST,
+    }
     assert not steering & (parts["validation"] | parts["test"])
     assert not parts["validation"] & parts["test"]
     assert generated <= parts["test"]
@@ -166,16 +217,26 @@ def test_what_is_asked_of_the_hub(finished):
 def test_second_run_has_nothing_to_do(finished, commands, flags, out, script):
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     more = ["--mode", "pos", "both"] if script == "steering_mc" else []
-    result = commands.run(f"{script}.py", "--num_samples", STEERING, *more,
-                          *flags[f"run_{script}.sh"]).ok()
+    result = commands.run(
+        f"{script}.py", "--num_samples", STEERING, *more, *flags[f"run_{script}.sh"]
+    ).ok()
     assert "nothing to do" in result.out
     assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def model_error(commands, out, name: str, **options) -> str:
-    return commands.run("token_ablation.py", "--model_name", name, "--num_samples", 2,
-                        "--output_path_meta", out / "other.csv", "--output_path_hidden",
-                        out / "other.safetensors", **options).error()
+    return commands.run(
+        "token_ablation.py",
+        "--model_name",
+        name,
+        "--num_samples",
+        2,
+        "--output_path_meta",
+        out / "other.csv",
+        "--output_path_hidden",
+        out / "other.safetensors",
+        **options,
+    ).error()
 
 
 def test_gated_model(finished, commands, out):
@@ -211,9 +272,13 @@ def test_wrong_split(finished, commands):
 
 def test_cache_is_enough(finished, commands, flags):
     more = map(str, flags["run_token_ablation.sh"])
-    ended = subprocess.run(["bash", "scripts/llm/run_token_ablation.sh", *more], cwd=SRC,
-                           env=commands.environment | {"HF_HUB_OFFLINE": "1"},
-                           capture_output=True, text=True)
+    ended = subprocess.run(
+        ["bash", "scripts/llm/run_token_ablation.sh", *more],
+        cwd=SRC,
+        env=commands.environment | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 0, ended.stderr
     assert "nothing to do" in ended.stdout
 
@@ -221,9 +286,17 @@ def test_cache_is_enough(finished, commands, flags):
 def test_without_network(finished, hub, commands, tmp_path):
     """The last of this file: the stand-in closes."""
     hub.close()
-    model = commands.start("token_ablation.py", "--model_name", "gemma-3-4b", "--num_samples", 2,
-                           "--output_path_meta", tmp_path / "tokens.csv",
-                           "--dataset_name", "misconceptions")
+    model = commands.start(
+        "token_ablation.py",
+        "--model_name",
+        "gemma-3-4b",
+        "--num_samples",
+        2,
+        "--output_path_meta",
+        tmp_path / "tokens.csv",
+        "--dataset_name",
+        "misconceptions",
+    )
     message = commands.run("token_ablation.py", "--dataset_name", "faitheval").error()
     assert "network" in message and "--dataset_path" in message
     message = model.wait().error()

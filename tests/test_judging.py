@@ -37,22 +37,30 @@ KEY = "sk-of-a-test"
 # --- overlap ---
 
 
-@pytest.mark.parametrize("text, reference, f1", [
-    ("The cat sat on the mat.", "a cat on a mat", 6 / 7),  # cat sat on mat; cat on mat
-    ("no no no", "No!", 1 / 2),  # a word counts as often as both have it
-    ("It's 3.5", "its 35", 1.0),
-    ("the theatre", "an atheist", 0.0),  # articles are whole words
-    ("", "the", 1.0),
-    ("", "cat", 0.0),
-    ("B A", "a b", 1.0),
-])
+@pytest.mark.parametrize(
+    "text, reference, f1",
+    [
+        ("The cat sat on the mat.", "a cat on a mat", 6 / 7),  # cat sat on mat; cat on mat
+        ("no no no", "No!", 1 / 2),  # a word counts as often as both have it
+        ("It's 3.5", "its 35", 1.0),
+        ("the theatre", "an atheist", 0.0),  # articles are whole words
+        ("", "the", 1.0),
+        ("", "cat", 0.0),
+        ("B A", "a b", 1.0),
+    ],
+)
 def test_token_f1(text, reference, f1):
     assert judging.token_f1(text, reference) == pytest.approx(f1)
 
 
 def test_overlap_is_with_the_best_of_several_answers():
-    example = Example("1", "Which?", ("it is yellow", "it is white", "it is bright yellow"), 1,
-                      references=("white",))
+    example = Example(
+        "1",
+        "Which?",
+        ("it is yellow", "it is white", "it is bright yellow"),
+        1,
+        references=("white",),
+    )
     right, margin = judging.overlap(example, "White, not yellow")
     assert (right, margin) == pytest.approx((1 / 2, 1 / 2 - 1 / 3))
     alone = Example("2", "Which?", ("it is white",), 0)
@@ -68,20 +76,40 @@ def test_further_right_answers_of_the_packaged_questions():
 
 # --- objects ---
 
-KNOWN = ["Man", "Traffic light", "Light", "Dog", "Bus", "Person", "Child", "Flowers", "Flower",
-         "Berry", "Knife", "Wine glass", "Trousers"]
+KNOWN = [
+    "Man",
+    "Traffic light",
+    "Light",
+    "Dog",
+    "Bus",
+    "Person",
+    "Child",
+    "Flowers",
+    "Flower",
+    "Berry",
+    "Knife",
+    "Wine glass",
+    "Trousers",
+]
 
 
-@pytest.mark.parametrize("text, named", [
-    ("Two men and children at the traffic lights, by a bus.",
-     {"man", "child", "traffic light", "bus"}),
-    ("traffic by the lights", {"light"}),
-    ("Berries, knives; wine glasses and a FLOWER-bed of flowers.",
-     {"berry", "knife", "wine glass", "flower"}),
-    ("People: a dog's trousers, two buses", {"person", "dog", "trousers", "bus"}),
-    ("lightly dogged, human", set()),
-    ("", set()),
-])
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        (
+            "Two men and children at the traffic lights, by a bus.",
+            {"man", "child", "traffic light", "bus"},
+        ),
+        ("traffic by the lights", {"light"}),
+        (
+            "Berries, knives; wine glasses and a FLOWER-bed of flowers.",
+            {"berry", "knife", "wine glass", "flower"},
+        ),
+        ("People: a dog's trousers, two buses", {"person", "dog", "trousers", "bus"}),
+        ("lightly dogged, human", set()),
+        ("", set()),
+    ],
+)
 def test_objects_named(text, named):
     assert judging.Objects(KNOWN).named(text) == named
     assert judging.Objects([]).named(text) == set()
@@ -98,8 +126,10 @@ def test_objects_that_are_not_there():
 def test_objects_of_drawn_scenes(tmp_path):
     shapes.write_dataset(tmp_path, 1, 1, 3, 1)
     rows, source = data.load("shapes", "test", str(tmp_path))
-    scenes = {f"test-{scene.seed}": scene for scene in
-              shapes.scenes_of("test", 3, keep=shapes.flaw_applies)}
+    scenes = {
+        f"test-{scene.seed}": scene
+        for scene in shapes.scenes_of("test", 3, keep=shapes.flaw_applies)
+    }
     for index in range(3):
         example = data.read(rows, source, index)
         pairs = scenes[example.id].pairs
@@ -123,25 +153,57 @@ def test_objects_in_a_users_file(tmp_path, written):
 # --- ratings ---
 
 
-@pytest.mark.parametrize("answer, expected", [
-    ("It is all true.\nRating: 6", 6), ("**Rating:** 0", 0), ("rating = [4]", 4), ("RATING: 3.", 3),
-    ('{"reason": "so", "rating": 2}', 2), ("Rating: 5/6", 5), ("Rating (0-6): 1", 1),
-    ("Rating: 4\n\nRating: 4", 4), ("Rating: 4\n- 2 objects are wrong", 4),
-    ("Rating: 4\nOn reflection:\nRating: 2", None), ("Rating: 10", None), ("Rating: 4.5", None),
-    ("Rating: 7", None), ("Rating: -1", None), ("Rating: 0 to 6", None), ("Rating: 0-6", None),
-    ("I rate it 5", None), ("Rating: good", None), ("", None), (judging.RUBRIC, None),
-])
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("It is all true.\nRating: 6", 6),
+        ("**Rating:** 0", 0),
+        ("rating = [4]", 4),
+        ("RATING: 3.", 3),
+        ('{"reason": "so", "rating": 2}', 2),
+        ("Rating: 5/6", 5),
+        ("Rating (0-6): 1", 1),
+        ("Rating: 4\n\nRating: 4", 4),
+        ("Rating: 4\n- 2 objects are wrong", 4),
+        ("Rating: 4\nOn reflection:\nRating: 2", None),
+        ("Rating: 10", None),
+        ("Rating: 4.5", None),
+        ("Rating: 7", None),
+        ("Rating: -1", None),
+        ("Rating: 0 to 6", None),
+        ("Rating: 0-6", None),
+        ("I rate it 5", None),
+        ("Rating: good", None),
+        ("", None),
+        (judging.RUBRIC, None),
+    ],
+)
 def test_rating(answer, expected):
     found = judging.rating(answer)
     assert isnan(found) if expected is None else found == expected
 
 
 def test_what_a_judge_is_told():
-    example = Example("1", "What does he ride?", ("A bicycle.", "A horse."), 0, "In town.",
-                      references=("A bike",), objects=("Man", "Bicycle"), question_type="attribute")
+    example = Example(
+        "1",
+        "What does he ride?",
+        ("A bicycle.", "A horse."),
+        0,
+        "In town.",
+        references=("A bike",),
+        objects=("Man", "Bicycle"),
+        question_type="attribute",
+    )
     prompt = judging.judge_prompt(example, "He rides {a} bus.")
-    for told in ("picture", "Objects in the picture: Man, Bicycle", "attribute", "In town.",
-                 "What does he ride?", "A bicycle. / A bike", "He rides {a} bus."):
+    for told in (
+        "picture",
+        "Objects in the picture: Man, Bicycle",
+        "attribute",
+        "In town.",
+        "What does he ride?",
+        "A bicycle. / A bike",
+        "He rides {a} bus.",
+    ):
         assert told in prompt
     assert "horse" not in prompt
     assert "picture" not in judging.judge_prompt(Example("2", "Why?", ("So",), 0), "Thus")
@@ -211,8 +273,12 @@ def test_what_an_endpoint_is_sent(direct, monkeypatch, slash):
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         judge.ask(["three"])
     assert chat.keys[2] == f"Bearer {KEY}" and set(chat.paths) == {"/v1/chat/completions"}
-    assert chat.asked[0] == {"model": "some-model", "temperature": 0, "max_tokens": 17,
-                             "messages": [{"role": "user", "content": "one"}]}
+    assert chat.asked[0] == {
+        "model": "some-model",
+        "temperature": 0,
+        "max_tokens": 17,
+        "messages": [{"role": "user", "content": "one"}],
+    }
 
 
 def test_a_refusal_is_an_answer_without_a_rating(direct):
@@ -230,22 +296,27 @@ def test_a_busy_endpoint_is_asked_again(direct, status):
 def test_an_endpoint_that_stays_busy(direct, monkeypatch):
     waits = []
     monkeypatch.setattr("urllib3.util.retry.time.sleep", waits.append)
-    with Chat(lambda *_: (429, b"slow down")) as chat, \
-            pytest.raises(UserError, match=r"status 429 \(slow down\); run the same command again"):
+    with (
+        Chat(lambda *_: (429, b"slow down")) as chat,
+        pytest.raises(UserError, match=r"status 429 \(slow down\); run the same command again"),
+    ):
         judging.Endpoint(chat.url, "m", 9).ask(["one"])
     assert len(chat.asked) == 7
     assert waits == sorted(waits) and 30 < sum(waits) < 90
 
 
-@pytest.mark.parametrize("status, content, expected", [
-    (401, b'{"error": {"message": "bad key"}}', r"status 401 .*bad key.*set OPENAI_API_KEY"),
-    (404, b"Not Found", r"status 404 .*/chat/completions.*'some-model'"),
-    (400, b"too\nlong", r"status 400 \(too long\)"),
-    (200, b"<html>Welcome</html>", r"<html>Welcome.*no chat completion.*--judge_url"),
-    (200, b'{"choices": []}', "no chat completion"),
-    (200, b'{"choices": [{"text": "Rating: 4"}]}', "no chat completion"),
-    (200, b'["Rating: 4"]', "no chat completion"),
-])
+@pytest.mark.parametrize(
+    "status, content, expected",
+    [
+        (401, b'{"error": {"message": "bad key"}}', r"status 401 .*bad key.*set OPENAI_API_KEY"),
+        (404, b"Not Found", r"status 404 .*/chat/completions.*'some-model'"),
+        (400, b"too\nlong", r"status 400 \(too long\)"),
+        (200, b"<html>Welcome</html>", r"<html>Welcome.*no chat completion.*--judge_url"),
+        (200, b'{"choices": []}', "no chat completion"),
+        (200, b'{"choices": [{"text": "Rating: 4"}]}', "no chat completion"),
+        (200, b'["Rating: 4"]', "no chat completion"),
+    ],
+)
 def test_an_endpoint_that_cannot_answer(direct, status, content, expected):
     with Chat(lambda *_: (status, content)) as chat, pytest.raises(UserError, match=expected):
         judging.Endpoint(chat.url, "some-model", 9).ask(["one"])
@@ -257,8 +328,10 @@ def test_an_endpoint_where_nobody_listens(direct):
         judging.Endpoint("http://127.0.0.1:9/v1", "m", 9).ask(["one"])
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "https://me:secret@host/v1", "ftp://x/v1",
-                                 "https://host/v1?key=secret"])
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000/v1", "https://me:secret@host/v1", "ftp://x/v1", "https://host/v1?key=secret"],
+)
 def test_an_address_that_is_none(url):
     with pytest.raises(UserError, match="--judge_url: expected http") as error:
         judging.Endpoint(url, "m", 9)
@@ -269,17 +342,34 @@ def test_an_address_that_is_none(url):
 
 
 def scores_of(rows):
-    return pd.DataFrame(rows, columns=["prompt", "configuration", "method", "alpha", "f1",
-                                       "objects_named", "objects_false", "words"])
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "prompt",
+            "configuration",
+            "method",
+            "alpha",
+            "f1",
+            "objects_named",
+            "objects_false",
+            "words",
+        ],
+    )
 
 
 def test_summary_of_pairs_against_all_sign_flips():
     random = np.random.default_rng(0)
     base, steered = random.integers(0, 5, 9) / 4, random.integers(1, 6, 9) / 4
     steered[4] = np.nan
-    table = score_generations.summary(scores_of(
-        [(i, name, name, 0.0, value, 1, 0, 3) for name, values in
-         (("base", base), ("mean", steered)) for i, value in enumerate(values)]))
+    table = score_generations.summary(
+        scores_of(
+            [
+                (i, name, name, 0.0, value, 1, 0, 3)
+                for name, values in (("base", base), ("mean", steered))
+                for i, value in enumerate(values)
+            ]
+        )
+    )
     row = table[(table.score == "f1") & (table.configuration == "mean")].iloc[0]
     gains = np.delete(steered - base, 4)
     assert (row.n, row.pairs) == (8, 8)
@@ -297,23 +387,34 @@ def test_share_of_false_objects_is_a_ratio_of_sums():
     named = random.integers(0, 6, 150)
     false = random.binomial(named, 0.4)
     fewer = random.binomial(named, 0.2)
-    table = score_generations.summary(scores_of(
-        [(i, name, name, 0.0, 0.5, n, f, 3) for name, values in
-         (("base", false), ("mean", fewer)) for i, (n, f) in enumerate(zip(named, values,
-                                                                           strict=True))]))
+    table = score_generations.summary(
+        scores_of(
+            [
+                (i, name, name, 0.0, 0.5, n, f, 3)
+                for name, values in (("base", false), ("mean", fewer))
+                for i, (n, f) in enumerate(zip(named, values, strict=True))
+            ]
+        )
+    )
     base, mean = table[table.score == "object_hallucination"].itertuples()
     assert base.mean == pytest.approx(false.sum() / named.sum())
     assert mean.difference == pytest.approx((fewer.sum() - false.sum()) / named.sum())
     assert mean.p_value < 0.001 and isnan(base.p_value)
     ratio = scipy.stats.bootstrap(
-        (false, named), lambda f, n, axis: f.sum(axis) / n.sum(axis), paired=True,
-        method="percentile", n_resamples=4999, rng=np.random.default_rng(2)).confidence_interval
+        (false, named),
+        lambda f, n, axis: f.sum(axis) / n.sum(axis),
+        paired=True,
+        method="percentile",
+        n_resamples=4999,
+        rng=np.random.default_rng(2),
+    ).confidence_interval
     assert (base.low, base.high) == pytest.approx(tuple(ratio), abs=0.01)
 
 
 def test_no_object_is_named_by_anyone():
-    table = score_generations.summary(scores_of([(0, "base", "base", 0.0, 1.0, 0, 0, 3),
-                                                 (0, "mean", "mean", 0.1, 1.0, 0, 0, 3)]))
+    table = score_generations.summary(
+        scores_of([(0, "base", "base", 0.0, 1.0, 0, 0, 3), (0, "mean", "mean", 0.1, 1.0, 0, 0, 3)])
+    )
     rows = table[table.score == "object_hallucination"]
     assert (rows.n == 0).all() and rows["mean"].isna().all()
 
@@ -322,12 +423,30 @@ def test_no_object_is_named_by_anyone():
 
 # contents, question, answer, kind, base, steered
 PICTURES = [
-    (["Man", "Bicycle"], "What is the man riding?", "A bicycle.", "attribute",
-     "A man rides a bicycle past two dogs.", "A bicycle."),
-    (["Dog", "Frisbee", "Grass"], "What is the dog's toy?", "It is a frisbee.", "adversarial",
-     "A bus and a man.", "Frisbees lie on the grass."),
-    (["Bus"], "What colour is the bus?", "Yellow.", "comparison",
-     "I cannot tell.", "A dog in a bus."),
+    (
+        ["Man", "Bicycle"],
+        "What is the man riding?",
+        "A bicycle.",
+        "attribute",
+        "A man rides a bicycle past two dogs.",
+        "A bicycle.",
+    ),
+    (
+        ["Dog", "Frisbee", "Grass"],
+        "What is the dog's toy?",
+        "It is a frisbee.",
+        "adversarial",
+        "A bus and a man.",
+        "Frisbees lie on the grass.",
+    ),
+    (
+        ["Bus"],
+        "What colour is the bus?",
+        "Yellow.",
+        "comparison",
+        "I cannot tell.",
+        "A dog in a bus.",
+    ),
 ]
 STEERED = "mean @ 1 x 0.1"
 
@@ -337,23 +456,46 @@ def mmhal(tmp_path_factory):
     """MMHal-Bench in its published columns with the pictures, and generations for it."""
     folder = tmp_path_factory.mktemp("mmhal")
     text = Value("string")
-    columns = {"question_type": text, "question_topic": text, "image_id": text, "image_src": text,
-               "image_content": List(text), "question": text, "gt_answer": text,
-               "model_answer": text, "image": Image()}
-    rows = [{"question_type": kind, "question_topic": "x", "image_id": str(i), "image_src": "",
-             "image_content": contents, "question": question, "gt_answer": answer,
-             "model_answer": "", "image": Picture.new("RGB", (4, 3), (40 * i, 0, 0))}
-            for i, (contents, question, answer, kind, _, _) in enumerate(PICTURES)]
+    columns = {
+        "question_type": text,
+        "question_topic": text,
+        "image_id": text,
+        "image_src": text,
+        "image_content": List(text),
+        "question": text,
+        "gt_answer": text,
+        "model_answer": text,
+        "image": Image(),
+    }
+    rows = [
+        {
+            "question_type": kind,
+            "question_topic": "x",
+            "image_id": str(i),
+            "image_src": "",
+            "image_content": contents,
+            "question": question,
+            "gt_answer": answer,
+            "model_answer": "",
+            "image": Picture.new("RGB", (4, 3), (40 * i, 0, 0)),
+        }
+        for i, (contents, question, answer, kind, _, _) in enumerate(PICTURES)
+    ]
     path = folder / "train-00000-of-00001.parquet"
     Dataset.from_list(rows, features=Features(columns)).to_parquet(path)
     rows, source = data.load("mmhal-bench", "train", str(path))
     configuration = Configuration("mean", "", (1,), 0.1)
-    table = pd.DataFrame([
-        steering_generation.row(i, data.read(rows, source, i), configuration, "chat", *item[4:])
-        for i, item in enumerate(PICTURES)])
+    table = pd.DataFrame(
+        [
+            steering_generation.row(i, data.read(rows, source, i), configuration, "chat", *item[4:])
+            for i, item in enumerate(PICTURES)
+        ]
+    )
     runs.write_table(folder / "texts.csv", table)
-    runs.write_json(folder / "texts.manifest.json", {
-        "model": {"model": "some-model"}, "data": {"name": "mmhal-bench", "path": str(path)}})
+    runs.write_json(
+        folder / "texts.manifest.json",
+        {"model": {"model": "some-model"}, "data": {"name": "mmhal-bench", "path": str(path)}},
+    )
     return folder / "texts.csv"
 
 
@@ -363,14 +505,51 @@ def generations(commands, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     model = tiny.save_model(folder / "model")
     questions = tiny.write_jsonl(folder / "questions.jsonl", tiny.question_rows())
-    common = ["--model_name", model, "--dataset_name", "questions", "--dataset_path", questions,
-              "--num_samples", 4, "--top_k", 3]
-    commands.run("token_ablation.py", *common, "--ig_steps", 4, "--output_path_meta",
-                 folder / "tokens.csv", "--output_path_hidden", folder / "states.safetensors").ok()
-    commands.run("steering_generation.py", *common, "--num_validation", 6, "--methods", "gradient",
-                 "random", "--alphas", 0.3, "--layer_idxs", 1, "--num_prompts", 5,
-                 "--max_new_tokens", 20, "--hidden_states_path", folder / "states_pos.safetensors",
-                 "--steering_vectors_dir", folder, "--output_dir", folder / "out").ok()
+    common = [
+        "--model_name",
+        model,
+        "--dataset_name",
+        "questions",
+        "--dataset_path",
+        questions,
+        "--num_samples",
+        4,
+        "--top_k",
+        3,
+    ]
+    commands.run(
+        "token_ablation.py",
+        *common,
+        "--ig_steps",
+        4,
+        "--output_path_meta",
+        folder / "tokens.csv",
+        "--output_path_hidden",
+        folder / "states.safetensors",
+    ).ok()
+    commands.run(
+        "steering_generation.py",
+        *common,
+        "--num_validation",
+        6,
+        "--methods",
+        "gradient",
+        "random",
+        "--alphas",
+        0.3,
+        "--layer_idxs",
+        1,
+        "--num_prompts",
+        5,
+        "--max_new_tokens",
+        20,
+        "--hidden_states_path",
+        folder / "states_pos.safetensors",
+        "--steering_vectors_dir",
+        folder,
+        "--output_dir",
+        folder / "out",
+    ).ok()
     (table,) = (folder / "out").glob("*.csv")
     return table
 
@@ -380,8 +559,10 @@ def score(commands, table, *more, **options):
 
 
 def tables(folder):
-    return (pd.read_csv(path, dtype={"id": str, "text": str, "judge_answer": str}) for path in (
-        *folder.glob("*_scores.csv"), *folder.glob("*_summary.csv")))
+    return (
+        pd.read_csv(path, dtype={"id": str, "text": str, "judge_answer": str})
+        for path in (*folder.glob("*_scores.csv"), *folder.glob("*_summary.csv"))
+    )
 
 
 def test_texts_of_the_stages_are_scored(commands, generations, tmp_path):
@@ -392,10 +573,12 @@ def test_texts_of_the_stages_are_scored(commands, generations, tmp_path):
     assert len(scores) == 5 * 3 and len(summary) == 3 * 4
     expected = {("base", row.id): row.base for row in written.itertuples()}
     expected |= {(row.configuration, row.id): row.steered for row in written.itertuples()}
-    assert {(row.configuration, row.id): row.text
-            for row in scores.fillna({"text": ""}).itertuples()} == expected
-    assert scores.words.tolist() == [len(expected[row.configuration, row.id].split())
-                                     for row in scores.itertuples()]
+    assert {
+        (row.configuration, row.id): row.text for row in scores.fillna({"text": ""}).itertuples()
+    } == expected
+    assert scores.words.tolist() == [
+        len(expected[row.configuration, row.id].split()) for row in scores.itertuples()
+    ]
     means = scores.groupby("configuration")[["f1", "f1_margin", "repetition", "words"]].mean()
     for row in summary.itertuples():
         assert row.mean == pytest.approx(means.loc[row.configuration, row.score])
@@ -409,11 +592,19 @@ def test_the_true_answer_has_the_margin(commands, generations, tmp_path):
     """The same table with the data set's own answers in place of the generations."""
     answers = {row["question"]: row["choices"] for row in tiny.question_rows()}
     table = pd.read_csv(generations, keep_default_na=False)
-    false = [next(choice for choice in answers[row.question] if choice != row.reference)
-             for row in table.itertuples()]
+    false = [
+        next(choice for choice in answers[row.question] if choice != row.reference)
+        for row in table.itertuples()
+    ]
     runs.write_table(tmp_path / "own.csv", table.assign(base=false, steered=table.reference))
-    score(commands, tmp_path / "own.csv", "--dataset_name", "questions", "--dataset_path",
-          generations.parents[1] / "questions.jsonl").ok()
+    score(
+        commands,
+        tmp_path / "own.csv",
+        "--dataset_name",
+        "questions",
+        "--dataset_path",
+        generations.parents[1] / "questions.jsonl",
+    ).ok()
     scores, summary = tables(tmp_path / "scores")
     assert (scores.f1[scores.method != "base"] == 1).all()
     margins = scores.groupby("method").f1_margin
@@ -431,21 +622,32 @@ def test_false_objects_of_mmhal_bench(commands, mmhal, tmp_path):
     assert scores.f1.tolist() == pytest.approx([2 / 7, 0, 0, 1, 0, 0])
     assert "f1_margin" not in scores  # it has no wrong answers
     found = summary.set_index(["score", "configuration"])
-    for name, base, steered in (("object_hallucination", 3 / 5, 1 / 5),
-                                ("text_hallucination", 2 / 3, 1 / 3)):
+    for name, base, steered in (
+        ("object_hallucination", 3 / 5, 1 / 5),
+        ("text_hallucination", 2 / 3, 1 / 3),
+    ):
         assert found["mean"][name, "base"] == pytest.approx(base)
         assert found["mean"][name, STEERED] == pytest.approx(steered)
         assert found.difference[name, STEERED] == pytest.approx(steered - base)
 
 
-RATINGS = ["Rating: 2", "A bus?\nRating: 0", "Who knows.", "Rating: 6", "**Rating: 4**",
-           "Rating: 1"]  # of PICTURES' texts, the base's first
+RATINGS = [
+    "Rating: 2",
+    "A bus?\nRating: 0",
+    "Who knows.",
+    "Rating: 6",
+    "**Rating: 4**",
+    "Rating: 1",
+]  # of PICTURES' texts, the base's first
 
 
 def rate(number, prompt):
     texts = [item[4] for item in PICTURES] + [item[5] for item in PICTURES]
-    (answer,) = [rating for text, rating in zip(texts, RATINGS, strict=True)
-                 if f"Answer to judge: {text}\n" in prompt]
+    (answer,) = [
+        rating
+        for text, rating in zip(texts, RATINGS, strict=True)
+        if f"Answer to judge: {text}\n" in prompt
+    ]
     return 200, answer
 
 
@@ -454,10 +656,12 @@ def judged(chat, *more):
 
 
 def test_ratings_of_an_endpoint(commands, mmhal, tmp_path):
-    with Chat(lambda number, prompt: (429, b"busy") if number == 2 else rate(number, prompt)
-              ) as chat:
-        result = score(commands, mmhal, *judged(chat, "--output_dir", tmp_path),
-                       env={"OPENAI_API_KEY": KEY}).ok()
+    with Chat(
+        lambda number, prompt: (429, b"busy") if number == 2 else rate(number, prompt)
+    ) as chat:
+        result = score(
+            commands, mmhal, *judged(chat, "--output_dir", tmp_path), env={"OPENAI_API_KEY": KEY}
+        ).ok()
     scores, summary = tables(tmp_path)
     assert scores.judge_answer.tolist() == RATINGS
     assert scores.judge_rating.fillna(-1).tolist() == [2, 0, -1, 6, 4, 1]
@@ -479,8 +683,15 @@ def test_a_text_that_stands_twice_is_asked_once(commands, mmhal, tmp_path):
     table = pd.read_csv(mmhal, dtype=str).assign(steered=texts)
     runs.write_table(tmp_path / "texts.csv", table)
     with Chat(rate) as chat:
-        score(commands, tmp_path / "texts.csv", *judged(chat), "--dataset_name", "mmhal-bench",
-              "--dataset_path", next(mmhal.parent.glob("*.parquet"))).ok()
+        score(
+            commands,
+            tmp_path / "texts.csv",
+            *judged(chat),
+            "--dataset_name",
+            "mmhal-bench",
+            "--dataset_path",
+            next(mmhal.parent.glob("*.parquet")),
+        ).ok()
     assert len(chat.asked) == len(set(chat.prompts)) == 4
 
 
@@ -508,22 +719,35 @@ def test_killed_and_refused_runs_go_on_without_asking_again(commands, mmhal, tmp
 
 
 def test_ratings_of_a_local_chat_model(commands, smollm2, mmhal, tmp_path):
-    result = score(commands, mmhal, "--judge", models.EMBEDDED, "--judge_max_tokens", 8,
-                   "--output_dir", tmp_path).ok()
+    result = score(
+        commands,
+        mmhal,
+        "--judge",
+        models.EMBEDDED,
+        "--judge_max_tokens",
+        8,
+        "--output_dir",
+        tmp_path,
+    ).ok()
     scores = next(tables(tmp_path))
     rows, source = data.load("mmhal-bench", "train", str(next(mmhal.parent.glob("*.parquet"))))
     for index in (0, 4):
         prompt = judging.judge_prompt(data.read(rows, source, index % 3), scores.text[index])
         ids = smollm2.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True,
-            return_tensors="pt", return_dict=True)
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
         new = smollm2.model.generate(**ids, do_sample=False, max_new_tokens=8)
-        answer = smollm2.tokenizer.decode(new[0, ids["input_ids"].shape[1]:],
-                                          skip_special_tokens=True)
+        answer = smollm2.tokenizer.decode(
+            new[0, ids["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         assert scores.judge_answer.fillna("")[index] == answer.strip()
     unrated = scores.judge_rating.isna()
-    assert unrated.tolist() == [isnan(judging.rating(answer))
-                                for answer in scores.judge_answer.fillna("")]
+    assert unrated.tolist() == [
+        isnan(judging.rating(answer)) for answer in scores.judge_answer.fillna("")
+    ]
     assert f"{unrated.sum()} of 6 texts have no rating" in result.out
 
 
@@ -538,19 +762,28 @@ def test_a_judge_that_does_not_chat():
 # --- mistakes ---
 
 
-@pytest.mark.parametrize("change, expected", [
-    (lambda table: table.drop(columns=["steered", "id"]), "columns id, steered missing"),
-    (lambda table: table[:0], "no rows"),
-    (lambda table: pd.concat([table, table]), "several runs"),
-    (lambda table: table.assign(id="nobody"), "1 of 1 examples"),
-    (lambda table: table.assign(question="Why?"), "another question"),
-    (lambda table: table.assign(reference="Other."), "another question or answer"),
-])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda table: table.drop(columns=["steered", "id"]), "columns id, steered missing"),
+        (lambda table: table[:0], "no rows"),
+        (lambda table: pd.concat([table, table]), "several runs"),
+        (lambda table: table.assign(id="nobody"), "1 of 1 examples"),
+        (lambda table: table.assign(question="Why?"), "another question"),
+        (lambda table: table.assign(reference="Other."), "another question or answer"),
+    ],
+)
 def test_tables_that_cannot_be_scored(commands, mmhal, tmp_path, change, expected):
     path = tmp_path / "texts.csv"
     runs.write_table(path, change(pd.read_csv(mmhal, dtype=str)))
-    message = score(commands, path, "--dataset_name", "mmhal-bench", "--dataset_path",
-                    next(mmhal.parent.glob("*.parquet"))).error()
+    message = score(
+        commands,
+        path,
+        "--dataset_name",
+        "mmhal-bench",
+        "--dataset_path",
+        next(mmhal.parent.glob("*.parquet")),
+    ).error()
     assert expected in message and str(path) in message
     assert not (tmp_path / "scores").exists()
 
@@ -566,13 +799,18 @@ def test_flags_that_cannot_be(commands, mmhal, tmp_path):
 # --- the shell scripts ---
 
 
-@pytest.mark.parametrize("kind, script", [
-    ("llm", "run_score_generations"), ("vlm", "run_score_generations_vlm")])
+@pytest.mark.parametrize(
+    "kind, script", [("llm", "run_score_generations"), ("vlm", "run_score_generations_vlm")]
+)
 def test_shell_scripts(commands, generations, mmhal, tmp_path, kind, script):
     def run(*more, python=sys.executable, **environment):
-        return subprocess.run(["bash", f"scripts/{kind}/{script}.sh", *map(str, more)], cwd=SRC,
-                              env=commands.environment | {"PYTHON": python, **environment},
-                              capture_output=True, text=True)
+        return subprocess.run(
+            ["bash", f"scripts/{kind}/{script}.sh", *map(str, more)],
+            cwd=SRC,
+            env=commands.environment | {"PYTHON": python, **environment},
+            capture_output=True,
+            text=True,
+        )
 
     table = generations if kind == "llm" else mmhal
     ended = run("--output_dir", tmp_path, GENERATIONS=str(table))
@@ -583,7 +821,10 @@ def test_shell_scripts(commands, generations, mmhal, tmp_path, kind, script):
     stage = flags.parse_args(["--model_name", "org/m", "--dataset_name", "nothing", "--seed", "3"])
     stage.layer_idxs = ["all"]
     start = cli.evaluation_stem(stage).removesuffix("joint_all")
-    ended = run("--judge", "x y", python="echo", MODEL_NAME="org/m", DATASET_NAME="nothing",
-                SEED="3")
-    assert ended.stdout == ("score_generations.py --generations results/"
-                            f"{kind}/steering_generation/{start}*.csv --judge x y\n")
+    ended = run(
+        "--judge", "x y", python="echo", MODEL_NAME="org/m", DATASET_NAME="nothing", SEED="3"
+    )
+    assert ended.stdout == (
+        "score_generations.py --generations results/"
+        f"{kind}/steering_generation/{start}*.csv --judge x y\n"
+    )

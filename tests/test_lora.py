@@ -9,15 +9,7 @@ import pytest
 import torch
 import vlm_models
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from reference import (
-    embeds,
-    encoded,
-    example,
-    log_likelihood,
-    own_logits,
-    relative,
-    words,
-)
+from reference import embeds, encoded, example, log_likelihood, own_logits, relative, words
 
 from grains import lora, models, prompts
 from grains.errors import UserError
@@ -32,8 +24,10 @@ PAIRS = [
     (W[46:53], [W[60:61], W[70:75]]),
     (W[53:60], [W[62:66], W[21:22]]),
 ]
-MODULES = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-           "mlp": ("gate_proj", "up_proj", "down_proj")}
+MODULES = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
 RANK = 3
 
 
@@ -49,20 +43,26 @@ def random_adapter(lm, rank=RANK, seed=0):
             for name in names:
                 outputs, inputs = getattr(getattr(layer, part), name).weight.shape
                 adapter[f"{index}.{part}.{name}.lora_A.weight"] = (
-                    torch.randn(rank, inputs, generator=generator) / inputs ** 0.5)
-                adapter[f"{index}.{part}.{name}.lora_B.weight"] = (
-                    0.3 * torch.randn(outputs, rank, generator=generator))
+                    torch.randn(rank, inputs, generator=generator) / inputs**0.5
+                )
+                adapter[f"{index}.{part}.{name}.lora_B.weight"] = 0.3 * torch.randn(
+                    outputs, rank, generator=generator
+                )
     return adapter
 
 
 def peft_model(lm, adapter, rank=RANK):
     """peft's own wrapper around a copy of the model, the adapter loaded."""
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0,
-                        target_modules=[name for names in MODULES.values() for name in names])
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=[name for names in MODULES.values() for name in names],
+    )
     tuned = get_peft_model(copy.deepcopy(lm.model), config)
     result = set_peft_model_state_dict(
-        tuned, {f"base_model.model.model.layers.{name}": tensor
-                for name, tensor in adapter.items()})
+        tuned, {f"base_model.model.model.layers.{name}": tensor for name, tensor in adapter.items()}
+    )
     assert not result.unexpected_keys
     return tuned
 
@@ -76,22 +76,33 @@ def merged(lm, adapter, scale):
             if name.endswith(".lora_A.weight"):
                 module = name.removesuffix(".lora_A.weight")
                 layers.get_submodule(module).weight += (
-                    scale * 2 * adapter[f"{module}.lora_B.weight"] @ adapter[name])
+                    scale * 2 * adapter[f"{module}.lora_B.weight"] @ adapter[name]
+                )
     return model
 
 
 def own_values(model, items):
     """(n, C) log-likelihoods, every response a sequence of its own, differentiable."""
     lm = SimpleNamespace(model=model)
-    return torch.stack([torch.stack([log_likelihood(lm, embeds(lm, item.prompt_ids), response)
-                                     for response in item.responses]) for item in items])
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    log_likelihood(lm, embeds(lm, item.prompt_ids), response)
+                    for response in item.responses
+                ]
+            )
+            for item in items
+        ]
+    )
 
 
 def by_hand(objective, values, reference, items):
     """The mean loss from (n, 2) log-likelihoods."""
     if objective == "sft":
-        return sum(-row[0] / len(item.responses[0])
-                   for row, item in zip(values, items, strict=True)) / len(items)
+        return sum(
+            -row[0] / len(item.responses[0]) for row, item in zip(values, items, strict=True)
+        ) / len(items)
     losses = []
     for (chosen, rejected), (base_chosen, base_rejected) in zip(values, reference, strict=True):
         reward = 0.1 * ((chosen - base_chosen) - (rejected - base_rejected))
@@ -101,19 +112,36 @@ def by_hand(objective, values, reference, items):
 
 def state(lm):
     """All that must be as before: modules, their hooks, weights, flags."""
-    return ([(name, id(module), len(module._forward_hooks), len(module._forward_pre_hooks),
-              "forward" in vars(module), hasattr(module, "peft_config"))
-             for name, module in lm.model.named_modules()],
-            {name: (id(tensor), tensor.requires_grad, tensor.detach().clone())
-             for name, tensor in lm.model.named_parameters()})
+    return (
+        [
+            (
+                name,
+                id(module),
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+                "forward" in vars(module),
+                hasattr(module, "peft_config"),
+            )
+            for name, module in lm.model.named_modules()
+        ],
+        {
+            name: (id(tensor), tensor.requires_grad, tensor.detach().clone())
+            for name, tensor in lm.model.named_parameters()
+        },
+    )
 
 
 def same_state(lm, before):
     modules, tensors = state(lm)
-    return (modules == before[0] and tensors.keys() == before[1].keys()
-            and all(tensor.grad is None for tensor in lm.model.parameters())
-            and all(one[:2] == other[:2] and torch.equal(one[2], other[2])
-                    for one, other in zip(tensors.values(), before[1].values(), strict=True)))
+    return (
+        modules == before[0]
+        and tensors.keys() == before[1].keys()
+        and all(tensor.grad is None for tensor in lm.model.parameters())
+        and all(
+            one[:2] == other[:2] and torch.equal(one[2], other[2])
+            for one, other in zip(tensors.values(), before[1].values(), strict=True)
+        )
+    )
 
 
 @pytest.fixture
@@ -166,8 +194,10 @@ def test_scale_zero_is_the_model_without(family):
 def test_an_adapter_of_another_model_is_refused(lm, make_tiny):
     before = state(lm)
     for other in (make_tiny("llama", hidden_size=32), make_tiny("llama", num_hidden_layers=2)):
-        with pytest.raises(UserError, match="of another model than tiny-llama"), \
-                lora.adapted(lm, random_adapter(other)):
+        with (
+            pytest.raises(UserError, match="of another model than tiny-llama"),
+            lora.adapted(lm, random_adapter(other)),
+        ):
             pass
     for adapter in ({}, {"vectors": torch.ones(4, 48)}):
         with pytest.raises(UserError, match="no LoRA adapter"), lora.adapted(lm, adapter):
@@ -212,8 +242,10 @@ def pefts_own_training(lm, start, objective, items, rate, steps):
         optimizer.step()
         losses.append(loss.item())
     trained = get_peft_model_state_dict(tuned)
-    return {name.removeprefix("base_model.model.model.layers."): tensor.detach()
-            for name, tensor in trained.items()}, losses
+    return {
+        name.removeprefix("base_model.model.model.layers."): tensor.detach()
+        for name, tensor in trained.items()
+    }, losses
 
 
 def moved(adapter, start):
@@ -224,10 +256,13 @@ def moved(adapter, start):
 def test_training_is_pefts_own_on_separate_sequences(family, objective):
     """Few pairs make one step an epoch. The first leaves A as it began, for B is zero."""
     items, rate = encode_all(family), 1e-3
-    first, third = (lora.train(family, items, objective, RANK, rate, epochs, seed=4)
-                    for epochs in (1, 3))
-    start = {name: tensor if ".lora_A." in name else torch.zeros_like(tensor)
-             for name, tensor in first.items()}
+    first, third = (
+        lora.train(family, items, objective, RANK, rate, epochs, seed=4) for epochs in (1, 3)
+    )
+    start = {
+        name: tensor if ".lora_A." in name else torch.zeros_like(tensor)
+        for name, tensor in first.items()
+    }
     expected, losses = pefts_own_training(family, start, objective, items, rate, 3)
     assert third.keys() == expected.keys() == random_adapter(family).keys()
     assert relative(moved(third, start), moved(expected, start)) <= 0.02
@@ -293,8 +328,10 @@ def test_no_pairs_are_refused(lm):
 def test_pictures():
     """The decoder alone is trained; the picture's features enter it as they are."""
     lm = vlm_models.make("llava-next")
-    items = [prompts.encode(lm, vlm_models.asked(vlm_models.picture(*size)), "chat")
-             for size in ((90, 30), (30, 90))]
+    items = [
+        prompts.encode(lm, vlm_models.asked(vlm_models.picture(*size)), "chat")
+        for size in ((90, 30), (30, 90))
+    ]
     before = state(lm)
     base = lora.log_likelihoods(lm, items)
     adapter = lora.train(lm, items, "dpo", RANK, 1e-3, 2)

@@ -1,5 +1,4 @@
-"""A replay of the decoder's layers is the model's own forward: values, gradients, packed, batched.
-"""
+"""A replay of the decoder's layers is the model's own forward: values, gradients, batches."""
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from grains.errors import UserError
 from grains.replay import capture, capture_pack, collate, extend, logits, pack, token_log_probs
 
 W = words(60)
-LONG = W[:2 * SLIDING_WINDOW]
+LONG = W[: 2 * SLIDING_WINDOW]
 SHORT = W[:3]
 # (prompt, responses): every way in which answers can lie behind their prompt.
 TRIES = {
@@ -69,15 +68,21 @@ def test_capturing_with_and_without_running_the_layers_is_the_same(tiny):
     assert torch.equal(bare.embeds, run.embeds)
     for one, two in zip(bare.kwargs, run.kwargs, strict=True):
         assert one.keys() == two.keys()
-        for first, second in zip(one["position_embeddings"], two["position_embeddings"],
-                                 strict=True):
+        for first, second in zip(
+            one["position_embeddings"], two["position_embeddings"], strict=True
+        ):
             assert torch.equal(first, second)
 
 
 def test_capturing_computes_no_logits(tiny, monkeypatch):
     shapes, linear = [], torch.nn.functional.linear
-    monkeypatch.setattr("torch.nn.functional.linear", lambda states, weight, bias=None: (
-        shapes.append(tuple(weight.shape)), linear(states, weight, bias))[1])
+    monkeypatch.setattr(
+        "torch.nn.functional.linear",
+        lambda states, weight, bias=None: (
+            shapes.append(tuple(weight.shape)),
+            linear(states, weight, bias),
+        )[1],
+    )
     capture(tiny, inputs(SHORT))
     assert not shapes
     own_logits(tiny, SHORT)
@@ -105,9 +110,11 @@ def test_a_batch_of_tries_is_every_sequence_alone_with_gradients(tiny):
     found = tiny.norm(replay.replay(tiny, states, batch.rows(index)))
     generator = torch.Generator().manual_seed(3)
     weights = torch.randn(len(index), SIZES["hidden_size"], generator=generator)
-    total = sum((found[row, path] @ weights[row]).tanh().sum() * order
-                for row, item in enumerate(index)
-                for order, path in enumerate(tries[item][0].paths, start=1))
+    total = sum(
+        (found[row, path] @ weights[row]).tanh().sum() * order
+        for row, item in enumerate(index)
+        for order, path in enumerate(tries[item][0].paths, start=1)
+    )
     (gradients,) = torch.autograd.grad(total, states)
 
     for row, item in enumerate(index):
@@ -119,8 +126,8 @@ def test_a_batch_of_tries_is_every_sequence_alone_with_gradients(tiny):
             assert difference(found[row, path], normed) <= 1e-4
             expected = expected + (normed @ weights[row]).tanh().sum() * order
         (gradient,) = torch.autograd.grad(expected, own)
-        assert relative(gradients[row, :len(own)], gradient) <= 1e-4
-        assert not gradients[row, len(own):].any()
+        assert relative(gradients[row, : len(own)], gradient) <= 1e-4
+        assert not gradients[row, len(own) :].any()
         with torch.no_grad():
             ids = packed.tokens[packed.paths[-1]].tolist()
             last = tiny.head(found[row, packed.paths[-1][-1]])
@@ -128,8 +135,10 @@ def test_a_batch_of_tries_is_every_sequence_alone_with_gradients(tiny):
 
 
 def test_padding_sees_itself_alone_and_is_seen_by_nothing(tiny):
-    captures = [capture_trie(tiny, prompt, responses)[1]
-                for prompt, responses in (TRIES["two answers"], TRIES["all within the window"])]
+    captures = [
+        capture_trie(tiny, prompt, responses)[1]
+        for prompt, responses in (TRIES["two answers"], TRIES["all within the window"])
+    ]
     long, short = captures[0].embeds.shape[1], captures[1].embeds.shape[1]
     padding = torch.arange(long) >= short
     for layer, alone in zip(collate(captures).kwargs, captures[1].kwargs, strict=True):
@@ -142,19 +151,28 @@ def test_padding_sees_itself_alone_and_is_seen_by_nothing(tiny):
 
 def test_smollm2(smollm2):
     """The same on a real model: packed and batched answers, from layer 0 and from the middle."""
-    texts = [("Q: What is the capital of France?\nA:", [" Paris", " Paris, of course.", " Rome"]),
-             ("Q: Why?\nA:", [" Because it is so.", " Because nobody knows."])]
+    texts = [
+        ("Q: What is the capital of France?\nA:", [" Paris", " Paris, of course.", " Rome"]),
+        ("Q: Why?\nA:", [" Because it is so.", " Because nobody knows."]),
+    ]
     tries = []
     for prompt, answers in texts:
-        tries.append((smollm2.tokenizer(prompt).input_ids,
-                      [smollm2.tokenizer(answer).input_ids for answer in answers]))
+        tries.append(
+            (
+                smollm2.tokenizer(prompt).input_ids,
+                [smollm2.tokenizer(answer).input_ids for answer in answers],
+            )
+        )
     captures = [capture_trie(smollm2, *item) for item in tries]
     batch = collate([captured for _, captured in captures])
     states = batch.embeds.clone().requires_grad_()
     middle = replay.replay(smollm2, states, batch.kwargs, stop=15)
     found = logits(smollm2, replay.replay(smollm2, middle, batch.kwargs, start=15))
-    total = sum(found[row, path].log_softmax(-1)[:, 5000].sum()
-                for row, (packed, _) in enumerate(captures) for path in packed.paths)
+    total = sum(
+        found[row, path].log_softmax(-1)[:, 5000].sum()
+        for row, (packed, _) in enumerate(captures)
+        for path in packed.paths
+    )
     (gradients,) = torch.autograd.grad(total, states)
     for row, (packed, _) in enumerate(captures):
         own = embeds(smollm2, packed.tokens.tolist()).requires_grad_()
@@ -166,7 +184,7 @@ def test_smollm2(smollm2):
             assert relative(middle[row, path].detach(), outputs[15][0].detach()) <= 1e-4
             expected = expected + scores.log_softmax(-1)[:, 5000].sum()
         (gradient,) = torch.autograd.grad(expected, own)
-        assert relative(gradients[row, :len(own)], gradient) <= 1e-4
+        assert relative(gradients[row, : len(own)], gradient) <= 1e-4
 
 
 def test_after_reads_and_changes_every_output(tiny):
@@ -190,7 +208,11 @@ def test_pack_by_hand():
     assert packed.tokens.tolist() == [5, 6, 7, 8, 9, 8]
     assert packed.depth.tolist() == [0, 1, 2, 3, 2, 3]
     assert [path.tolist() for path in packed.paths] == [
-        [0, 1, 2, 3], [0, 1, 4], [0, 1, 2], [0, 1, 4, 5]]
+        [0, 1, 2, 3],
+        [0, 1, 4],
+        [0, 1, 2],
+        [0, 1, 4, 5],
+    ]
     assert packed.same_path.int().tolist() == [
         [1, 1, 1, 1, 1, 1],
         [1, 1, 1, 1, 1, 1],
@@ -208,8 +230,13 @@ def test_token_log_probs_with_gradients_in_pieces(tiny, monkeypatch, vocabulary_
     monkeypatch.setattr(replay, "VOCABULARY_SLICE", vocabulary_slice)
     generator = torch.Generator().manual_seed(0)
     if bias:  # as wide as the logits, so that the maximum rises from slice to slice
-        monkeypatch.setattr(tiny.head, "bias", torch.nn.Parameter(
-            30 * torch.randn(len(tiny.head.weight), generator=generator), requires_grad=False))
+        monkeypatch.setattr(
+            tiny.head,
+            "bias",
+            torch.nn.Parameter(
+                30 * torch.randn(len(tiny.head.weight), generator=generator), requires_grad=False
+            ),
+        )
     states = torch.randn(8, tiny.hidden_size, generator=generator, requires_grad=True)
     tokens, weights = torch.tensor(W[:8]), torch.randn(8, generator=generator)
     found = token_log_probs(tiny, states, tokens)
@@ -221,8 +248,12 @@ def test_token_log_probs_with_gradients_in_pieces(tiny, monkeypatch, vocabulary_
 
 
 def test_extend():
-    prompt = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 1]]),
-              "token_type_ids": torch.tensor([[1, 1]]), "pixel_values": torch.ones(1, 3)}
+    prompt = {
+        "input_ids": torch.tensor([[1, 2]]),
+        "attention_mask": torch.tensor([[1, 1]]),
+        "token_type_ids": torch.tensor([[1, 1]]),
+        "pixel_values": torch.ones(1, 3),
+    }
     longer = extend(prompt, [7, 8, 9])
     assert longer["input_ids"].tolist() == [[1, 2, 7, 8, 9]]
     assert longer["attention_mask"].tolist() == [[1, 1, 1, 1, 1]]
@@ -238,8 +269,9 @@ def test_the_model_leaves_as_it_came(family):
     with pytest.raises(TypeError):
         capture(family, inputs(LONG) | {"input_ids": "no tensor"})
     assert no_hooks(family)
-    assert all(torch.equal(before[name], weight)
-               for name, weight in family.model.state_dict().items())
+    assert all(
+        torch.equal(before[name], weight) for name, weight in family.model.state_dict().items()
+    )
 
 
 # -- models that a replay of the layers cannot stand for are refused --
@@ -249,8 +281,10 @@ class Shifting(LlamaModel):
     """Adds something to the hidden states between its layers."""
 
     def forward(self, *args, **kwargs):
-        layers, self.layers = self.layers, torch.nn.ModuleList(
-            Scaled(layer, index) for index, layer in enumerate(self.layers))
+        layers, self.layers = (
+            self.layers,
+            torch.nn.ModuleList(Scaled(layer, index) for index, layer in enumerate(self.layers)),
+        )
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -286,7 +320,8 @@ class TupleModel(LlamaModel):
     def __init__(self, config):
         super().__init__(config)
         self.layers = torch.nn.ModuleList(
-            TupleLayer(config, index) for index in range(config.num_hidden_layers))
+            TupleLayer(config, index) for index in range(config.num_hidden_layers)
+        )
 
     def forward(self, *args, **kwargs):
         layers, self.layers = self.layers, torch.nn.ModuleList(map(Unpacking, self.layers))
@@ -336,7 +371,8 @@ class GatedModel(LlamaModel):
     def __init__(self, config):
         super().__init__(config)
         self.layers = torch.nn.ModuleList(
-            TakesGates(config, index) for index in range(config.num_hidden_layers))
+            TakesGates(config, index) for index in range(config.num_hidden_layers)
+        )
 
     def forward(self, *args, **kwargs):
         layers, self.layers = self.layers, torch.nn.ModuleList(map(Gates, self.layers))
@@ -364,8 +400,13 @@ def granite():
 
 
 def gemma2():
-    return randomise(Gemma2ForCausalLM(Gemma2Config(
-        **SIZES, head_dim=12, query_pre_attn_scalar=12, final_logit_softcapping=5.0)))
+    return randomise(
+        Gemma2ForCausalLM(
+            Gemma2Config(
+                **SIZES, head_dim=12, query_pre_attn_scalar=12, final_logit_softcapping=5.0
+            )
+        )
+    )
 
 
 def plain_llama():
@@ -393,8 +434,7 @@ def test_check_replay_refuses(case, tokenizer):
     model = make().eval()
     with pytest.raises(UserError, match=reason):
         models.wrap(case, model, tokenizer)
-    assert not any(module._forward_hooks or module._forward_pre_hooks
-                   for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_model_without_a_known_decoder_is_refused(tokenizer):

@@ -32,8 +32,14 @@ from grains.vectors import METHODS
 
 pytest_plugins = ("command_line",)
 
-MODEL = {"model": "small", "dtype": "float32", "num_layers": 4, "hidden_size": 8,
-         "final_norm_sum": "1.0", "vocab_size": 99}
+MODEL = {
+    "model": "small",
+    "dtype": "float32",
+    "num_layers": 4,
+    "hidden_size": 8,
+    "final_norm_sum": "1.0",
+    "vocab_size": 99,
+}
 VERSIONS = {"grains": "0.1.0", "torch": "2.0"}
 STEM = "things_small_n2_seed0"
 NASTY = r'Is 1 < 2 & "quoted" <script>alert(1)</script> {{ 7*7 }} $\frac$?'
@@ -68,8 +74,9 @@ class Page(HTMLParser):
             element.text += text
 
     def all(self, tag: str, css_class: str = "") -> list[SimpleNamespace]:
-        return [e for e in self.elements if e.tag == tag
-                and css_class in e.attributes.get("class", "")]
+        return [
+            e for e in self.elements if e.tag == tag and css_class in e.attributes.get("class", "")
+        ]
 
     @property
     def text(self) -> str:
@@ -109,8 +116,16 @@ def configuration(name: str) -> Configuration:
     return Configuration(method, mode, (int(layer[0]),) if layer else (1, 2), float(alpha))
 
 
-def write_evaluation(folder: Path, right: dict[str, list[bool]], *, best="", stem=STEM, flags=None,
-                     extra=None, evaluate_on="held_out") -> pd.DataFrame:
+def write_evaluation(
+    folder: Path,
+    right: dict[str, list[bool]],
+    *,
+    best="",
+    stem=STEM,
+    flags=None,
+    extra=None,
+    evaluate_on="held_out",
+) -> pd.DataFrame:
     """Stage 2's files, made by its own functions from which questions are answered right.
 
     right: 'base' first, then configurations as `configuration` reads them -> right or wrong for
@@ -118,35 +133,58 @@ def write_evaluation(folder: Path, right: dict[str, list[bool]], *, best="", ste
     extra: column -> values of the configurations.
     """
     part = "test" if evaluate_on == "held_out" else "all"
-    parts = {part: [data.Example(f"q{i}", f"question {i}", ("yes", "no"), 0)
-                    for i in range(len(right["base"]))]}
+    parts = {
+        part: [
+            data.Example(f"q{i}", f"question {i}", ("yes", "no"), 0)
+            for i in range(len(right["base"]))
+        ]
+    }
     answers = np.array(list(right.values()))
     if evaluate_on == "held_out":
-        parts["validation"] = [data.Example(f"v{i}", f"other {i}", ("yes", "no"), 0)
-                               for i in range(4)]
+        parts["validation"] = [
+            data.Example(f"v{i}", f"other {i}", ("yes", "no"), 0) for i in range(4)
+        ]
         answers = np.concatenate([answers, np.ones((len(answers), 4), bool)], axis=1)
-    encoded = [SimpleNamespace(example=example, responses=[[1], [1, 2]])
-               for examples in parts.values() for example in examples]
+    encoded = [
+        SimpleNamespace(example=example, responses=[[1], [1, 2]])
+        for examples in parts.values()
+        for example in examples
+    ]
     # Of one and of two tokens: -3 and -4 in sum are -3 and -2 per token.
-    scores = [np.where(column[:, None], [[-3.0, -8.0 if i % 5 else -4.0]], [[-5.0, -4.0]])
-              for i, column in enumerate(answers.T)]
+    scores = [
+        np.where(column[:, None], [[-3.0, -8.0 if i % 5 else -4.0]], [[-5.0, -4.0]])
+        for i, column in enumerate(answers.T)
+    ]
     configurations = [configuration(name) for name in right]
     questions = steering_mc.question_table(parts, encoded, configurations, scores)
-    grid = steering_mc.grid_table(questions, configurations, SimpleNamespace(
-        alpha_units="relative", evaluate_on=evaluate_on))
+    grid = steering_mc.grid_table(
+        questions, configurations, SimpleNamespace(alpha_units="relative", evaluate_on=evaluate_on)
+    )
     for column, values in (extra or {}).items():
-        grid[column] = [values[list(right).index(name)] for name in map(
-            {configuration(name).label: name for name in right}.get, grid.configuration)]
+        grid[column] = [
+            values[list(right).index(name)]
+            for name in map(
+                {configuration(name).label: name for name in right}.get, grid.configuration
+            )
+        ]
     place = folder / "steering"
     runs.write_table(place / f"{stem}_grid.csv", grid)
     runs.write_table(place / f"{stem}_questions.csv", questions)
-    runs.write_json(place / f"{stem}_grid.manifest.json", {
-        "stage": "steering_mc", "model": MODEL, "data": {"name": "things", "path": None},
-        "flags": {"methods": ["mean", "random"], "score": "token", "seed": 0} | (flags or {}),
-        "versions": VERSIONS})
+    runs.write_json(
+        place / f"{stem}_grid.manifest.json",
+        {
+            "stage": "steering_mc",
+            "model": MODEL,
+            "data": {"name": "things", "path": None},
+            "flags": {"methods": ["mean", "random"], "score": "token", "seed": 0} | (flags or {}),
+            "versions": VERSIONS,
+        },
+    )
     if best:
-        runs.write_json(place / f"{stem}_chosen.json", {
-            "configuration": configuration(best).label, "controls": ["random"]})
+        runs.write_json(
+            place / f"{stem}_chosen.json",
+            {"configuration": configuration(best).label, "controls": ["random"]},
+        )
     return grid
 
 
@@ -155,30 +193,64 @@ def some(right: int, count: int = 40, first: int = 0) -> list[bool]:
     return [first <= i < first + right for i in range(count)]
 
 
-def attribution_rows(identity="a", tokens=("Q", ":", "Ġis", "Ġit", "?"),
-                     scores=((0, 0, 1.5, -0.75, 0.25),), selected=None, **changes) -> list[dict]:
+def attribution_rows(
+    identity="a",
+    tokens=("Q", ":", "Ġis", "Ġit", "?"),
+    scores=((0, 0, 1.5, -0.75, 0.25),),
+    selected=None,
+    **changes,
+) -> list[dict]:
     """One example's rows of stage 1, in its columns."""
     selected = selected or {"pos": [[2]], "neg": [[3]]}
-    return [{
-        "id": identity, "top": top, "question": "is it?", "chosen": "yes it is",
-        "rejected": "no it is not", "f": 2.0, "f_ablated": 2.0 - len(top),
-        "log_likelihood_pos": -3.0, "log_likelihood_neg": -5.0,
-        "log_likelihood_pos_ablated": -4.0, "log_likelihood_neg_ablated": -5.0, "k": 1,
-        "selected_positions": json.dumps(positions), "selected_tokens": "[]",
-        "f_change_along_path": 1.0, "completeness_error": 0.01,
-        "completeness_error_relative": 0.01, "completeness_error_relative_worst": 0.0123,
-        "gradients_computed": 17, "tokens": json.dumps(tokens), "attributions": json.dumps(scores),
-        **changes} for top, positions in selected.items()]
+    return [
+        {
+            "id": identity,
+            "top": top,
+            "question": "is it?",
+            "chosen": "yes it is",
+            "rejected": "no it is not",
+            "f": 2.0,
+            "f_ablated": 2.0 - len(top),
+            "log_likelihood_pos": -3.0,
+            "log_likelihood_neg": -5.0,
+            "log_likelihood_pos_ablated": -4.0,
+            "log_likelihood_neg_ablated": -5.0,
+            "k": 1,
+            "selected_positions": json.dumps(positions),
+            "selected_tokens": "[]",
+            "f_change_along_path": 1.0,
+            "completeness_error": 0.01,
+            "completeness_error_relative": 0.01,
+            "completeness_error_relative_worst": 0.0123,
+            "gradients_computed": 17,
+            "tokens": json.dumps(tokens),
+            "attributions": json.dumps(scores),
+            **changes,
+        }
+        for top, positions in selected.items()
+    ]
 
 
 def write_attributions(folder: Path, rows: list[dict], given: dict | None = None, name="words"):
     path = folder / "token_attribution" / f"{name}.csv"
     runs.write_table(path, pd.DataFrame(rows))
-    runs.write_json(path.with_suffix(".manifest.json"), {
-        "stage": "token_ablation", "model": MODEL, "seed": 5, "settings": {"top_k": 1},
-        "data": {"name": "things", "path": None, "split": "train", "num_samples": 2,
-                 **(given or {})},
-        "versions": VERSIONS})
+    runs.write_json(
+        path.with_suffix(".manifest.json"),
+        {
+            "stage": "token_ablation",
+            "model": MODEL,
+            "seed": 5,
+            "settings": {"top_k": 1},
+            "data": {
+                "name": "things",
+                "path": None,
+                "split": "train",
+                "num_samples": 2,
+                **(given or {}),
+            },
+            "versions": VERSIONS,
+        },
+    )
     return path
 
 
@@ -186,12 +258,26 @@ def write_generations(folder: Path, texts: list[tuple[str, str]], question="what
     configuration = Configuration("mean", "pos", (1,), 0.5)
     example = data.Example("g", question, ("the truth",), 0)
     path = folder / "steering_generation" / "texts.csv"
-    runs.write_table(path, pd.DataFrame([
-        steering_generation.row(i, example, configuration, "chat", *pair)
-        for i, pair in enumerate(texts)]))
-    runs.write_json(path.with_suffix(".manifest.json"), {
-        "stage": "steering_generation", "model": MODEL, "data": {"name": "things"},
-        "flags": {"seed": 0}, "max_new_tokens": 9, "versions": VERSIONS})
+    runs.write_table(
+        path,
+        pd.DataFrame(
+            [
+                steering_generation.row(i, example, configuration, "chat", *pair)
+                for i, pair in enumerate(texts)
+            ]
+        ),
+    )
+    runs.write_json(
+        path.with_suffix(".manifest.json"),
+        {
+            "stage": "steering_generation",
+            "model": MODEL,
+            "data": {"name": "things"},
+            "flags": {"seed": 0},
+            "max_new_tokens": 9,
+            "versions": VERSIONS,
+        },
+    )
     return path
 
 
@@ -204,17 +290,36 @@ def picture_results(folder: Path, size=(24, 12)) -> dict:
     rows = []
     for name, colour in (("a", "red"), ("b", "blue")):
         Image.new("RGB", size, colour).save(folder / f"{name}.png")
-        rows.append({"id": name, "image": f"{name}.png", "prompt": f"what is {name}?",
-                     "chosen": colour, "rejected": "grey"})
+        rows.append(
+            {
+                "id": name,
+                "image": f"{name}.png",
+                "prompt": f"what is {name}?",
+                "chosen": colour,
+                "rejected": "grey",
+            }
+        )
     source = tiny.write_jsonl(folder / "pictures.jsonl", rows)
     order = [e.id for e in data.examples(*data.load("things", "train", str(source)), 5)]
     half = size[0] // 2
-    table = [row for name in order for row in attribution_rows(
-        name, ("<image>",) * 3 + ("Ġwhat",), ((2.0, -4.0, -0.5, 1.0),),
-        {"pos": [[0]], "neg": [[1]]},
-        positive_share_image=2 / 3, positive_share_text=1 / 3, negative_share_image=1.0,
-        negative_share_text=0.0, image_positions="[0, 1, 2]", image_boxes=json.dumps(
-            [[0, 0, half, size[1]], [half, 0, size[0], size[1]], [0, 0, *size]]))]
+    table = [
+        row
+        for name in order
+        for row in attribution_rows(
+            name,
+            ("<image>",) * 3 + ("Ġwhat",),
+            ((2.0, -4.0, -0.5, 1.0),),
+            {"pos": [[0]], "neg": [[1]]},
+            positive_share_image=2 / 3,
+            positive_share_text=1 / 3,
+            negative_share_image=1.0,
+            negative_share_text=0.0,
+            image_positions="[0, 1, 2]",
+            image_boxes=json.dumps(
+                [[0, 0, half, size[1]], [half, 0, size[0], size[1]], [0, 0, *size]]
+            ),
+        )
+    ]
     write_attributions(folder, table, {"path": str(source), "ids": order})
     return {"source": source, "order": order}
 
@@ -231,17 +336,33 @@ def write_front(folder: Path, rows: list[dict], stem=STEM, limits=("whatever els
     for row, score, limit in product(rows, ("token", "sum"), limits):
         for budget, gain in zip(BUDGETS, row["gains"], strict=True):
             shown = gain / (1 if score == "token" else 2)
-            lines.append({
-                "dataset": "things", "method": row["method"], "mode": row.get("mode", ""),
-                "is_control": row["method"] == "random", "score": score, "limit": limit,
-                "max_ppl_increase": budget, "base_accuracy": 0.4, "seeds": 3,
-                "configuration": row.get("configuration", f"{row['method']} @ 1-2 x {budget}"),
-                "accuracy": 0.4 + shown, "accuracy_low": 0.3 + shown,
-                "accuracy_high": 0.5 + shown, "gain": shown, "gain_low": shown - 0.04,
-                "gain_high": shown + 0.05, "p_value": row["p"],
-                "perplexity_increase": budget * 0.9, "answers_increase": 0.07,
-                "repetition": 0.18, "unrelated_change": -0.012,
-                "unrelated_change_low": -0.031, "unrelated_change_high": 0.004})
+            lines.append(
+                {
+                    "dataset": "things",
+                    "method": row["method"],
+                    "mode": row.get("mode", ""),
+                    "is_control": row["method"] == "random",
+                    "score": score,
+                    "limit": limit,
+                    "max_ppl_increase": budget,
+                    "base_accuracy": 0.4,
+                    "seeds": 3,
+                    "configuration": row.get("configuration", f"{row['method']} @ 1-2 x {budget}"),
+                    "accuracy": 0.4 + shown,
+                    "accuracy_low": 0.3 + shown,
+                    "accuracy_high": 0.5 + shown,
+                    "gain": shown,
+                    "gain_low": shown - 0.04,
+                    "gain_high": shown + 0.05,
+                    "p_value": row["p"],
+                    "perplexity_increase": budget * 0.9,
+                    "answers_increase": 0.07,
+                    "repetition": 0.18,
+                    "unrelated_change": -0.012,
+                    "unrelated_change_low": -0.031,
+                    "unrelated_change_high": 0.004,
+                }
+            )
     table = pd.DataFrame(lines)
     runs.write_table(folder / "steering" / f"{stem}_front.csv", table)
     return table
@@ -252,22 +373,50 @@ def write_everything(folder: Path) -> Path:
     right = {"base": some(16)}
     for i, method in enumerate(("mean pos", "mean both", "gradient", "random")):
         right |= {f"{method}@{alpha}": some(22 + round(40 * alpha) - 3 * i) for alpha in (0.1, 0.2)}
-    right |= {f"{method}@{alpha}@{layer}": some(12 + 2 * layer + round(20 * alpha))
-              for method in ("pca pos", "random") for alpha in (0.1, 0.2) for layer in range(4)}
+    right |= {
+        f"{method}@{alpha}@{layer}": some(12 + 2 * layer + round(20 * alpha))
+        for method in ("pca pos", "random")
+        for alpha in (0.1, 0.2)
+        for layer in range(4)
+    }
     count = len(right)
-    write_evaluation(folder, right, best="mean pos@0.2", extra={
-        "perplexity_increase": [0.03 * i for i in range(count)],
-        "unrelated_accuracy": [0.55] * count})
-    write_front(folder, [{"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08), "p": 0.01},
-                         {"method": "gradient", "gains": (-0.01, 0.02, 0.05), "p": 0.2},
-                         {"method": "random", "gains": (0.0, -0.01, 0.01), "p": 0.9}])
-    write_attributions(folder, [
-        *attribution_rows("first"),
-        *attribution_rows(NASTY, question=NASTY, chosen=SCRIPTS, rejected=NASTY,
-                          tokens=("Ġ<b>", "Ġ" + "w" * 90, "ðŁĺ", "Ģ"),
-                          scores=((0.1, -0.2, 0.3, 0.4),), selected={"pos": [[2, 3]]})])
-    write_generations(folder, [(f"It is {NASTY}", f"It was {SCRIPTS} " + "long" * 60),
-                               ("the same", "the same")], question=NASTY)
+    write_evaluation(
+        folder,
+        right,
+        best="mean pos@0.2",
+        extra={
+            "perplexity_increase": [0.03 * i for i in range(count)],
+            "unrelated_accuracy": [0.55] * count,
+        },
+    )
+    write_front(
+        folder,
+        [
+            {"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08), "p": 0.01},
+            {"method": "gradient", "gains": (-0.01, 0.02, 0.05), "p": 0.2},
+            {"method": "random", "gains": (0.0, -0.01, 0.01), "p": 0.9},
+        ],
+    )
+    write_attributions(
+        folder,
+        [
+            *attribution_rows("first"),
+            *attribution_rows(
+                NASTY,
+                question=NASTY,
+                chosen=SCRIPTS,
+                rejected=NASTY,
+                tokens=("Ġ<b>", "Ġ" + "w" * 90, "ðŁĺ", "Ģ"),
+                scores=((0.1, -0.2, 0.3, 0.4),),
+                selected={"pos": [[2, 3]]},
+            ),
+        ],
+    )
+    write_generations(
+        folder,
+        [(f"It is {NASTY}", f"It was {SCRIPTS} " + "long" * 60), ("the same", "the same")],
+        question=NASTY,
+    )
     picture_results(folder / "pictures")
     return folder
 
@@ -298,43 +447,79 @@ def wilson(right: int, count: int) -> str:
 
 def test_main_table_by_hand(tmp_path):
     # Per token 0, 5, 10, ... are wrong: 4 of the 16, 6 of the 30, 4 of the 20.
-    write_evaluation(tmp_path, {"base": some(16), "mean pos@0.1": some(16),
-                                "mean pos@0.2": some(30), "random@0.2": some(20),
-                                "random@0.1": some(40)}, best="mean pos@0.2")
+    write_evaluation(
+        tmp_path,
+        {
+            "base": some(16),
+            "mean pos@0.1": some(16),
+            "mean pos@0.2": some(30),
+            "random@0.2": some(20),
+            "random@0.1": some(40),
+        },
+        best="mean pos@0.2",
+    )
     page = page_of(tmp_path)
     # How far the preferred answer leads, right and wrong: 5 and -1 in sum, 1 and -3 per token; of
     # every fifth question that is right in sum 1 and -1.
     assert page.tables()[CHOSEN] == {
-        "base": [wilson(12, 40), "", wilson(16, 40), "",
-                 f"{(12 - 4 - 24 * 3) / 40:+.2f}", f"{(12 * 5 + 4 - 24) / 40:+.2f}"],
-        "steered (chosen) mean pos @ 1-2 x 0.2":
-            [wilson(24, 40), f"{2 / 2 ** 12:.2g}", wilson(30, 40), f"{2 / 2 ** 14:.2g}",
-             f"{(24 - 6 - 10 * 3) / 40:+.2f}", f"{(24 * 5 + 6 - 10) / 40:+.2f}"],
-        "control: random random @ 1-2 x 0.2":
-            [wilson(16, 40), f"{2 / 2 ** 4:.2g}", wilson(20, 40), f"{2 / 2 ** 4:.2g}",
-             f"{(16 - 4 - 20 * 3) / 40:+.2f}", f"{(16 * 5 + 4 - 20) / 40:+.2f}"]}
-    assert ("On 40 test questions, steering with mean pos @ 1-2 x 0.2 changes per-token accuracy "
-            "from 30.0 % to 60.0 %, a gain that is more than chance explains "
-            f"(p = {2 / 2 ** 12:.2g}) and summed accuracy from 40.0 % to 75.0 %, a gain that is "
-            f"more than chance explains (p = {2 / 2 ** 14:.2g}).") in page.text
+        "base": [
+            wilson(12, 40),
+            "",
+            wilson(16, 40),
+            "",
+            f"{(12 - 4 - 24 * 3) / 40:+.2f}",
+            f"{(12 * 5 + 4 - 24) / 40:+.2f}",
+        ],
+        "steered (chosen) mean pos @ 1-2 x 0.2": [
+            wilson(24, 40),
+            f"{2 / 2**12:.2g}",
+            wilson(30, 40),
+            f"{2 / 2**14:.2g}",
+            f"{(24 - 6 - 10 * 3) / 40:+.2f}",
+            f"{(24 * 5 + 6 - 10) / 40:+.2f}",
+        ],
+        "control: random random @ 1-2 x 0.2": [
+            wilson(16, 40),
+            f"{2 / 2**4:.2g}",
+            wilson(20, 40),
+            f"{2 / 2**4:.2g}",
+            f"{(16 - 4 - 20 * 3) / 40:+.2f}",
+            f"{(16 * 5 + 4 - 20) / 40:+.2f}",
+        ],
+    }
+    assert (
+        "On 40 test questions, steering with mean pos @ 1-2 x 0.2 changes per-token accuracy "
+        "from 30.0 % to 60.0 %, a gain that is more than chance explains "
+        f"(p = {2 / 2**12:.2g}) and summed accuracy from 40.0 % to 75.0 %, a gain that is "
+        f"more than chance explains (p = {2 / 2**14:.2g})."
+    ) in page.text
     # 8 questions right per token when steered and not under the control, none the other way.
-    assert ("The control at the same layers and strength, random, reaches 40.0 % (per-token); the "
-            f"difference of +20.0 points between steering and it is more than chance explains "
-            f"(p = {2 / 2 ** 8:.2g}).") in page.text
+    assert (
+        "The control at the same layers and strength, random, reaches 40.0 % (per-token); the "
+        f"difference of +20.0 points between steering and it is more than chance explains "
+        f"(p = {2 / 2**8:.2g})."
+    ) in page.text
     assert set(page.tables()["All configurations, test questions"]) == {
-        "base", "mean pos @ 1-2 x 0.1", "mean pos @ 1-2 x 0.2", "random @ 1-2 x 0.1 (control)",
-        "random @ 1-2 x 0.2 (control)"}
+        "base",
+        "mean pos @ 1-2 x 0.1",
+        "mean pos @ 1-2 x 0.2",
+        "random @ 1-2 x 0.1 (control)",
+        "random @ 1-2 x 0.2 (control)",
+    }
     assert "4 validation questions" in page.text
 
 
-@pytest.mark.parametrize(("base", "steered", "token", "summed"), [
-    (some(16), some(18), CHANCE, CHANCE),
-    (some(30), some(16), LOSS, LOSS),
-    # summed 16 to 21 gained, p = 2 / 2 ** 6; per token 20 is not, p = 2 / 2 ** 5
-    (some(16), some(22), CHANCE, GAIN),
-    # as many right, others: no gain whatever p
-    (some(16), some(16, first=20), CHANCE, CHANCE),
-])
+@pytest.mark.parametrize(
+    ("base", "steered", "token", "summed"),
+    [
+        (some(16), some(18), CHANCE, CHANCE),
+        (some(30), some(16), LOSS, LOSS),
+        # summed 16 to 21 gained, p = 2 / 2 ** 6; per token 20 is not, p = 2 / 2 ** 5
+        (some(16), some(22), CHANCE, GAIN),
+        # as many right, others: no gain whatever p
+        (some(16), some(16, first=20), CHANCE, CHANCE),
+    ],
+)
 def test_verdicts(tmp_path, base, steered, token, summed):
     write_evaluation(tmp_path, {"base": base, "mean pos@0.1": steered}, best="mean pos@0.1")
     said = page_of(tmp_path).text
@@ -343,17 +528,30 @@ def test_verdicts(tmp_path, base, steered, token, summed):
 
 
 def test_a_control_that_gains_as_much_is_said(tmp_path):
-    write_evaluation(tmp_path, {"base": some(16), "mean pos@0.2": some(30),
-                                "random@0.2": some(10), "rand_tokens@0.2": some(30, first=1)},
-                     best="mean pos@0.2")
-    assert ("The strongest control at the same layers and strength, rand_tokens, reaches 60.0 % "
-            "(per-token); the difference of +0.0 points between steering and it cannot be told "
-            "from chance (p = 1).") in page_of(tmp_path).text
+    write_evaluation(
+        tmp_path,
+        {
+            "base": some(16),
+            "mean pos@0.2": some(30),
+            "random@0.2": some(10),
+            "rand_tokens@0.2": some(30, first=1),
+        },
+        best="mean pos@0.2",
+    )
+    assert (
+        "The strongest control at the same layers and strength, rand_tokens, reaches 60.0 % "
+        "(per-token); the difference of +0.0 points between steering and it cannot be told "
+        "from chance (p = 1)."
+    ) in page_of(tmp_path).text
 
 
 def test_tiny_p_values_and_included_steering_examples(tmp_path):
-    write_evaluation(tmp_path, {"base": some(0), "mean pos@0.2": some(40)}, best="mean pos@0.2",
-                     evaluate_on="all")
+    write_evaluation(
+        tmp_path,
+        {"base": some(0), "mean pos@0.2": some(40)},
+        best="mean pos@0.2",
+        evaluate_on="all",
+    )
     text = page_of(tmp_path).text
     assert "from 0.0 % to 100.0 %, a gain that is more than chance explains (p < 0.0001)" in text
     assert "The steering examples are among these questions" in text
@@ -364,21 +562,28 @@ def test_several_seeds_are_averaged(tmp_path):
     parts = []
     for seed, (base, weak, strong) in enumerate([(16, 20, 30), (20, 20, 24), (12, 14, 18)]):
         strengths = (0.1 + 0.01 * seed, 0.2 + 0.01 * seed)
-        write_evaluation(tmp_path, {"base": some(base), f"mean pos@{strengths[0]}": some(weak),
-                                    f"mean pos@{strengths[1]}": some(strong)})
+        write_evaluation(
+            tmp_path,
+            {
+                "base": some(base),
+                f"mean pos@{strengths[0]}": some(weak),
+                f"mean pos@{strengths[1]}": some(strong),
+            },
+        )
         path = tmp_path / "steering" / f"{STEM}_grid.csv"
         parts.append(pd.read_csv(path, keep_default_na=False).assign(seed=seed, dataset="things"))
     grid = pd.concat(parts)
     grid.to_csv(path, index=False)
     means = over_seeds(grid[grid.part == "test"])
     assert means.configuration.tolist() == [
-        "base", "mean pos @ 1-2 x 0.1; mean pos @ 1-2 x 0.11; mean pos @ 1-2 x 0.12",
-        "mean pos @ 1-2 x 0.2; mean pos @ 1-2 x 0.21; mean pos @ 1-2 x 0.22"]
+        "base",
+        "mean pos @ 1-2 x 0.1; mean pos @ 1-2 x 0.11; mean pos @ 1-2 x 0.12",
+        "mean pos @ 1-2 x 0.2; mean pos @ 1-2 x 0.21; mean pos @ 1-2 x 0.22",
+    ]
     assert means.alpha.tolist() == pytest.approx([0, 0.11, 0.21])
     assert means.accuracy_sum.tolist() == pytest.approx([48 / 120, 54 / 120, 72 / 120])
     page = page_of(tmp_path)
-    assert any("base 40.0 %, highest 60.0 %" in plain(e.attributes["alt"])
-               for e in page.all("img"))
+    assert any("base 40.0 %, highest 60.0 %" in plain(e.attributes["alt"]) for e in page.all("img"))
     assert "test questions (means over 3 seeds)" in page.text and "Seed 0, 1, 2 " in page.text
     every = page.tables()["All configurations, test questions"]
     assert every["base, seed 1"][2] == wilson(20, 40) and len(every) == 9
@@ -393,16 +598,23 @@ def test_prices_stand_in_the_tables(everything):
 
 
 def test_front_table_and_sentence(tmp_path):
-    front = write_front(tmp_path, [
-        {"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08), "p": 0.2},
-        {"method": "gradient", "gains": (-0.02, 0.02, 0.05), "p": 0.004},
-        {"method": "random", "gains": (-0.01, 0.04, 0.0), "p": 0.0001}])
+    front = write_front(
+        tmp_path,
+        [
+            {"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08), "p": 0.2},
+            {"method": "gradient", "gains": (-0.02, 0.02, 0.05), "p": 0.004},
+            {"method": "random", "gains": (-0.01, 0.04, 0.0), "p": 0.0001},
+        ],
+    )
     page = page_of(tmp_path)
     # Six comparisons of gradient and six of mean: 12 x 0.004, then 6 x 0.2, at most 1.
     corrected = {"gradient": " Holm 0.048", "mean": " Holm 1", "random": ""}
     for score, title in (("token", "per-token"), ("sum", "summed")):
-        table = next(rows for caption, rows in page.tables().items()
-                     if f"over base (40.0 %), {title}" in caption and "the 12 different" in caption)
+        table = next(
+            rows
+            for caption, rows in page.tables().items()
+            if f"over base (40.0 %), {title}" in caption and "the 12 different" in caption
+        )
         assert list(table) == ["mean pos", "gradient", "random (control)"]
         for row in front[front.score == score].itertuples():
             name = {"mean": "mean pos", "random": "random (control)"}.get(row.method, row.method)
@@ -410,20 +622,36 @@ def test_front_table_and_sentence(tmp_path):
                 f"{100 * row.gain:+.1f} [{100 * row.gain_low:.1f}, {100 * row.gain_high:.1f}] "
                 f"p = {row.p_value:g}{corrected[row.method]} perplexity "
                 f"{100 * row.perplexity_increase:+.1f} % own answers +7.0 % repetition 18.0 % "
-                "unrelated -1.2 [-3.1, 0.4]")
+                "unrelated -1.2 [-3.1, 0.4]"
+            )
     assert [e.text for e in page.all("span", "told")] == [
-        text for gains in ("\N{MINUS SIGN}2.0 +2.0 +5.0", "\N{MINUS SIGN}1.0 +1.0 +2.5")
-        for text in gains.split()]
-    assert ("By per-token accuracy, the lowest price at which a gain can be told from chance is "
-            "perplexity up by at most 5 %: gradient gains +2.0 points (p = 0.004, corrected "
-            "0.048); the best control there, random, gains +4.0 (p = 0.0001).") in page.text
+        text
+        for gains in ("\N{MINUS SIGN}2.0 +2.0 +5.0", "\N{MINUS SIGN}1.0 +1.0 +2.5")
+        for text in gains.split()
+    ]
+    assert (
+        "By per-token accuracy, the lowest price at which a gain can be told from chance is "
+        "perplexity up by at most 5 %: gradient gains +2.0 points (p = 0.004, corrected "
+        "0.048); the best control there, random, gains +4.0 (p = 0.0001)."
+    ) in page.text
 
 
 def test_what_is_chosen_at_several_prices_is_compared_once(tmp_path):
-    write_front(tmp_path, [
-        {"method": "mean", "mode": "pos", "gains": (0.08,) * 3, "p": 0.01, "configuration": "m"},
-        {"method": "gradient", "gains": (0.05,) * 3, "p": 0.03, "configuration": "g"},
-        {"method": "random", "gains": (0.0,) * 3, "p": 1.0}], limits=("freely", "strictly"))
+    write_front(
+        tmp_path,
+        [
+            {
+                "method": "mean",
+                "mode": "pos",
+                "gains": (0.08,) * 3,
+                "p": 0.01,
+                "configuration": "m",
+            },
+            {"method": "gradient", "gains": (0.05,) * 3, "p": 0.03, "configuration": "g"},
+            {"method": "random", "gains": (0.0,) * 3, "p": 1.0},
+        ],
+        limits=("freely", "strictly"),
+    )
     page = page_of(tmp_path)
     captions = [caption for caption in page.tables() if "may rise" in caption]
     assert len(captions) == 4 and all("the 4 different" in caption for caption in captions)
@@ -435,35 +663,45 @@ def test_what_is_chosen_at_several_prices_is_compared_once(tmp_path):
 
 def test_a_front_without_gains(tmp_path):
     """0.01 is no gain once it is corrected for twelve comparisons."""
-    write_front(tmp_path, [{"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08),
-                            "p": 0.01},
-                           {"method": "pca", "mode": "pos", "gains": (0.0, 0.0, 0.0), "p": 1.0},
-                           {"method": "random", "gains": (0.02, 0.2, 0.3), "p": 0.001}])
+    write_front(
+        tmp_path,
+        [
+            {"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08), "p": 0.01},
+            {"method": "pca", "mode": "pos", "gains": (0.0, 0.0, 0.0), "p": 1.0},
+            {"method": "random", "gains": (0.02, 0.2, 0.3), "p": 0.001},
+        ],
+    )
     page = page_of(tmp_path)
-    assert ("By summed accuracy, no method gains more than chance explains at any of these prices."
-            ) in page.text
+    assert (
+        "By summed accuracy, no method gains more than chance explains at any of these prices."
+    ) in page.text
     assert not page.all("span", "told") and "p = 0.01 Holm 0.12" in page.text
 
 
 def test_transfer_and_configurations_tried_on_validation_alone(tmp_path):
     """As the experiment writes: prices on validation, some configurations on test questions, also
     on those of another data set."""
-    grid = write_evaluation(tmp_path, {"base": some(16), "mean pos@0.1": some(30),
-                                       "mean pos@0.2": some(20)}).drop(
-        columns=["includes_steering_examples", "alpha_units"])
+    grid = write_evaluation(
+        tmp_path, {"base": some(16), "mean pos@0.1": some(30), "mean pos@0.2": some(20)}
+    ).drop(columns=["includes_steering_examples", "alpha_units"])
     grid = grid.assign(dataset="things", evaluated_on="things", seed=0)
     priced = grid.part == "validation"
     grid.loc[priced, "perplexity_increase"] = [0, 0.03, 0.08]
     of_test = grid[~priced & (grid.configuration != "mean pos @ 1-2 x 0.1")]
     pd.concat([grid[priced], of_test, of_test.assign(evaluated_on="others")]).to_csv(
-        tmp_path / "steering" / f"{STEM}_grid.csv", index=False)
-    front = write_front(tmp_path, [{"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08),
-                                    "p": 0.01}]).assign(evaluated_on="things")
+        tmp_path / "steering" / f"{STEM}_grid.csv", index=False
+    )
+    front = write_front(
+        tmp_path, [{"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08), "p": 0.01}]
+    ).assign(evaluated_on="things")
     pd.concat([front, front.assign(evaluated_on="others")]).to_csv(
-        tmp_path / "steering" / f"{STEM}_front.csv", index=False)
+        tmp_path / "steering" / f"{STEM}_front.csv", index=False
+    )
     page = page_of(tmp_path)
     assert [plain(e.text) for e in page.all("h3")][1:3] == [
-        "Multiple choice: things", "Multiple choice: things, tested on others"]
+        "Multiple choice: things",
+        "Multiple choice: things, tested on others",
+    ]
     every = page.tables()["All configurations, validation questions"]
     assert every["mean pos @ 1-2 x 0.2"][6] == "+8.0 %" and len(every) == 3
     assert sum("may rise" in e.text for e in page.all("caption")) == 4
@@ -475,10 +713,13 @@ def test_transfer_and_configurations_tried_on_validation_alone(tmp_path):
 
 def drawn(axes) -> dict[str, tuple[list, list, list]]:
     """label -> places, values and the ends of the error bars."""
-    return {item.get_label(): (*map(list, item.lines[0].get_data()),
-                               [segment[:, 1].tolist() for segment in
-                                item.lines[2][0].get_segments()])
-            for item in axes.containers}
+    return {
+        item.get_label(): (
+            *map(list, item.lines[0].get_data()),
+            [segment[:, 1].tolist() for segment in item.lines[2][0].get_segments()],
+        )
+        for item in axes.containers
+    }
 
 
 def test_every_method_has_a_look_of_its_own():
@@ -487,21 +728,49 @@ def test_every_method_has_a_look_of_its_own():
 
 
 def test_every_mode_has_a_look_of_its_own():
-    lines = [("mean", "pos"), ("mean", "both"), ("mean", "pos gated"), ("mean", "both gated"),
-             ("random", ""), ("random", "gated")]
+    lines = [
+        ("mean", "pos"),
+        ("mean", "both"),
+        ("mean", "pos gated"),
+        ("mean", "both gated"),
+        ("random", ""),
+        ("random", "gated"),
+    ]
     axes = Figure().subplots()
-    figures.draw_front(axes, pd.DataFrame([
-        {"method": method, "mode": mode, "perplexity_increase": price, "gain": 0.1,
-         "gain_low": 0.0, "gain_high": 0.2} for method, mode in lines for price in (0.1, 0.2)]))
+    figures.draw_front(
+        axes,
+        pd.DataFrame(
+            [
+                {
+                    "method": method,
+                    "mode": mode,
+                    "perplexity_increase": price,
+                    "gain": 0.1,
+                    "gain_low": 0.0,
+                    "gain_high": 0.2,
+                }
+                for method, mode in lines
+                for price in (0.1, 0.2)
+            ]
+        ),
+    )
     drawn_lines = [item.lines[0] for item in axes.containers]
-    looks = {(line.get_marker(), line.get_fillstyle(), line.get_linestyle())
-             for line in drawn_lines}
+    looks = {
+        (line.get_marker(), line.get_fillstyle(), line.get_linestyle()) for line in drawn_lines
+    }
     assert len(looks) == len(drawn_lines) == len(lines)
 
 
 def test_accuracy_figure_draws_the_table(tmp_path):
-    grid = write_evaluation(tmp_path, {"base": some(16), "mean pos@0.2": some(30),
-                                       "mean pos@0.1": some(20), "random@0.1": some(15)})
+    grid = write_evaluation(
+        tmp_path,
+        {
+            "base": some(16),
+            "mean pos@0.2": some(30),
+            "mean pos@0.1": some(20),
+            "random@0.1": some(15),
+        },
+    )
     axes = Figure().subplots()
     figures.draw_accuracy(axes, grid[grid.part == "test"], "sum")
     table = grid[grid.part == "test"].set_index("configuration")
@@ -518,9 +787,13 @@ def test_accuracy_figure_draws_the_table(tmp_path):
 
 
 def test_front_figure_is_gain_over_measured_price(tmp_path):
-    front = write_front(tmp_path, [
-        {"method": "gradient", "gains": (0.0, 0.02, 0.05), "p": 0.01},
-        {"method": "random", "gains": (-0.01, 0.04, 0.0), "p": 0.9}])
+    front = write_front(
+        tmp_path,
+        [
+            {"method": "gradient", "gains": (0.0, 0.02, 0.05), "p": 0.01},
+            {"method": "random", "gains": (-0.01, 0.04, 0.0), "p": 0.9},
+        ],
+    )
     front.loc[front.max_ppl_increase == 0.1, "perplexity_increase"] = 0.01  # cheaper than allowed
     axes = Figure().subplots()
     figures.draw_front(axes, front[front.score == "token"])
@@ -535,9 +808,15 @@ def test_front_figure_is_gain_over_measured_price(tmp_path):
 def test_measures_over_strength(tmp_path):
     """Optional columns are drawn where there are numbers in them, and nothing else is."""
     right = {"base": some(16), "mean pos@0.2": some(30), "mean pos@0.1": some(20)}
-    grid = write_evaluation(tmp_path, right, extra={
-        "perplexity_increase": [0.0, 0.5, 0.04], "repetition": [np.nan] * 3,
-        "words": [9.0, 7.0, 8.5]})
+    grid = write_evaluation(
+        tmp_path,
+        right,
+        extra={
+            "perplexity_increase": [0.0, 0.5, 0.04],
+            "repetition": [np.nan] * 3,
+            "words": [9.0, 7.0, 8.5],
+        },
+    )
     axes = Figure().subplots()
     figures.draw_measure(axes, grid[grid.part == "test"], "perplexity_increase")
     (line,) = axes.containers
@@ -550,7 +829,8 @@ def test_measures_over_strength(tmp_path):
 def test_an_adapter_has_no_layers(tmp_path):
     grid = write_evaluation(tmp_path, {"base": some(16), "mean pos@0.2": some(30)})
     adapter = grid[grid.method == "mean"].assign(
-        configuration="lora x 0.5", method="lora", mode="", layers="", alpha=0.5)
+        configuration="lora x 0.5", method="lora", mode="", layers="", alpha=0.5
+    )
     pd.concat([grid, adapter]).to_csv(tmp_path / "steering" / f"{STEM}_grid.csv", index=False)
     page = page_of(tmp_path)
     first, second = (plain(e.attributes["alt"]) for e in page.all("img"))
@@ -560,25 +840,33 @@ def test_an_adapter_has_no_layers(tmp_path):
 
 
 def test_layers_figure_is_the_gain(tmp_path):
-    right = {"base": some(16)} | {f"pca pos@{alpha}@{layer}": some(10 + layer + round(50 * alpha))
-                                  for alpha in (0.1, 0.2) for layer in (3, 0, 11)}
+    right = {"base": some(16)} | {
+        f"pca pos@{alpha}@{layer}": some(10 + layer + round(50 * alpha))
+        for alpha in (0.1, 0.2)
+        for layer in (3, 0, 11)
+    }
     grid = write_evaluation(tmp_path, right)
     figure = Figure()
     image = figures.draw_layers(figure.subplots(), grid[grid.part == "test"], "sum", 0.5)
-    expected = [[(10 + layer + 50 * alpha - 16) / 40 for alpha in (0.1, 0.2)]
-                for layer in (0, 3, 11)]
+    expected = [
+        [(10 + layer + 50 * alpha - 16) / 40 for alpha in (0.1, 0.2)] for layer in (0, 3, 11)
+    ]
     assert np.asarray(image.get_array()) == pytest.approx(np.array(expected))
     page = page_of(tmp_path)
-    alt = next(e.attributes["alt"] for e in page.all("img")
-               if "single layers" in e.attributes["alt"])
+    alt = next(
+        e.attributes["alt"] for e in page.all("img") if "single layers" in e.attributes["alt"]
+    )
     assert "layers 0 to 11" in alt
     assert "Largest: +30.0 points with pca pos @ 11 x 0.2" in plain(alt)
 
 
-@pytest.mark.parametrize("boxes", [
-    [[0, 0, 4, 3], [4, 0, 8, 3], None, [2, 1, 6, 6]],
-    [[0, 0, 8, 6], [0.4, 0.4, 3.6, 2.6], [7, 5, 8, 6], None],
-])
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[0, 0, 4, 3], [4, 0, 8, 3], None, [2, 1, 6, 6]],
+        [[0, 0, 8, 6], [0.4, 0.4, 3.6, 2.6], [7, 5, 8, 6], None],
+    ],
+)
 def test_heat_map_pixel_by_pixel(boxes):
     scores = [1.0, -2.5, 100.0, 0.75]
     expected = np.zeros((6, 8))
@@ -590,9 +878,9 @@ def test_heat_map_pixel_by_pixel(boxes):
     assert np.array_equal(figures.heat_map(boxes, scores, (8, 6)), expected)
 
 
-@pytest.mark.parametrize("text", [
-    "Do cats land on their feet?", f"naïve {SCRIPTS}: 3 €", "line one\n\n  line two 🙂🙂",
-])
+@pytest.mark.parametrize(
+    "text", ["Do cats land on their feet?", f"naïve {SCRIPTS}: 3 €", "line one\n\n  line two 🙂🙂"]
+)
 def test_words_of_a_byte_level_tokenizer(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
     scores = np.random.default_rng(0).normal(size=len(ids))
@@ -601,14 +889,20 @@ def test_words_of_a_byte_level_tokenizer(tokenizer, text):
     assert [i for word in found for i in word.positions] == list(range(len(ids)))
     for word in found:
         assert word.score == pytest.approx(scores[list(word.positions)].sum())
-        assert tokenizer.decode(ids[word.positions[0]:word.positions[-1] + 1]) == word.text
+        assert tokenizer.decode(ids[word.positions[0] : word.positions[-1] + 1]) == word.text
 
 
 def test_words_of_sentencepiece():
     tokens = ["▁a", "▁caf", "é", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "日", "<0x0A>"]
     found = figures.words(tokens, range(9))
     assert [(word.text, word.score) for word in found] == [
-        (" a", 0), (" caf", 1), ("é", 2), ("😀", 3 + 4 + 5 + 6), ("日", 7), ("\n", 8)]
+        (" a", 0),
+        (" caf", 1),
+        ("é", 2),
+        ("😀", 3 + 4 + 5 + 6),
+        ("日", 7),
+        ("\n", 8),
+    ]
 
 
 # --- words and pictures on the page ---
@@ -619,27 +913,35 @@ def test_words_have_sign_strength_and_marks(tmp_path):
     page = page_of(tmp_path)
     words = [e for e in page.all("span") if "title" in e.attributes]
     # "Q" and ":" of the template have no attribution and stand at the end
-    assert [(plain(e.text), e.attributes["class"], e.attributes["title"], e.attributes["style"])
-            for e in words] == [
+    assert [
+        (plain(e.text), e.attributes["class"], e.attributes["title"], e.attributes["style"])
+        for e in words
+    ] == [
         ("is (ablated: pos)", "pos cut-pos", "+1.50", "--s:1.000"),
         ("it (ablated: neg)", "neg cut-neg", "\N{MINUS SIGN}0.75", "--s:0.500"),
-        ("?", "pos", "+0.25", "--s:0.167")]
+        ("?", "pos", "+0.25", "--s:0.167"),
+    ]
     assert [plain(e.text) for e in page.all("p", "words")] == [
-        "is (ablated: pos) it (ablated: neg)?"]
+        "is (ablated: pos) it (ablated: neg)?"
+    ]
     assert "is +1.50 (ablated: pos); it -0.75 (ablated: neg); ? +0.25" in page.text
     assert "preferred yes it is dispreferred no it is not" in page.text
     assert "f +2.00; with tokens ablated: -1.00 (1 pos), -1.00 (1 neg)" in page.text
     assert "completeness error 1.2 % (17 gradients)" in page.text
     assert page.tables()["Mean f before and after the selected tokens are ablated"] == {
-        top: ["+2.00", "-1.00", "-3.00", "1 of 1"] for top in ("pos", "neg")}
+        top: ["+2.00", "-1.00", "-3.00", "1 of 1"] for top in ("pos", "neg")
+    }
 
 
 def test_each_response_on_its_own(tmp_path):
-    write_attributions(tmp_path, attribution_rows(
-        scores=((0, 0, 1, 2, 3), (0, 0, -3, 0.5, 0)), selected={"pos": [[4], [3]]}))
+    write_attributions(
+        tmp_path,
+        attribution_rows(
+            scores=((0, 0, 1, 2, 3), (0, 0, -3, 0.5, 0)), selected={"pos": [[4], [3]]}
+        ),
+    )
     lines = page_of(tmp_path).all("p", "words")
-    assert [plain(line.text) for line in lines] == ["is it? (ablated: pos)",
-                                                    "is it (ablated: pos)"]
+    assert [plain(line.text) for line in lines] == ["is it? (ablated: pos)", "is it (ablated: pos)"]
 
 
 def test_texts_come_out_as_they_went_in(everything):
@@ -707,13 +1009,16 @@ def test_image_tokens_whose_places_are_not_known(tmp_path):
 # --- generations ---
 
 
-@pytest.mark.parametrize(("base", "steered"), [
-    ("the cat sat on the mat", "the dog sat on a mat today"),
-    ("", "all of it is new"),
-    ("gone", ""),
-    ("same  words\n\nkept", "same words kept"),
-    (f"{SCRIPTS} a", f"b {SCRIPTS}"),
-])
+@pytest.mark.parametrize(
+    ("base", "steered"),
+    [
+        ("the cat sat on the mat", "the dog sat on a mat today"),
+        ("", "all of it is new"),
+        ("gone", ""),
+        ("same  words\n\nkept", "same words kept"),
+        (f"{SCRIPTS} a", f"b {SCRIPTS}"),
+    ],
+)
 def test_differences_rebuild_both_texts(base, steered):
     sides = word_difference(base, steered)
     for text, side in zip((base, steered), sides, strict=True):
@@ -744,10 +1049,14 @@ def test_the_page_stands_alone_and_its_links_lead_to_the_files(everything):
         sources = [element.attributes.get(name) for name in ("src", "srcset")]
         assert all(source.startswith("data:image/png;base64,") for source in sources if source)
     links = [e.attributes["href"] for e in page.all("a")]
-    files = {(output.parent / unquote(urlparse(link).path)).resolve() for link in links
-             if link[0] != "#"}
-    assert files == {path for path in folder.rglob("*") if path.suffix in (".csv", ".json")
-                     and path.parent.name != "pictures"}
+    files = {
+        (output.parent / unquote(urlparse(link).path)).resolve() for link in links if link[0] != "#"
+    }
+    assert files == {
+        path
+        for path in folder.rglob("*")
+        if path.suffix in (".csv", ".json") and path.parent.name != "pictures"
+    }
     anchors = {e.attributes["id"] for e in page.elements if "id" in e.attributes}
     assert {link[1:] for link in links if link[0] == "#"} <= anchors
 
@@ -756,8 +1065,9 @@ def test_headings_tables_and_pictures_are_named(everything):
     page = everything[-1]
     levels = [int(e.tag[1]) for e in page.elements if re.fullmatch("h[1-6]", e.tag)]
     assert levels[0] == 1 and all(b <= a + 1 for a, b in pairwise(levels))
-    assert all(e.attributes.get("scope") in ("row", "col") and plain(e.text)
-               for e in page.all("th"))
+    assert all(
+        e.attributes.get("scope") in ("row", "col") and plain(e.text) for e in page.all("th")
+    )
     alts = [e.attributes["alt"] for e in page.all("img")]
     assert len(alts) >= 6 and len(set(alts)) == len(alts) and min(map(len, alts)) > 40
     assert page.all("html")[0].attributes["lang"] == "en"
@@ -773,8 +1083,11 @@ def test_two_models_make_two_sections(tmp_path):
 
 
 def test_an_experiment_has_its_stage_1_beside_it(tmp_path):
-    write_front(tmp_path, [{"method": "mean", "mode": "pos", "gains": (0.0, 0.1, 0.1), "p": 1.0}],
-                stem="both")
+    write_front(
+        tmp_path,
+        [{"method": "mean", "mode": "pos", "gains": (0.0, 0.1, 0.1), "p": 1.0}],
+        stem="both",
+    )
     for name, seed in (("things", 0), ("things", 1), ("others", 0)):
         path = write_attributions(tmp_path, attribution_rows(), {"name": name}, f"{name}_{seed}")
         for file in (path, path.with_suffix(".manifest.json")):
@@ -823,31 +1136,62 @@ def without(column):
 
 
 def with_cell(column, value):
-    return lambda path: pd.read_csv(path, dtype=str).assign(**{column: value}).to_csv(
-        path, index=False)
+    return lambda path: (
+        pd.read_csv(path, dtype=str).assign(**{column: value}).to_csv(path, index=False)
+    )
 
 
-@pytest.mark.parametrize(("file", "spoil", "expected"), [
-    (f"steering/{STEM}_grid.csv", without("accuracy_token"), "column accuracy_token missing"),
-    (f"steering/{STEM}_grid.csv", with_cell("alpha", "strong"), "column alpha: expected numbers"),
-    (f"steering/{STEM}_grid.csv", with_cell("perplexity_increase", "x"), "column perplexity_incre"),
-    (f"steering/{STEM}_questions.csv", without("correct_sum"), "column correct_sum missing"),
-    (f"steering/{STEM}_front.csv", without(["gain", "seeds"]), "columns seeds, gain missing"),
-    (f"steering/{STEM}_chosen.json", lambda path: path.write_text('{"conf'), "cannot be read"),
-    (f"steering/{STEM}_grid.manifest.json", lambda path: path.write_text("[1]"), "JSON object"),
-    (f"steering/{STEM}_chosen.json", lambda path: path.write_text("[1]"), "JSON object"),
-    ("token_attribution/words.csv", without("tokens"), "column tokens missing"),
-    ("token_attribution/words.csv", with_cell("tokens", "[1"), "column tokens: expected a JSON"),
-    ("token_attribution/words.csv", with_cell("attributions", "[[1]]"), "1 scores for 5 tokens"),
-    ("steering_generation/texts.csv", without("steered"), "column steered missing"),
-    ("steering_generation/texts.csv", lambda path: path.write_bytes(b"\xff\x00\x80"), "as a CSV"),
-    ("steering_generation/texts.csv", lambda path: path.write_text(""), "as a CSV"),
-    ("token_attribution/words.csv", lambda path: path.write_text(path.read_text().split("\n")[0]),
-     "no rows"),
-])
+@pytest.mark.parametrize(
+    ("file", "spoil", "expected"),
+    [
+        (f"steering/{STEM}_grid.csv", without("accuracy_token"), "column accuracy_token missing"),
+        (
+            f"steering/{STEM}_grid.csv",
+            with_cell("alpha", "strong"),
+            "column alpha: expected numbers",
+        ),
+        (
+            f"steering/{STEM}_grid.csv",
+            with_cell("perplexity_increase", "x"),
+            "column perplexity_incre",
+        ),
+        (f"steering/{STEM}_questions.csv", without("correct_sum"), "column correct_sum missing"),
+        (f"steering/{STEM}_front.csv", without(["gain", "seeds"]), "columns seeds, gain missing"),
+        (f"steering/{STEM}_chosen.json", lambda path: path.write_text('{"conf'), "cannot be read"),
+        (f"steering/{STEM}_grid.manifest.json", lambda path: path.write_text("[1]"), "JSON object"),
+        (f"steering/{STEM}_chosen.json", lambda path: path.write_text("[1]"), "JSON object"),
+        ("token_attribution/words.csv", without("tokens"), "column tokens missing"),
+        (
+            "token_attribution/words.csv",
+            with_cell("tokens", "[1"),
+            "column tokens: expected a JSON",
+        ),
+        (
+            "token_attribution/words.csv",
+            with_cell("attributions", "[[1]]"),
+            "1 scores for 5 tokens",
+        ),
+        ("steering_generation/texts.csv", without("steered"), "column steered missing"),
+        (
+            "steering_generation/texts.csv",
+            lambda path: path.write_bytes(b"\xff\x00\x80"),
+            "as a CSV",
+        ),
+        ("steering_generation/texts.csv", lambda path: path.write_text(""), "as a CSV"),
+        (
+            "token_attribution/words.csv",
+            lambda path: path.write_text(path.read_text().split("\n")[0]),
+            "no rows",
+        ),
+    ],
+)
 def test_files_that_are_not_what_their_names_say(tmp_path, file, spoil, expected):
-    write_evaluation(tmp_path, {"base": some(3), "mean pos@0.1": some(4)}, best="mean pos@0.1",
-                     extra={"perplexity_increase": [0.0, 0.1]})
+    write_evaluation(
+        tmp_path,
+        {"base": some(3), "mean pos@0.1": some(4)},
+        best="mean pos@0.1",
+        extra={"perplexity_increase": [0.0, 0.1]},
+    )
     write_front(tmp_path, [{"method": "gradient", "gains": (0.0, 0.0, 0.0), "p": 1.0}])
     write_attributions(tmp_path, attribution_rows())
     write_generations(tmp_path, [("a", "b")])
@@ -879,20 +1223,73 @@ def test_nothing_to_report(commands, tmp_path):
 def test_the_stages_and_then_the_report(commands, tmp_path):
     model = tiny.save_model(tmp_path / "tiny")
     questions = tiny.write_jsonl(tmp_path / "questions.jsonl", tiny.question_rows())
-    common = ["--model_name", model, "--dataset_name", "questions", "--dataset_path", questions,
-              "--num_samples", 4, "--top_k", 3]
-    evaluated = ["--hidden_states_path", tmp_path / "states_pos.safetensors",
-                 "--steering_vectors_dir", tmp_path / "vectors", "--num_validation", 5]
+    common = [
+        "--model_name",
+        model,
+        "--dataset_name",
+        "questions",
+        "--dataset_path",
+        questions,
+        "--num_samples",
+        4,
+        "--top_k",
+        3,
+    ]
+    evaluated = [
+        "--hidden_states_path",
+        tmp_path / "states_pos.safetensors",
+        "--steering_vectors_dir",
+        tmp_path / "vectors",
+        "--num_validation",
+        5,
+    ]
     out = tmp_path / "out"
-    commands.run("token_ablation.py", *common, "--ig_steps", 4, "--output_path_meta",
-                 out / "attributions.csv", "--output_path_hidden",
-                 tmp_path / "states.safetensors").ok()
-    commands.run("steering_mc.py", *common, *evaluated, "--methods", "mean", "random",
-                 "--alphas", 0.1, 0.4, "--layer_idxs", "all", "--layer_mode", "each",
-                 "--output_dir", out).ok()
-    commands.run("steering_generation.py", *common, *evaluated, "--methods", "mean", "--alphas",
-                 0.4, "--layer_idxs", 1, "--num_prompts", 3, "--max_new_tokens", 5,
-                 "--generation_style", "qa", "--output_dir", out / "texts").ok()
+    commands.run(
+        "token_ablation.py",
+        *common,
+        "--ig_steps",
+        4,
+        "--output_path_meta",
+        out / "attributions.csv",
+        "--output_path_hidden",
+        tmp_path / "states.safetensors",
+    ).ok()
+    commands.run(
+        "steering_mc.py",
+        *common,
+        *evaluated,
+        "--methods",
+        "mean",
+        "random",
+        "--alphas",
+        0.1,
+        0.4,
+        "--layer_idxs",
+        "all",
+        "--layer_mode",
+        "each",
+        "--output_dir",
+        out,
+    ).ok()
+    commands.run(
+        "steering_generation.py",
+        *common,
+        *evaluated,
+        "--methods",
+        "mean",
+        "--alphas",
+        0.4,
+        "--layer_idxs",
+        1,
+        "--num_prompts",
+        3,
+        "--max_new_tokens",
+        5,
+        "--generation_style",
+        "qa",
+        "--output_dir",
+        out / "texts",
+    ).ok()
     said = commands.run("report.py", out, "--num_examples", 2).ok().out
     assert f"report:  {out / 'report.html'}" in said and f"{out / 'report_figures'} (" in said
     pngs = list((out / "report_figures").glob("*.png"))
@@ -908,8 +1305,9 @@ def test_the_stages_and_then_the_report(commands, tmp_path):
     for row in grid[grid.part == "test"].itertuples():
         name = row.configuration + " (control)" * (row.method == "random")
         for cell, kind in ((0, "token"), (2, "sum")):
-            value, low, high = (100 * getattr(row, f"accuracy_{kind}{end}")
-                                for end in ("", "_low", "_high"))
+            value, low, high = (
+                100 * getattr(row, f"accuracy_{kind}{end}") for end in ("", "_low", "_high")
+            )
             assert table[name][cell] == f"{value:.1f} % [{low:.1f}, {high:.1f}]"
     assert "of 4 examples" in page.text and "The first 2 of 3 prompts" in page.text
     rows = pd.read_csv(out / "attributions.csv").drop_duplicates("id")

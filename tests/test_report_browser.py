@@ -17,10 +17,21 @@ from grains import figures
 from grains.vectors import METHODS
 
 CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-sync", "--disable-background-networking", "--disable-component-update",
-         "--allow-file-access-from-files", "--enable-logging=stderr", "--window-size=1400,1000",
-         "--virtual-time-budget=20000", "--dump-dom"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--allow-file-access-from-files",
+    "--enable-logging=stderr",
+    "--window-size=1400,1000",
+    "--virtual-time-budget=20000",
+    "--dump-dom",
+]
 PHONE, LAPTOP = 390, 1280
 # Chromium has no window as narrow as a phone, so the page is looked at in frames.
 PROBE = """<!doctype html><meta charset="utf-8"><body>
@@ -55,8 +66,9 @@ window.addEventListener("load", () => {
 </script></body>"""
 
 pytestmark = pytest.mark.skipif(
-    not CHROMIUM.exists(), reason="needs Chromium as /usr/bin/chromium (Debian: apt-get install "
-                                  "chromium)")
+    not CHROMIUM.exists(),
+    reason="needs Chromium as /usr/bin/chromium (Debian: apt-get install chromium)",
+)
 
 
 def look(page: Path, folder: Path, dark: bool) -> tuple[dict, dict, list[str]]:
@@ -64,9 +76,17 @@ def look(page: Path, folder: Path, dark: bool) -> tuple[dict, dict, list[str]]:
     probe = page.with_name("probe.html")
     probe.write_text(PROBE.replace("PAGE", page.name), encoding="utf-8")
     done = subprocess.run(
-        [CHROMIUM, *FLAGS, f"--user-data-dir={folder / f'profile-{dark}'}",
-         f"--blink-settings=preferredColorScheme={0 if dark else 1}", probe.as_uri()],
-        capture_output=True, text=True, timeout=120)
+        [
+            CHROMIUM,
+            *FLAGS,
+            f"--user-data-dir={folder / f'profile-{dark}'}",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            probe.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found and found[1], done.stderr[-2000:]
     phone, laptop = json.loads(html.unescape(found[1]))
@@ -94,8 +114,12 @@ def test_every_picture_loads_in_its_theme(seen, page):
     theme, *views, _ = seen
     whole = page.read_text()
     dark = set(re.findall(r'srcset="([^"]+)"', whole))
-    light = {source for source, kind in re.findall(
-        r'(?:</?picture>|media="[^"]*" srcset="[^"]*">)\s*<img src="([^"]+)"()', whole)}
+    light = {
+        source
+        for source, kind in re.findall(
+            r'(?:</?picture>|media="[^"]*" srcset="[^"]*">)\s*<img src="([^"]+)"()', whole
+        )
+    }
     for view in views:
         assert view["dark"] == (theme == "dark")
         assert len(view["pictures"]) == len(light) >= 6
@@ -132,6 +156,7 @@ def rgba(colour: str) -> list[float]:
 
 def contrast(one, two) -> float:
     """The contrast ratio of WCAG 2."""
+
     def luminance(colour):
         shares = [c / 255 for c in colour]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares]
@@ -144,17 +169,19 @@ def contrast(one, two) -> float:
 @pytest.mark.parametrize("ground", ["#ffffff", "#15171a"])
 def test_every_method_stands_out_from_the_ground(ground):
     """3:1, as WCAG asks of what is drawn."""
-    behind = [int(ground[i:i + 2], 16) for i in (1, 3, 5)]
+    behind = [int(ground[i : i + 2], 16) for i in (1, 3, 5)]
     for method in [*METHODS, "lora"]:
         colour = figures.look(method)[0]
-        assert contrast([int(colour[i:i + 2], 16) for i in (1, 3, 5)], behind) >= 3, method
+        assert contrast([int(colour[i : i + 2], 16) for i in (1, 3, 5)], behind) >= 3, method
 
 
 def test_the_probe_sees_faults(tmp_path):
     bad = tmp_path / "bad.html"
-    bad.write_text('<html><meta name="viewport" content="width=device-width"><body>'
-                   '<p style="width: 800px" id="wide">x</p><img src="data:image/png;base64,AAAA">'
-                   '<script>console.error("oh no")</script></body></html>')
+    bad.write_text(
+        '<html><meta name="viewport" content="width=device-width"><body>'
+        '<p style="width: 800px" id="wide">x</p><img src="data:image/png;base64,AAAA">'
+        '<script>console.error("oh no")</script></body></html>'
+    )
     phone, laptop, console = look(bad, tmp_path, dark=False)
     assert any("oh no" in line for line in console)
     assert phone["needed"] > phone["width"] and "wide" in phone["wide"][0]

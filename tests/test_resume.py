@@ -30,31 +30,72 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "questions.jsonl",
-                            tiny.question_rows())
+    return tiny.write_jsonl(
+        tmp_path_factory.mktemp("data") / "questions.jsonl", tiny.question_rows()
+    )
 
 
 @pytest.fixture(scope="module")
 def common(model, questions):
-    return ["--model_name", model, "--dataset_name", "questions", "--dataset_path", questions,
-            "--num_samples", SAMPLES, "--top_k", 3]
+    return [
+        "--model_name",
+        model,
+        "--dataset_name",
+        "questions",
+        "--dataset_path",
+        questions,
+        "--num_samples",
+        SAMPLES,
+        "--top_k",
+        3,
+    ]
 
 
 @pytest.fixture(scope="module")
 def script(common, stage1):
     """name of a script, folder of its outputs -> the script and its arguments."""
+
     def arguments(name: str, folder: Path) -> list:
         if name == "token_ablation":
-            more = ["--ig_steps", 6, "--output_path_meta", folder / "tokens.csv",
-                    "--output_path_hidden", folder / "states.safetensors"]
+            more = [
+                "--ig_steps",
+                6,
+                "--output_path_meta",
+                folder / "tokens.csv",
+                "--output_path_hidden",
+                folder / "states.safetensors",
+            ]
         else:
-            more = ["--num_validation", 6, "--methods", "gradient", "random", "--alphas", 0.1,
-                    "--hidden_states_path", stage1 / "states_pos.safetensors",
-                    "--steering_vectors_dir", folder / "vectors", "--output_dir", folder,
-                    "--batch_tokens", 800]  # several batches
+            more = [
+                "--num_validation",
+                6,
+                "--methods",
+                "gradient",
+                "random",
+                "--alphas",
+                0.1,
+                "--hidden_states_path",
+                stage1 / "states_pos.safetensors",
+                "--steering_vectors_dir",
+                folder / "vectors",
+                "--output_dir",
+                folder,
+                "--batch_tokens",
+                800,
+            ]  # several batches
         if name == "steering_generation":
-            more += ["--layer_idxs", 1, "--num_prompts", 6, "--max_new_tokens", 60,
-                     "--temperature", 0.8, "--batch_tokens", 80]
+            more += [
+                "--layer_idxs",
+                1,
+                "--num_prompts",
+                6,
+                "--max_new_tokens",
+                60,
+                "--temperature",
+                0.8,
+                "--batch_tokens",
+                80,
+            ]
         return [f"{name}.py", *common, *more]
 
     return arguments
@@ -64,8 +105,16 @@ def script(common, stage1):
 def stage1(commands, common, tmp_path_factory):
     """The folder of a stage 1 that was not interrupted."""
     folder = tmp_path_factory.mktemp("stage1")
-    commands.run("token_ablation.py", *common, "--ig_steps", 6, "--output_path_meta",
-                 folder / "tokens.csv", "--output_path_hidden", folder / "states.safetensors").ok()
+    commands.run(
+        "token_ablation.py",
+        *common,
+        "--ig_steps",
+        6,
+        "--output_path_meta",
+        folder / "tokens.csv",
+        "--output_path_hidden",
+        folder / "states.safetensors",
+    ).ok()
     return folder
 
 
@@ -86,9 +135,14 @@ def whole(commands, script, stage1, tmp_path_factory):
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The outputs in a folder; parts, locks and files that are being written are none."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and ".parts" not in str(path) and path.suffix != ".lock"
-            and not path.name.startswith(".")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+        and ".parts" not in str(path)
+        and path.suffix != ".lock"
+        and not path.name.startswith(".")
+    }
 
 
 def wait_for_parts(folder: Path, count: int, process) -> None:
@@ -96,13 +150,16 @@ def wait_for_parts(folder: Path, count: int, process) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("name, kills", [
-    # After the manifest of the parts, after each part, and after each of the outputs.
-    ("token_ablation", [1, *[2] * SAMPLES, 2, 3, 4, 5]),
-    # The two vectors are written with the outputs.
-    ("steering_mc", [2, 3, 4, 6, 4, 5, 6, 7]),
-    ("steering_generation", [2, 2, 2, 2, 3]),
-])
+@pytest.mark.parametrize(
+    "name, kills",
+    [
+        # After the manifest of the parts, after each part, and after each of the outputs.
+        ("token_ablation", [1, *[2] * SAMPLES, 2, 3, 4, 5]),
+        # The two vectors are written with the outputs.
+        ("steering_mc", [2, 3, 4, 6, 4, 5, 6, 7]),
+        ("steering_generation", [2, 2, 2, 2, 3]),
+    ],
+)
 def test_killed_after_a_write(commands, script, whole, tmp_path, name, kills):
     for count in kills:
         result = commands.run(*script(name, tmp_path), die_after=count)
@@ -165,12 +222,15 @@ def test_killed_ten_times(commands, script, whole, tmp_path, name):
     folder.mkdir()
     for wanted in (START, START, PARTS, PARTS, PARTS, MERGE, MERGE, MERGE, END, END):
         # What is left of a phase may be shorter than it was in a whole run: ever sooner.
-        assert any(killed_in(wanted, 0.9 ** attempt) for attempt in range(50))
+        assert any(killed_in(wanted, 0.9**attempt) for attempt in range(50))
         assert contents(folder).items() <= whole(name).items()  # what is there is whole
     commands.run(*script(name, folder)).ok()
     assert contents(folder) == whole(name)
-    assert not [path for path in folder.iterdir()
-                if path.name.startswith(".") or path.suffix in (".parts", ".lock")]
+    assert not [
+        path
+        for path in folder.iterdir()
+        if path.name.startswith(".") or path.suffix in (".parts", ".lock")
+    ]
 
 
 def test_finished_parts_are_not_done_again(commands, script, tmp_path):
@@ -178,8 +238,10 @@ def test_finished_parts_are_not_done_again(commands, script, tmp_path):
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.parts/0*")}
     assert len(times) == 2
     commands.run(*script("token_ablation", tmp_path), die_after=2)
-    assert times.items() < {path: path.stat().st_mtime_ns
-                            for path in tmp_path.glob("*.parts/0*")}.items()
+    assert (
+        times.items()
+        < {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.parts/0*")}.items()
+    )
 
 
 def test_interrupted(commands, script, whole, tmp_path):
@@ -208,8 +270,9 @@ def test_the_seed_decides(commands, script, whole, tmp_path, name):
     assert contents(tmp_path / "same") == whole(name)
     commands.run(*script(name, tmp_path / "other"), "--seed", 1).ok()
     other = contents(tmp_path / "other").values()
-    assert not any(content in other for path, content in whole(name).items()
-                   if path.endswith(".csv"))
+    assert not any(
+        content in other for path, content in whole(name).items() if path.endswith(".csv")
+    )
 
 
 # --- several processes ---
@@ -218,8 +281,9 @@ def test_the_seed_decides(commands, script, whole, tmp_path, name):
 @pytest.mark.parametrize("name", STAGES)
 def test_two_processes(commands, script, whole, tmp_path, name):
     for _ in range(2):
-        first, second = [process.wait().ok()
-                         for process in commands.together(*script(name, tmp_path))]
+        first, second = [
+            process.wait().ok() for process in commands.together(*script(name, tmp_path))
+        ]
         assert contents(tmp_path) == whole(name)
         assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.lock"))
     assert "nothing to do" in first.out and not second.out
@@ -234,8 +298,10 @@ def test_two_processes_take_up_what_one_began(commands, script, whole, tmp_path)
 
 def test_two_processes_are_refused_as_one(commands, script, whole, tmp_path):
     commands.run(*script("token_ablation", tmp_path)).ok()
-    first, second = [process.wait() for process in
-                     commands.together(*script("token_ablation", tmp_path), "--seed", 1)]
+    first, second = [
+        process.wait()
+        for process in commands.together(*script("token_ablation", tmp_path), "--seed", 1)
+    ]
     assert "other settings" in first.error()
     assert second.code == 1 and not second.err
     assert contents(tmp_path) == whole("token_ablation")
@@ -258,9 +324,22 @@ def test_accelerate_launch(commands, script, whole, tmp_path):
     and they find that there is no GPU."""
     arguments = [str(item) for item in script("token_ablation", tmp_path)]
     ended = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-         "--main_process_port", str(commands.free_port()), *arguments],
-        cwd=SRC, env=commands.environment, capture_output=True, text=True)
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            str(commands.free_port()),
+            *arguments,
+        ],
+        cwd=SRC,
+        env=commands.environment,
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 0, ended.stderr
     assert f"{SAMPLES // 2}/{SAMPLES // 2}" in ended.stderr  # the other half is the other's
     assert contents(tmp_path) == whole("token_ablation")

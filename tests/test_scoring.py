@@ -9,14 +9,7 @@ from reference import embeds, encoded, example, own_loss_log_likelihood, relativ
 
 from grains import prompts, scoring
 from grains.errors import UserError
-from grains.scoring import (
-    Configuration,
-    batches,
-    correct,
-    layer_ranges,
-    question_batches,
-    score,
-)
+from grains.scoring import Configuration, batches, correct, layer_ranges, question_batches, score
 from grains.vectors import steered
 
 W = words(80, seed=3)
@@ -25,7 +18,7 @@ QUESTIONS = [
     (W[40:43], [W[20:22], W[20:23], W[20:22] + W[50:51], W[60:61]]),
     (W[44:46], [W[20:22], W[20:22]]),
     (W[:14], [W[24:36], W[24:30] + W[60:66], W[70:71]]),
-    (W[46:53], [W[20 + i:22 + i] for i in range(7)]),
+    (W[46:53], [W[20 + i : 22 + i] for i in range(7)]),
     (W[53:60], [W[20:25]]),
 ]
 
@@ -38,13 +31,22 @@ def grid(lm, seed=0):
     """One layer, the last layer, several with and without the last, all; some of them twice."""
     generator = torch.Generator().manual_seed(seed)
     last = len(lm.layers) - 1
-    size = 4 * embeds(lm, W).norm(dim=-1).median() / lm.hidden_size ** 0.5
+    size = 4 * embeds(lm, W).norm(dim=-1).median() / lm.hidden_size**0.5
     configurations = []
-    for layers, alpha in [((0,), 0.5), ((last,), -2.0), ((0, 2), 1.0), ((1, last), 0.5),
-                          ((0,), -2.0), (tuple(range(last + 1)), 0.3), ((last,), 1.0),
-                          ((0, 2), -2.0)]:
-        vectors = {layer: alpha * size * torch.randn(lm.hidden_size, generator=generator)
-                   for layer in layers}
+    for layers, alpha in [
+        ((0,), 0.5),
+        ((last,), -2.0),
+        ((0, 2), 1.0),
+        ((1, last), 0.5),
+        ((0,), -2.0),
+        (tuple(range(last + 1)), 0.3),
+        ((last,), 1.0),
+        ((0, 2), -2.0),
+    ]:
+        vectors = {
+            layer: alpha * size * torch.randn(lm.hidden_size, generator=generator)
+            for layer in layers
+        }
         configurations.append(Configuration("some", "pos", layers, alpha, vectors))
     return configurations
 
@@ -75,8 +77,9 @@ def test_a_grid_of_a_batch_is_every_sequence_alone_with_hooks(tiny):
 @pytest.mark.parametrize("max_tokens", [1, 300])
 def test_the_configurations_computed_at_a_time_change_nothing(tiny, max_tokens):
     configurations = grid(tiny)
-    found, expected = (score(tiny, encode_all(tiny), configurations, size)
-                       for size in (max_tokens, 10_000))
+    found, expected = (
+        score(tiny, encode_all(tiny), configurations, size) for size in (max_tokens, 10_000)
+    )
     for one, other in zip(found, expected, strict=True):
         assert relative(one, other) <= 1e-5
 
@@ -94,8 +97,10 @@ def test_scores_do_not_depend_on_the_batch(tiny):
 def test_a_choice_does_not_see_the_others(tiny):
     prompt, responses = QUESTIONS[3]
     together = score(tiny, [encoded(tiny, prompt, responses)], [], 10_000)[0][0]
-    alone = [score(tiny, [encoded(tiny, prompt, [response])], [], 10_000)[0][0, 0]
-             for response in responses]
+    alone = [
+        score(tiny, [encoded(tiny, prompt, [response])], [], 10_000)[0][0, 0]
+        for response in responses
+    ]
     assert relative(together, alone) <= 1e-5
 
 
@@ -108,8 +113,10 @@ def test_strength_zero_changes_nothing(family):
     """Also where questions of different length are padded."""
     last = len(family.layers) - 1
     zero = torch.zeros(family.hidden_size)
-    configurations = [Configuration("some", "", layers, 0.0, dict.fromkeys(layers, zero))
-                      for layers in [(0,), (1, 2), (last,)]]
+    configurations = [
+        Configuration("some", "", layers, 0.0, dict.fromkeys(layers, zero))
+        for layers in [(0,), (1, 2), (last,)]
+    ]
     for values in score(family, encode_all(family), configurations, 10_000):
         assert np.isfinite(values).all()
         assert np.abs(values - values[:1]).max() <= 1e-4
@@ -139,20 +146,30 @@ SMOLLM2 = [
 def test_an_unfinished_answer_has_no_end_of_turn(smollm2):
     end = smollm2.tokenizer.convert_tokens_to_ids("<|im_end|>")
     for style, ends in (("chat", [end]), ("qa", [])):
-        whole, cut = (prompts.encode(smollm2, SMOLLM2[0], style, finished=finished)
-                      for finished in (True, False))
+        whole, cut = (
+            prompts.encode(smollm2, SMOLLM2[0], style, finished=finished)
+            for finished in (True, False)
+        )
         assert whole.responses == [response + ends for response in cut.responses]
 
 
 def test_smollm2(smollm2):
     """The loss of transformers, and three configurations, on prompts of two styles."""
-    encodings = [prompts.encode(smollm2, item, style)
-                 for item, style in zip(SMOLLM2, ("qa", "chat"), strict=True)]
+    encodings = [
+        prompts.encode(smollm2, item, style)
+        for item, style in zip(SMOLLM2, ("qa", "chat"), strict=True)
+    ]
     generator = torch.Generator().manual_seed(0)
     configurations = [
-        Configuration("some", "", layers, 1.0, {
-            layer: torch.randn(576, generator=generator) * strength for layer in layers})
-        for layers, strength in [((14,), 1.0), ((29,), 4.0), (tuple(range(30)), 0.1)]]
+        Configuration(
+            "some",
+            "",
+            layers,
+            1.0,
+            {layer: torch.randn(576, generator=generator) * strength for layer in layers},
+        )
+        for layers, strength in [((14,), 1.0), ((29,), 4.0), (tuple(range(30)), 0.1)]
+    ]
     found = score(smollm2, encodings, configurations, 2048)
     for item, values in zip(encodings, found, strict=True):
         for column, response in enumerate(item.responses):

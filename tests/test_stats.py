@@ -12,14 +12,17 @@ def answers(right, wrong):
     return np.array([True] * right + [False] * wrong)
 
 
-@pytest.mark.parametrize(("right", "count", "low", "high"), [
-    # Newcombe 1998 (Statistics in Medicine 17, 857-872), table I, method 3: Wilson's score
-    # interval without continuity correction
-    (81, 263, 0.2553, 0.3662),
-    (15, 148, 0.0624, 0.1605),
-    (0, 20, 0.0000, 0.1611),
-    (1, 29, 0.0061, 0.1718),
-])
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [
+        # Newcombe 1998 (Statistics in Medicine 17, 857-872), table I, method 3: Wilson's score
+        # interval without continuity correction
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
 def test_wilson_interval_as_published(right, count, low, high):
     accuracy, found_low, found_high = accuracy_interval(answers(right, count - right))
     assert accuracy == right / count
@@ -45,15 +48,18 @@ def pairs(gained, lost, both=3, neither=4):
     return np.array(correct), np.array(base)
 
 
-@pytest.mark.parametrize(("gained", "lost", "p"), [
-    (5, 0, 2 / 2 ** 5),
-    (0, 5, 2 / 2 ** 5),
-    (8, 2, 2 * (1 + 10 + 45) / 2 ** 10),
-    (4, 1, 2 * (1 + 5) / 2 ** 5),
-    (3, 3, 1.0),
-    (1, 0, 1.0),
-    (0, 0, 1.0),
-])
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [
+        (5, 0, 2 / 2**5),
+        (0, 5, 2 / 2**5),
+        (8, 2, 2 * (1 + 10 + 45) / 2**10),
+        (4, 1, 2 * (1 + 5) / 2**5),
+        (3, 3, 1.0),
+        (1, 0, 1.0),
+        (0, 0, 1.0),
+    ],
+)
 def test_mcnemar_by_hand(gained, lost, p):
     assert paired_p_value(*pairs(gained, lost)) == pytest.approx(p)
     assert paired_p_value(*pairs(gained, lost, both=50, neither=0)) == pytest.approx(p)
@@ -65,13 +71,16 @@ def test_accuracies_may_be_equal_and_answers_not():
     assert paired_p_value(correct, base) == 1.0
 
 
-@pytest.mark.parametrize(("p_values", "corrected"), [
-    # 4 x 0.005, 3 x 0.01, then 2 x 0.03 and 0.04, which may not be less than the one before
-    ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
-    ([0.2, 0.9, 0.6], [0.6, 1.0, 1.0]),
-    ([0.02, 0.02], [0.04, 0.04]),
-    ([0.3], [0.3]),
-    ([], []),
-])
+@pytest.mark.parametrize(
+    ("p_values", "corrected"),
+    [
+        # 4 x 0.005, 3 x 0.01, then 2 x 0.03 and 0.04, which may not be less than the one before
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+        ([0.2, 0.9, 0.6], [0.6, 1.0, 1.0]),
+        ([0.02, 0.02], [0.04, 0.04]),
+        ([0.3], [0.3]),
+        ([], []),
+    ],
+)
 def test_holm_by_hand(p_values, corrected):
     assert holm(np.array(p_values)) == pytest.approx(np.array(corrected))

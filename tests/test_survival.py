@@ -95,8 +95,11 @@ def begun(run, tmp_path_factory):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
-            if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def put(content: dict[str, bytes], folder: Path) -> Path:
@@ -197,12 +200,22 @@ def test_space_for_one_run_is_enough_to_go_on(run, whole, disk):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="cannot see what is imported")
-@pytest.mark.parametrize("script, library", [
-    ("token_ablation.py", "_multiarray_umath"), ("steering_mc_vlm.py", "libtorch_cpu"),
-    ("steering_generation.py", "sklearn")])  # numpy's, among the first; ...; among the last
+@pytest.mark.parametrize(
+    "script, library",
+    [
+        ("token_ablation.py", "_multiarray_umath"),
+        ("steering_mc_vlm.py", "libtorch_cpu"),
+        ("steering_generation.py", "sklearn"),
+    ],
+)  # numpy's, among the first; ...; among the last
 def test_interrupted_while_it_imports(commands, script, library):
-    process = subprocess.Popen([sys.executable, SRC / script, "--help"], env=commands.environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, SRC / script, "--help"],
+        env=commands.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while process.poll() is None and library not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
@@ -219,4 +232,5 @@ def test_a_table_with_any_text_reads_back(tmp_path):
     for name in ("a.csv", "b.csv"):
         found = pd.read_csv(tmp_path / name, keep_default_na=False)
         assert found.text.tolist() == texts and found.number.tolist() == [
-            row["number"] for row in rows]
+            row["number"] for row in rows
+        ]

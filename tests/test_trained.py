@@ -11,8 +11,11 @@ from grains.errors import UserError
 from grains.vectors import Gate
 
 W = words(120, seed=9)
-PAIRS = [(W[:11], [W[20:24], W[30:33]]), (W[40:43], [W[20:22], W[22:25]]),
-         (W[44:46], [W[24:36], W[36:40]])]
+PAIRS = [
+    (W[:11], [W[20:24], W[30:33]]),
+    (W[40:43], [W[20:22], W[22:25]]),
+    (W[44:46], [W[24:36], W[36:40]]),
+]
 # The texts hold rejected answers, so that what the pairs teach costs them.
 TEXTS = [(W[:11], [W[30:33]]), (W[40:43], [W[22:25]]), (W[44:46], [W[36:40]])]
 QUESTIONS = [(W[95:100], [W[1:3], W[3:6], W[6:7]]), (W[100:104], [W[7:9], W[9:10], W[11:14]])]
@@ -26,8 +29,10 @@ def lm(make_tiny):
 
 
 def items(lm):
-    return [[encoded(lm, prompt, responses) for prompt, responses in group]
-            for group in (PAIRS, TEXTS, QUESTIONS, ANSWERS)]
+    return [
+        [encoded(lm, prompt, responses) for prompt, responses in group]
+        for group in (PAIRS, TEXTS, QUESTIONS, ANSWERS)
+    ]
 
 
 def norms(lm):
@@ -36,19 +41,32 @@ def norms(lm):
 
 def own_values(lm, group, added=None):
     """(n, C) log-likelihoods, every response a sequence of its own, vectors added by hooks."""
+
     def hook(layer, vector):
         def steer(module, args, output):
             weight, bias = gate(lm).at(layer)
             unit = output / output.norm(dim=-1, keepdim=True)
             moved = output + vector / (1 + torch.exp(-(unit @ weight + bias)))[..., None]
             return moved * output.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
+
         return steer
 
-    handles = [lm.layers[layer].register_forward_hook(hook(layer, vector))
-               for layer, vector in (added or {}).items()]
+    handles = [
+        lm.layers[layer].register_forward_hook(hook(layer, vector))
+        for layer, vector in (added or {}).items()
+    ]
     try:
-        return torch.stack([torch.stack([log_likelihood(lm, embeds(lm, item.prompt_ids), response)
-                                         for response in item.responses]) for item in group])
+        return torch.stack(
+            [
+                torch.stack(
+                    [
+                        log_likelihood(lm, embeds(lm, item.prompt_ids), response)
+                        for response in item.responses
+                    ]
+                )
+                for item in group
+            ]
+        )
     finally:
         for handle in handles:
             handle.remove()
@@ -56,18 +74,27 @@ def own_values(lm, group, added=None):
 
 def own_loss(pairs, texts, questions, answers, base, lengths):
     """The loss as the module's description writes it, from log-likelihoods."""
+
     def kl(one, other):
         return (one.exp() * (one - other)).sum(1)
 
     per_token = (pairs / lengths[0]).unbind(1)
-    loss = -trained.PAIR_WEIGHT / 2 * (
-        torch.sigmoid((per_token[0] - per_token[1]) / 1.5).log().mean()
-        + torch.sigmoid((pairs[:, 0] - pairs[:, 1]) / 24).log().mean())
+    loss = (
+        -trained.PAIR_WEIGHT
+        / 2
+        * (
+            torch.sigmoid((per_token[0] - per_token[1]) / 1.5).log().mean()
+            + torch.sigmoid((pairs[:, 0] - pairs[:, 1]) / 24).log().mean()
+        )
+    )
     rises = (base[1] - texts)[:, 0] / lengths[1][:, 0]
     loss = loss + trained.TEXT_WEIGHT * torch.relu(rises).mean()
     for scale in (1.0, 0.3 * lengths[2]):
-        loss = loss + trained.QUESTION_WEIGHT * kl(
-            (base[2] / scale).log_softmax(1), (questions / scale).log_softmax(1)).mean()
+        loss = (
+            loss
+            + trained.QUESTION_WEIGHT
+            * kl((base[2] / scale).log_softmax(1), (questions / scale).log_softmax(1)).mean()
+        )
     rises = (base[3] - answers)[:, 0] / lengths[3][:, 0]
     return loss + torch.relu(rises - trained.ALLOWED).mean()
 
@@ -78,18 +105,27 @@ def own_training(lm, groups, rate, kept):
 
 
 def own_run(lm, groups, rate, kept):
-    lengths = [torch.tensor([[len(response) for response in item.responses] for item in group])
-               for group in groups]
+    lengths = [
+        torch.tensor([[len(response) for response in item.responses] for item in group])
+        for group in groups
+    ]
     with torch.no_grad():
         base = [own_values(lm, group) for group in groups]
     vectors = torch.zeros(len(LAYERS), lm.hidden_size, requires_grad=True)
     optimizer = torch.optim.Adam([vectors], lr=rate, betas=(0.9, 0.95))
     for step, factors in enumerate(kept):
         optimizer.param_groups[0]["lr"] = rate * (len(kept) - step) / len(kept)
-        values = [own_values(lm, group, {
-            layer: stretch * factors[row] * norms(lm)[layer] * vectors[row]
-            for row, layer in enumerate(LAYERS)})
-            for group, stretch in zip(groups, (1, 1.5, 1.5, 1), strict=True)]
+        values = [
+            own_values(
+                lm,
+                group,
+                {
+                    layer: stretch * factors[row] * norms(lm)[layer] * vectors[row]
+                    for row, layer in enumerate(LAYERS)
+                },
+            )
+            for group, stretch in zip(groups, (1, 1.5, 1.5, 1), strict=True)
+        ]
         optimizer.zero_grad()
         own_loss(*values, base, lengths).backward()
         optimizer.step()
@@ -98,8 +134,10 @@ def own_run(lm, groups, rate, kept):
 
 def gate(lm):
     generator = torch.Generator().manual_seed(4)
-    return Gate(2 * torch.randn(len(lm.layers), lm.hidden_size, generator=generator),
-                torch.randn(len(lm.layers), generator=generator))
+    return Gate(
+        2 * torch.randn(len(lm.layers), lm.hidden_size, generator=generator),
+        torch.randn(len(lm.layers), generator=generator),
+    )
 
 
 def train(lm, epochs=3, rate=1e-2, **options):
@@ -115,11 +153,15 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight):
     monkeypatch.setattr(trained, "ALLOWED", -9.0)  # so that answers count at all
     monkeypatch.setattr(trained, "QUESTION_WEIGHT", 300.0)  # and questions, whose loss begins at 0
     if weight:
-        monkeypatch.setattr(trained, "text_losses", lambda values, base, lengths: (
-            (base - values) / lengths)[:, 0] + 1)  # a loss of 0 would not be learnt from
+        monkeypatch.setattr(
+            trained,
+            "text_losses",
+            lambda values, base, lengths: ((base - values) / lengths)[:, 0] + 1,
+        )  # a loss of 0 would not be learnt from
         monkeypatch.setattr(torch, "relu", lambda rises: rises)
-    kept = torch.tensor([[[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]],
-                         [[1.0, 1.0], [0.0, 2.0], [2.0, 0.0]]])
+    kept = torch.tensor(
+        [[[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]], [[1.0, 1.0], [0.0, 2.0], [2.0, 0.0]]]
+    )
     monkeypatch.setattr(trained, "RUNS", len(kept))
     steps = iter(kept.flatten(0, 1))
     monkeypatch.setattr(trained, "dropout", lambda layers, generator: next(steps))
@@ -139,8 +181,10 @@ def test_the_pairs_are_preferred_or_the_texts_are_kept(lm, monkeypatch):
         monkeypatch.setattr(trained, "TEXT_WEIGHT", weight)
         found = train(lm, epochs=10, rate=0.05)
         with torch.no_grad():
-            values = [own_values(lm, group, dict(zip(LAYERS, found[LAYERS], strict=True)))
-                      for group in (pairs, texts)]
+            values = [
+                own_values(lm, group, dict(zip(LAYERS, found[LAYERS], strict=True)))
+                for group in (pairs, texts)
+            ]
         margins[weight] = ((values[0] - base[0])[:, 0] - (values[0] - base[0])[:, 1]).mean()
         rises[weight] = (base[1] - values[1]).clamp_min(0).sum()
     assert margins[0.0] > 0.5
@@ -159,14 +203,18 @@ def test_losses_by_hand():
     lengths = torch.tensor([[2.0, 4.0]])
     values, base = torch.tensor([[-4.0, -10.0]]), torch.tensor([[-5.0, -9.0]])
     # per token -2 and -2.5: 0.5 / 1.5; in sum 6 / 24
-    expected = (torch.log1p(torch.exp(torch.tensor(-0.5 / 1.5)))
-                + torch.log1p(torch.exp(torch.tensor(-6 / 24)))) / 2
+    expected = (
+        torch.log1p(torch.exp(torch.tensor(-0.5 / 1.5)))
+        + torch.log1p(torch.exp(torch.tensor(-6 / 24)))
+    ) / 2
     assert trained.pair_losses(values, base, lengths)[0] == pytest.approx(expected.item())
-    texts = trained.text_losses(torch.tensor([[-6.0], [-4.0]]), torch.tensor([[-5.0], [-5.0]]),
-                                torch.tensor([[2], [2]]))
+    texts = trained.text_losses(
+        torch.tensor([[-6.0], [-4.0]]), torch.tensor([[-5.0], [-5.0]]), torch.tensor([[2], [2]])
+    )
     assert texts.tolist() == [0.5, 0.0]
-    answers = trained.answer_losses(torch.tensor([[-8.0], [-7.0]]), torch.tensor([[-5.0], [-5.0]]),
-                                    torch.tensor([[2], [2]]))
+    answers = trained.answer_losses(
+        torch.tensor([[-8.0], [-7.0]]), torch.tensor([[-5.0], [-5.0]]), torch.tensor([[2], [2]])
+    )
     assert answers.tolist() == pytest.approx([0.3, 0.0])  # rises of 1.5 and 1, 1.2 allowed
     assert trained.question_losses(base, base, lengths).item() == pytest.approx(0, abs=1e-6)
     assert trained.question_losses(values, base, lengths).item() > 0.01
@@ -176,8 +224,7 @@ def test_losses_by_hand():
 def test_the_size_of_micro_batches_changes_nothing(lm, monkeypatch, change):
     monkeypatch.setattr(trained, "TEXT_WEIGHT", 0.0)
     expected = train(lm)
-    found = (train(lm, max_tokens=1) if change == "one at a time"
-             else train(replace(lm, memory=0)))
+    found = train(lm, max_tokens=1) if change == "one at a time" else train(replace(lm, memory=0))
     assert relative(found, expected) <= 0.02
 
 
@@ -192,8 +239,9 @@ def test_the_seed_decides(lm, monkeypatch):
 
 
 def test_a_run_is_the_same_wherever_it_is_made(lm):
-    first, second = (trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, 2, 1e-2)
-                     for _ in range(2))
+    first, second = (
+        trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, 2, 1e-2) for _ in range(2)
+    )
     made = [first(number) for number in range(trained.RUNS)]
     assert torch.equal(second(trained.RUNS - 1), made[-1]) and torch.equal(second(0), made[0])
     assert not torch.equal(made[0], made[-1])
@@ -203,8 +251,10 @@ def test_no_step_computes_what_no_vector_changes(lm):
     """Up to the first steered layer the base model's states are those of every step."""
     run = trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, 2, 1e-2)
     calls = []
-    handles = [layer.register_forward_hook(lambda *_, index=index: calls.append(index))
-               for index, layer in enumerate(lm.layers)]
+    handles = [
+        layer.register_forward_hook(lambda *_, index=index: calls.append(index))
+        for index, layer in enumerate(lm.layers)
+    ]
     run(0)
     for handle in handles:
         handle.remove()
@@ -214,8 +264,9 @@ def test_no_step_computes_what_no_vector_changes(lm):
 def test_what_is_kept_for_all_steps_is_known_before(lm):
     pairs = items(lm)[0]
     part = trained._Part(lm, 1, 10**6, pairs, 1, 1.0, 1.0, trained.pair_losses)
-    kept = sum(batch.states.nbytes + batch.kwargs[0]["attention_mask"].nbytes
-               for (batch,) in part.groups)
+    kept = sum(
+        batch.states.nbytes + batch.kwargs[0]["attention_mask"].nbytes for (batch,) in part.groups
+    )
     # Told from lengths, without what the packs leave out: each last token, beginnings shared.
     assert kept <= trained._kept_bytes(lm, pairs) <= 1.5 * kept
 

@@ -26,10 +26,16 @@ def material(make_tiny):
     GENERATOR.manual_seed(1)
     lm = make_tiny("llama")
     layers, size = len(lm.layers), lm.hidden_size
-    vectors = SteeringVectors(torch.randn(layers, size, generator=GENERATOR),
-                              torch.linspace(20.0, 40.0, layers), {})
-    one = SimpleNamespace(name="one", parts={}, directions=[
-        SimpleNamespace(method=method, vectors=vectors) for method in ("gradient", "mean")])
+    vectors = SteeringVectors(
+        torch.randn(layers, size, generator=GENERATOR), torch.linspace(20.0, 40.0, layers), {}
+    )
+    one = SimpleNamespace(
+        name="one",
+        parts={},
+        directions=[
+            SimpleNamespace(method=method, vectors=vectors) for method in ("gradient", "mean")
+        ],
+    )
     made = object.__new__(variants.Material)
     made.lm, made.one, made.args = lm, one, SimpleNamespace(batch_tokens=64, prompt_style="qa")
     made.given, made.norms = {"gradient": vectors, "mean": vectors}, vectors.norms
@@ -54,11 +60,13 @@ def test_a_state_is_rotated_by_the_angle_in_the_plane_of_both():
 
 def test_a_state_gets_what_it_lacks():
     vector, norm = torch.tensor([0.5, 0.0, 0.0]), torch.tensor(4.0)  # 2 along the first axis
-    states = torch.tensor([[0.0, 3.0, 0.0], [1.0, 3.0, 0.0], [2.0, 3.0, 0.0], [5.0, 1.0, 0.0],
-                           [-9.0, 1.0, 0.0]])
+    states = torch.tensor(
+        [[0.0, 3.0, 0.0], [1.0, 3.0, 0.0], [2.0, 3.0, 0.0], [5.0, 1.0, 0.0], [-9.0, 1.0, 0.0]]
+    )
     moved = variants.fill(states, vector, norm)
-    before = torch.tensor([[2.0, 3.0, 0.0], [2.0, 3.0, 0.0], [2.0, 3.0, 0.0], [5.0, 1.0, 0.0],
-                           [-5.0, 1.0, 0.0]])  # at most twice as much is added
+    before = torch.tensor(
+        [[2.0, 3.0, 0.0], [2.0, 3.0, 0.0], [2.0, 3.0, 0.0], [5.0, 1.0, 0.0], [-5.0, 1.0, 0.0]]
+    )  # at most twice as much is added
     lengths = states.norm(dim=-1, keepdim=True)
     assert relative(moved, before * lengths / before.norm(dim=-1, keepdim=True)) <= 1e-6
 
@@ -77,18 +85,20 @@ def test_what_is_steered_is_what_hooks_steer(material, move, begin):
         for choice, response in enumerate(item.responses):
             handles = []
             for layer, module in enumerate(lm.layers):
+
                 def hook(module, args, output, layer=layer, prompt=prompt):
                     moved = move(output, vectors[layer], material.norms[layer])
                     if begin is not None:
                         first = len(prompt) - 1 + begin
                         moved = torch.cat([output[:, :first], moved[:, first:]], dim=1)
                     return moved
+
                 handles.append(module.register_forward_hook(hook))
             with torch.no_grad():
                 logits = lm.model(torch.tensor([prompt + response]), use_cache=False).logits[0]
             for handle in handles:
                 handle.remove()
-            log_probs = logits[len(prompt) - 1:-1].log_softmax(-1)
+            log_probs = logits[len(prompt) - 1 : -1].log_softmax(-1)
             expected = log_probs.gather(-1, torch.tensor(response)[:, None]).sum().item()
             assert steered[choice] == approx(expected, abs=1e-3)
             assert abs(base[choice] - steered[choice]) > 0.01
@@ -105,8 +115,8 @@ def test_vectors_without_what_neutral_text_is_sensitive_to(material):
     for layer, gradients in enumerate(material.neutral[1].numpy()):
         _, _, main = np.linalg.svd(gradients)
         vector = material.of("gradient")[layer].numpy()
-        assert abs(main[:variants.SENSITIVE] @ found[layer].numpy()).max() < 1e-5
-        rest = main[variants.SENSITIVE:]
+        assert abs(main[: variants.SENSITIVE] @ found[layer].numpy()).max() < 1e-5
+        rest = main[variants.SENSITIVE :]
         expected = rest.T @ (rest @ vector)
         assert found[layer].numpy() == approx(expected / np.linalg.norm(expected), abs=1e-5)
 
@@ -126,10 +136,11 @@ def test_gradients_of_fewer_pairs_and_of_their_main_components(material):
     rows = material.example_gradients.numpy()
     half = rows[:, :15].mean(1)
     assert variants.of_half_the_pairs(material).numpy() == approx(
-        half / np.linalg.norm(half, axis=1, keepdims=True), abs=1e-6)
+        half / np.linalg.norm(half, axis=1, keepdims=True), abs=1e-6
+    )
     found = variants.main_components(material).numpy()
     for layer, each in enumerate(rows):
-        main = np.linalg.svd(each)[2][:variants.COMPONENTS]
+        main = np.linalg.svd(each)[2][: variants.COMPONENTS]
         expected = main.T @ (main @ each.mean(0))
         assert found[layer] == approx(expected / np.linalg.norm(expected), abs=1e-5)
 
@@ -145,8 +156,8 @@ def test_what_neutral_text_gives(material, monkeypatch):
     with layer_outputs(lm) as own:
         own_logits(lm, ids)
     for layer in range(len(lm.layers)):
-        expected = normalize(own[layer + 1][0, 1:len(ids) - 1], dim=-1)
-        assert relative(states[layer, :len(ids) - 2], expected) <= 1e-4
+        expected = normalize(own[layer + 1][0, 1 : len(ids) - 1], dim=-1)
+        assert relative(states[layer, : len(ids) - 2], expected) <= 1e-4
     layer, step = 1, 0.05
     moved = torch.zeros(lm.hidden_size)
     moved[3] = step
@@ -156,6 +167,7 @@ def test_what_neutral_text_gives(material, monkeypatch):
             changed = output.clone()
             changed[0, 2] += sign * moved
             return changed
+
         handle = lm.layers[layer].register_forward_hook(hook)
         with torch.no_grad():
             log_probs = lm.model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
@@ -175,8 +187,9 @@ def test_the_strength_of_a_price(material, monkeypatch):
     layers = tuple(range(len(lm.layers)))
     scaled = material.given["gradient"].scaled(alpha, list(layers))
     steered = Configuration("it", "", layers, alpha, scaled)
-    before, after = costs.perplexity(lm, [text.text + lm.tokenizer.decode(text.responses[0])
-                                          for text in texts], [steered], 64)
+    before, after = costs.perplexity(
+        lm, [text.text + lm.tokenizer.decode(text.responses[0]) for text in texts], [steered], 64
+    )
     assert after / before - 1 == approx(0.1, rel=0.1)
     with pytest.raises(UserError, match="at any strength"):
         variants.strength(material, variants.PLAIN, 0 * vectors, 0.1)
@@ -186,8 +199,9 @@ def test_layers_by_gain_over_price(material):
     material.layer_prices = torch.tensor([1.0, 2.0, 4.0, 1.0])
     rows = material.example_gradients.double().numpy()
     one, two = rows[:, :15].mean(1), rows[:, 15:].mean(1)
-    gains = [a @ b / np.linalg.norm(b) + a @ b / np.linalg.norm(a)
-             for a, b in zip(one, two, strict=True)]
+    gains = [
+        a @ b / np.linalg.norm(b) + a @ b / np.linalg.norm(a) for a, b in zip(one, two, strict=True)
+    ]
     expected = np.maximum(gains, 0) * material.norms.numpy() / [1, 2, 4, 1]
     found = variants.by_gain_and_price(material)
     assert found.norm(dim=-1).numpy() == approx(expected / expected.max(), abs=1e-5)

@@ -25,8 +25,11 @@ from grains.vectors import (
 W = words(40, seed=4)
 N, L, D = 5, 4, 48
 RESPONSES = ("hidden_pos_response", "hidden_neg_response")
-INFO = {"stage": "token_ablation", "seed": 0,
-        "model": {"model": "tiny-llama", "num_layers": L, "hidden_size": D, "dtype": "float32"}}
+INFO = {
+    "stage": "token_ablation",
+    "seed": 0,
+    "model": {"model": "tiny-llama", "num_layers": L, "hidden_size": D, "dtype": "float32"},
+}
 
 
 def states(seed):
@@ -34,11 +37,18 @@ def states(seed):
     generator = torch.Generator().manual_seed(seed)
     shape = (N, L + 1, D)
     plain = {name: torch.randn(shape, generator=generator) for name in RESPONSES}
-    ablated = {f"{name}_ablated": plain[name] - torch.randn(shape, generator=generator) - 0.3
-               for name in RESPONSES}
-    return plain | ablated | {
-        "norms": torch.rand(N, L + 1, generator=generator) * 10 + 1,
-        "gradients": torch.randn(shape, generator=generator)}
+    ablated = {
+        f"{name}_ablated": plain[name] - torch.randn(shape, generator=generator) - 0.3
+        for name in RESPONSES
+    }
+    return (
+        plain
+        | ablated
+        | {
+            "norms": torch.rand(N, L + 1, generator=generator) * 10 + 1,
+            "gradients": torch.randn(shape, generator=generator),
+        }
+    )
 
 
 @pytest.fixture
@@ -55,8 +65,16 @@ def files(tmp_path):
 
 def shifts(tensors, layer):
     """(2N, D) h(plain) - h(ablated) of both responses, after a layer."""
-    return torch.cat([tensors[name][:, layer + 1] - tensors[f"{name}_ablated"][:, layer + 1]
-                      for name in RESPONSES]).double().numpy()
+    return (
+        torch.cat(
+            [
+                tensors[name][:, layer + 1] - tensors[f"{name}_ablated"][:, layer + 1]
+                for name in RESPONSES
+            ]
+        )
+        .double()
+        .numpy()
+    )
 
 
 def first_component(rows):
@@ -98,8 +116,7 @@ def test_gradient_caa_and_random(files):
     for layer in range(L):
         rows = (of["hidden_pos_response"] - of["hidden_neg_response"])[:, layer + 1]
         assert relative(repe[layer], first_component(rows.double().numpy())) <= 1e-5
-    one, same, other = (make(opened, "random", "", seed).vectors
-                        for seed in (1, 1, 2))
+    one, same, other = (make(opened, "random", "", seed).vectors for seed in (1, 1, 2))
     assert torch.equal(one, same) and relative(one, other) > 0.5
     directions = torch.nn.functional.normalize(one, dim=-1)
     assert (directions @ directions.T - torch.eye(L)).abs().max() < 0.6
@@ -111,12 +128,18 @@ def test_shuffled_swaps_the_answers_of_whole_examples(files):
     gradients = tensors["pos"]["gradients"][:, 1:].double()
     found = [make(opened, "shuffled", "", seed).vectors.double() for seed in range(5)]
     for vectors_of_seed in found:
-        matches = [signs for signs in itertools.product([-1.0, 1.0], repeat=N) if relative(
-            vectors_of_seed, (torch.tensor(signs).double()[:, None, None] * gradients).mean(0))
-            <= 1e-5]
+        matches = [
+            signs
+            for signs in itertools.product([-1.0, 1.0], repeat=N)
+            if relative(
+                vectors_of_seed, (torch.tensor(signs).double()[:, None, None] * gradients).mean(0)
+            )
+            <= 1e-5
+        ]
         assert len(matches) == 1
-    assert any(relative(a, b) > 0.1 and relative(a, -b) > 0.1
-               for a, b in itertools.combinations(found, 2))
+    assert any(
+        relative(a, b) > 0.1 and relative(a, -b) > 0.1 for a, b in itertools.combinations(found, 2)
+    )
 
 
 def test_norms_are_medians_over_examples(files):
@@ -147,7 +170,7 @@ def test_rows_that_come_in_parts_reduce_as_all_at_once(count, at_a_time):
     """More rows than dimensions take another way than fewer; a large mean must not blur it."""
     generator = np.random.default_rng(count)
     rows = 100 + generator.normal(size=(count, 16)) * np.linspace(1, 3, 16)
-    parts = [rows[start:start + at_a_time] for start in range(0, count, at_a_time)]
+    parts = [rows[start : start + at_a_time] for start in range(0, count, at_a_time)]
     assert mean_vector(parts) == pytest.approx(rows.mean(0), rel=1e-12)
     assert pca_vector(parts) == pytest.approx(first_component(rows), abs=1e-8)
 
@@ -196,8 +219,11 @@ def test_states_of_another_model_are_refused(files, make_tiny, tmp_path):
     info = INFO | {"model": lm.identity() | {"dtype": "float32"}}
     write_tensors(tmp_path / "same.safetensors", states(0), info)
     StatesFile(tmp_path / "same.safetensors").check_model(lm)
-    write_tensors(tmp_path / "moved.safetensors", states(0),
-                  info | {"model": info["model"] | {"final_norm_sum": "1.0"}})
+    write_tensors(
+        tmp_path / "moved.safetensors",
+        states(0),
+        info | {"model": info["model"] | {"final_norm_sum": "1.0"}},
+    )
     with pytest.raises(UserError, match="another model"):
         StatesFile(tmp_path / "moved.safetensors").check_model(lm)
 
@@ -218,8 +244,10 @@ def test_a_layer_that_does_not_exist_is_refused(files, make_tiny, layer):
     made, lm = make(files[1], "mean", "pos", 0), make_tiny("llama")
     with pytest.raises(UserError, match="decoder layers 0 to 3"):
         made.scaled(1.0, [0, layer])
-    with pytest.raises(UserError, match="does not exist"), steered(lm, {0: torch.ones(D),
-                                                                        layer: torch.ones(D)}):
+    with (
+        pytest.raises(UserError, match="does not exist"),
+        steered(lm, {0: torch.ones(D), layer: torch.ones(D)}),
+    ):
         pass
     assert no_hooks(lm)
 
@@ -237,13 +265,15 @@ def test_vectors_of_another_shape_are_refused(files, make_tiny, changes):
 def test_steer_by_hand():
     states = torch.tensor([[[3.0, 4.0], [0.0, 2.0]], [[1.0, 0.0], [-5.0, 12.0]]])
     found = steer(states, torch.tensor([1.0, -4.0]))
-    expected = [[[5.0, 0.0], [2 / 5 ** 0.5, -4 / 5 ** 0.5]],
-                [[2 / 20 ** 0.5, -4 / 20 ** 0.5], [-4 * 13 / 80 ** 0.5, 8 * 13 / 80 ** 0.5]]]
+    expected = [
+        [[5.0, 0.0], [2 / 5**0.5, -4 / 5**0.5]],
+        [[2 / 20**0.5, -4 / 20**0.5], [-4 * 13 / 80**0.5, 8 * 13 / 80**0.5]],
+    ]
     assert relative(found, torch.tensor(expected)) <= 1e-6
 
 
 def batch(rows=3, length=9):
-    return torch.tensor([W[row:row + length] for row in range(rows)])
+    return torch.tensor([W[row : row + length] for row in range(rows)])
 
 
 @pytest.mark.parametrize("layers", [(0,), (3,), (0, 1, 2, 3)])
@@ -271,8 +301,10 @@ def test_every_layer_is_steered_on_what_it_gives_in_the_steered_model(tiny):
     generator = torch.Generator().manual_seed(1)
     vectors = {layer: torch.randn(D, generator=generator) for layer in (1, 3)}
     outputs = []
-    handle = [layer.register_forward_hook(lambda module, args, output: outputs.append(output))
-              for layer in tiny.layers]  # before the steering hooks: raw outputs
+    handle = [
+        layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+        for layer in tiny.layers
+    ]  # before the steering hooks: raw outputs
     try:
         with torch.no_grad(), steered(tiny, vectors), layer_outputs(tiny) as changed:
             tiny.model(batch(), use_cache=False)
@@ -318,8 +350,9 @@ def test_weights_do_not_change(family):
     before = {name: weight.clone() for name, weight in family.model.state_dict().items()}
     with steered(family, {layer: torch.ones(D) for layer in range(4)}):
         own_logits(family, W[:8])
-    assert all(torch.equal(before[name], weight)
-               for name, weight in family.model.state_dict().items())
+    assert all(
+        torch.equal(before[name], weight) for name, weight in family.model.state_dict().items()
+    )
 
 
 def test_smollm2(smollm2):

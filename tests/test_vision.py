@@ -41,8 +41,14 @@ def test_where_a_picture_may_be(tmp_path):
     path = tmp_path / "ä picture.png"
     shown.save(path)
     content = path.read_bytes()
-    for stored in (str(path), path, {"bytes": None, "path": str(path)},
-                   {"bytes": content, "path": "elsewhere.png"}, {"bytes": content}, shown):
+    for stored in (
+        str(path),
+        path,
+        {"bytes": None, "path": str(path)},
+        {"bytes": content, "path": "elsewhere.png"},
+        {"bytes": content},
+        shown,
+    ):
         assert np.array_equal(opened(stored), expected_of(shown))
 
 
@@ -59,8 +65,12 @@ def test_transparency_lies_on_white():
     by_index = Image.new("P", (4, 4), 1)
     by_index.putpalette([0, 0, 0, 200, 10, 10])
     by_index.putpixel((1, 2), 0)
-    for stored in (clear, saved(clear), saved(clear.convert("LA")), saved(clear, "WEBP",
-                                                                          lossless=True)):
+    for stored in (
+        clear,
+        saved(clear),
+        saved(clear.convert("LA")),
+        saved(clear, "WEBP", lossless=True),
+    ):
         found = opened(stored)
         assert (found[0, 0] == 255).all() and not (found[2, 1] == 255).all()
         assert np.abs(found[3, 3] - 127).max() <= 1
@@ -82,8 +92,16 @@ def test_a_picture_stored_on_its_side_is_turned_upright():
         exif[0x0112] = orientation
         found = opened(saved(shown, exif=exif))
         assert found.shape == ((20, 31, 3) if orientation <= 4 else (31, 20, 3))
-        corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1),
-                  7: (-1, -1), 8: (-1, 0)}[orientation]
+        corner = {
+            1: (0, 0),
+            2: (0, -1),
+            3: (-1, -1),
+            4: (-1, 0),
+            5: (0, 0),
+            6: (0, -1),
+            7: (-1, -1),
+            8: (-1, 0),
+        }[orientation]
         assert np.array_equal(found[corner], expected_of(shown)[0, 0])
 
 
@@ -93,9 +111,20 @@ def test_the_first_picture_of_a_moving_one():
     assert np.array_equal(opened(stored), expected_of(frames[0]))
 
 
-BROKEN = ("missing", "missing, as data sets say it", "neither bytes nor path", "cut short",
-          "cut short JPEG", "head alone", "no picture", "empty", "a folder", "a web address",
-          "nothing", "a number")
+BROKEN = (
+    "missing",
+    "missing, as data sets say it",
+    "neither bytes nor path",
+    "cut short",
+    "cut short JPEG",
+    "head alone",
+    "no picture",
+    "empty",
+    "a folder",
+    "a web address",
+    "nothing",
+    "a number",
+)
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -159,8 +188,9 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     picture(31, 20).save(tmp_path / "pictures" / "a.png")
     table = tmp_path / "rows.jsonl"
-    table.write_text('{"image": "pictures/a.png", "question": "What?", "chosen": "This", '
-                     '"rejected": "That"}\n')
+    table.write_text(
+        '{"image": "pictures/a.png", "question": "What?", "chosen": "This", "rejected": "That"}\n'
+    )
     monkeypatch.chdir("/")
     for name in ("mine", "spa-vl"):
         rows, source = data.load(name, "train", str(table))
@@ -170,8 +200,9 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path, monkeypatch):
 
 def test_a_row_without_a_picture_is_a_users_error(tmp_path):
     table = tmp_path / "rows.jsonl"
-    table.write_text('{"id": "a7", "image": null, "question": "What?", "chosen": "This", '
-                     '"rejected": "That"}\n')
+    table.write_text(
+        '{"id": "a7", "image": null, "question": "What?", "chosen": "This", "rejected": "That"}\n'
+    )
     rows, source = data.load("spa-vl", "train", str(table))
     with pytest.raises(UserError, match="row 0: an empty image"):
         data.examples(rows, source, 0)
@@ -192,7 +223,8 @@ def test_the_same_words_with_another_picture_are_another_example(tmp_path):
     for form in forms:
         rows = Dataset.from_dict(
             words | {"image": [form[0], form[1], form[0]]},
-            Features({**{key: Value("string") for key in words}, "image": ImageColumn()}))
+            Features({**{key: Value("string") for key in words}, "image": ImageColumn()}),
+        )
         rows.to_parquet(tmp_path / "rows.parquet")
         loaded, source = data.load("mine", "train", str(tmp_path / "rows.parquet"))
         examples = [data.read(loaded, source, index) for index in range(3)]
@@ -235,8 +267,10 @@ def touching(boxes, side, thing):
     the tower sees, whichever is more.
     """
     known = [box for box in boxes if box]
-    smear = [2 * max(1.0, max((b[2 + axis] - b[axis] for b in known), default=0) / side) + 1
-             for axis in (0, 1)]
+    smear = [
+        2 * max(1.0, max((b[2 + axis] - b[axis] for b in known), default=0) / side) + 1
+        for axis in (0, 1)
+    ]
     sure, maybe = [], []
     for box in boxes:
         if box is None:
@@ -251,16 +285,42 @@ def touching(boxes, side, thing):
 
 # LLaVA-NeXT: tiles side by side, one on another, two by two, three in a row; with padding at the
 # sides and above, that fills whole patches or parts of one; exact multiples; enlarged; shrunk.
-PICTURES = [(56, 56), (112, 112), (56, 28), (84, 28), (28, 84), (120, 40), (100, 60), (60, 100),
-            (150, 31), (31, 150), (97, 53), (200, 190), (640, 427), (427, 640), (20, 15), (333, 90)]
+PICTURES = [
+    (56, 56),
+    (112, 112),
+    (56, 28),
+    (84, 28),
+    (28, 84),
+    (120, 40),
+    (100, 60),
+    (60, 100),
+    (150, 31),
+    (31, 150),
+    (97, 53),
+    (200, 190),
+    (640, 427),
+    (427, 640),
+    (20, 15),
+    (333, 90),
+]
 
 
 def objects_in(width, height):
     """Rectangles in the corners, at the edges, in the middle; thin and thick ones."""
-    for left, top, right, bottom in ((0, 0, .2, .3), (.8, .7, 1, 1), (.4, .4, .6, .6),
-                                     (0, .45, 1, .6), (.55, 0, .7, 1), (.3, .7, .45, .95)):
-        box = (round(left * width), round(top * height), round(right * width),
-               round(bottom * height))
+    for left, top, right, bottom in (
+        (0, 0, 0.2, 0.3),
+        (0.8, 0.7, 1, 1),
+        (0.4, 0.4, 0.6, 0.6),
+        (0, 0.45, 1, 0.6),
+        (0.55, 0, 0.7, 1),
+        (0.3, 0.7, 0.45, 0.95),
+    ):
+        box = (
+            round(left * width),
+            round(top * height),
+            round(right * width),
+            round(bottom * height),
+        )
         if box[0] < box[2] and box[1] < box[3]:
             yield box
 
@@ -268,7 +328,8 @@ def objects_in(width, height):
 @pytest.mark.parametrize("size", PICTURES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tokens_that_change_with_an_object_are_those_whose_boxes_it_touches(
-        local_models, family, size):
+    local_models, family, size
+):
     lm = local_models[family]
     plain, inputs = features(lm, with_object(size, None))
     boxes = vision.token_boxes(lm, inputs, size, len(plain))
@@ -280,7 +341,7 @@ def test_the_tokens_that_change_with_an_object_are_those_whose_boxes_it_touches(
         changed = ((shown - plain).norm(dim=-1) > 1e-4 * plain.norm(dim=-1)).numpy()
         start = 0
         for part, side in views_of(lm, boxes):
-            here = changed[start:start + len(part)]
+            here = changed[start : start + len(part)]
             start += len(part)
             sure, maybe = touching(part, side, thing)
             assert (here | ~sure).all(), (thing, np.flatnonzero(sure & ~here))
@@ -289,10 +350,18 @@ def test_the_tokens_that_change_with_an_object_are_those_whose_boxes_it_touches(
     assert uncertain < 0.45 * total
 
 
-@pytest.mark.parametrize(("family", "size"), [
-    ("llava-next", (56, 56)), ("llava-next", (84, 28)), ("llava-next", (28, 84)),
-    ("qwen2.5-vl", (56, 56)), ("qwen2.5-vl", (112, 84)), ("qwen2.5-vl", (56, 140)),
-    ("gemma-3", (56, 56))])
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [
+        ("llava-next", (56, 56)),
+        ("llava-next", (84, 28)),
+        ("llava-next", (28, 84)),
+        ("qwen2.5-vl", (56, 56)),
+        ("qwen2.5-vl", (112, 84)),
+        ("qwen2.5-vl", (56, 140)),
+        ("gemma-3", (56, 56)),
+    ],
+)
 def test_without_resampling_the_boxes_are_exact(local_models, family, size):
     """A picture that the processor takes as it is: one pixel of an object tells its token."""
     lm = local_models[family]
@@ -303,13 +372,19 @@ def test_without_resampling_the_boxes_are_exact(local_models, family, size):
     random = np.random.default_rng(0)
     for _ in range(25):
         x, y = random.integers(0, size[0] - 1), random.integers(0, size[1] - 1)
-        thing = (x, y, min(x + random.integers(1, 30), size[0]),
-                 min(y + random.integers(1, 30), size[1]))
+        thing = (
+            x,
+            y,
+            min(x + random.integers(1, 30), size[0]),
+            min(y + random.integers(1, 30), size[1]),
+        )
         shown, _ = features(lm, with_object(size, thing))
         changed = (shown != plain).any(-1).numpy()[tiles:]
-        expected = [box is not None and all(
-            min(box[2 + a], thing[2 + a]) > max(box[a], thing[a]) for a in (0, 1))
-            for box in boxes[tiles:]]
+        expected = [
+            box is not None
+            and all(min(box[2 + a], thing[2 + a]) > max(box[a], thing[a]) for a in (0, 1))
+            for box in boxes[tiles:]
+        ]
         assert changed.tolist() == expected
         seen += expected
     assert (seen > 0).mean() > 0.7 and (seen < 25).all()
@@ -337,14 +412,16 @@ def test_llava_next_base_view_tiles_and_row_ends(local_models, size):
 def covers(boxes, size):
     """The boxes lie side by side and leave nothing of the picture out, but for cut-off edges."""
     width, height = size
-    assert all(0 <= x0 < x1 <= width + 1e-6 and 0 <= y0 < y1 <= height + 1e-6
-               for x0, y0, x1, y1 in boxes)
+    assert all(
+        0 <= x0 < x1 <= width + 1e-6 and 0 <= y0 < y1 <= height + 1e-6 for x0, y0, x1, y1 in boxes
+    )
     area = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
     assert 0.85 * width * height <= area <= width * height * 1.001
     for i, one in enumerate(boxes):
         for two in boxes[:i]:
             assert min(one[2], two[2]) - max(one[0], two[0]) < 1e-6 * width or (
-                min(one[3], two[3]) - max(one[1], two[1]) < 1e-6 * height)
+                min(one[3], two[3]) - max(one[1], two[1]) < 1e-6 * height
+            )
 
 
 @pytest.mark.parametrize("size", [(56, 56), (90, 30), (30, 90), (97, 53), (400, 3)])
@@ -356,7 +433,7 @@ def test_one_grid_over_the_whole_picture(local_models, family, size):
     covers(boxes, size)
     assert boxes == sorted(boxes, key=lambda box: (box[1], box[0]))  # row by row
     if family == "gemma-3":
-        assert len(boxes) == GRID ** 2
+        assert len(boxes) == GRID**2
     else:
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         assert len(boxes) == rows * columns // 4
@@ -386,14 +463,18 @@ def test_a_wrong_number_of_tokens_is_an_error(local_models):
 
 def test_padding_on_the_left_for_pictures_of_several_sizes(local_models):
     for lm in local_models.values():
-        items = [prompts.encode(lm, asked(picture(*size, seed), "Why? " * (seed + 1)), "chat")
-                 for seed, size in enumerate([(60, 40), (30, 90)])]
-        inputs = vision.model_inputs(lm, [item.text for item in items],
-                                     [item.example.image for item in items])
+        items = [
+            prompts.encode(lm, asked(picture(*size, seed), "Why? " * (seed + 1)), "chat")
+            for seed, size in enumerate([(60, 40), (30, 90)])
+        ]
+        inputs = vision.model_inputs(
+            lm, [item.text for item in items], [item.example.image for item in items]
+        )
         longest = max(len(item.prompt_ids) for item in items)
         assert inputs["input_ids"].shape == (2, longest)
         for row, item in enumerate(items):
             length = len(item.prompt_ids)
-            assert inputs["input_ids"][row, longest - length:].tolist() == item.prompt_ids
+            assert inputs["input_ids"][row, longest - length :].tolist() == item.prompt_ids
             assert inputs["attention_mask"][row].tolist() == (
-                [0] * (longest - length) + [1] * length)
+                [0] * (longest - length) + [1] * length
+            )

@@ -52,8 +52,9 @@ def vlm(request, make_vlm):
     return make_vlm(request.param)
 
 
-@pytest.fixture(scope="module", params=[(f, a) for f in FAMILIES for a in ("sdpa", "eager")],
-                ids="-".join)
+@pytest.fixture(
+    scope="module", params=[(f, a) for f in FAMILIES for a in ("sdpa", "eager")], ids="-".join
+)
 def either(request, make_vlm):
     """Every family with sdpa and with eager attention."""
     return make_vlm(*request.param)
@@ -91,7 +92,7 @@ def own_states(lm, item, response):
 
 
 def own_log_likelihood(lm, item, response):
-    scores = own_logits(lm, item, response)[len(item.prompt_ids) - 1:-1].log_softmax(-1)
+    scores = own_logits(lm, item, response)[len(item.prompt_ids) - 1 : -1].log_softmax(-1)
     return scores[range(len(response)), response].sum().item()
 
 
@@ -104,8 +105,10 @@ def from_embeds(lm, item, response, prompt, states=False):
     options = {}
     if "image_grid_thw" in inputs:
         positions, _ = lm.model.model.get_rope_index(
-            inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"],
-            image_grid_thw=inputs["image_grid_thw"])
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=inputs["image_grid_thw"],
+        )
         options["position_ids"] = positions.expand(-1, rows, -1)
     if "token_type_ids" in inputs:
         options["token_type_ids"] = inputs["token_type_ids"].expand(rows, -1)
@@ -113,15 +116,18 @@ def from_embeds(lm, item, response, prompt, states=False):
         with torch.no_grad(), layer_outputs(lm) as read:
             lm.model(inputs_embeds=embeds, use_cache=False, **options)
         return read
-    scores = lm.model(inputs_embeds=embeds, use_cache=False,
-                      logits_to_keep=len(response) + 1, **options).logits.float()
+    scores = lm.model(
+        inputs_embeds=embeds, use_cache=False, logits_to_keep=len(response) + 1, **options
+    ).logits.float()
     targets = torch.tensor(response)[None, :, None].expand(rows, -1, 1)
     return scores[:, :-1].log_softmax(-1).gather(-1, targets).sum((1, 2))
 
 
 def objective(lm, item):
-    return lambda prompt: (from_embeds(lm, item, item.responses[0], prompt)
-                           - from_embeds(lm, item, item.responses[1], prompt))
+    return lambda prompt: (
+        from_embeds(lm, item, item.responses[0], prompt)
+        - from_embeds(lm, item, item.responses[1], prompt)
+    )
 
 
 def merged(lm, item):
@@ -173,8 +179,12 @@ def test_positions_of_words_and_picture(vlm, size, style):
     assert bos is None or (ids == bos).nonzero().tolist() == [[0]]
     # what the model puts there are the picture's features
     features = vlm.model.get_image_features(
-        **{key: value for key, value in item.inputs.items()
-           if key in ("pixel_values", "image_sizes", "image_grid_thw")}).pooler_output
+        **{
+            key: value
+            for key, value in item.inputs.items()
+            if key in ("pixel_values", "image_sizes", "image_grid_thw")
+        }
+    ).pooler_output
     features = torch.cat(list(features)).flatten(0, -2)
     assert torch.equal(merged(vlm, item)[item.image], features)
 
@@ -185,12 +195,18 @@ def test_the_placeholder_is_framed_as_in_the_familys_template(vlm):
         item = prompts.encode(vlm, asked(picture(64, 64)), style)
         places = item.image.nonzero()[:, 0]
         ids = item.prompt_ids
-        around.append([vlm.tokenizer.convert_ids_to_tokens(ids[places[0] - 1]),
-                       vlm.tokenizer.convert_ids_to_tokens(ids[places[-1] + 1])])
+        around.append(
+            [
+                vlm.tokenizer.convert_ids_to_tokens(ids[places[0] - 1]),
+                vlm.tokenizer.convert_ids_to_tokens(ids[places[-1] + 1]),
+            ]
+        )
     if vlm.name != "tiny-llava-next":
         assert around[0] == around[1]
-        assert {"tiny-qwen2.5-vl": ["<|vision_start|>", "<|vision_end|>"],
-                "tiny-gemma-3": ["<start_of_image>", "<end_of_image>"]}[vlm.name] == around[0]
+        assert {
+            "tiny-qwen2.5-vl": ["<|vision_start|>", "<|vision_end|>"],
+            "tiny-gemma-3": ["<start_of_image>", "<end_of_image>"],
+        }[vlm.name] == around[0]
 
 
 @pytest.mark.parametrize("style", prompts.STYLES)
@@ -198,7 +214,8 @@ def test_words_without_a_picture(vlm, style):
     item = prompts.encode(vlm, asked(None), style)
     assert not item.image.any() and "pixel_values" not in item.inputs
     assert vlm.tokenizer.decode(torch.tensor(item.prompt_ids)[item.content]).strip() == (
-        item.example.question)
+        item.example.question
+    )
     (found,) = score(vlm, [item], [], MAX_TOKENS)
     for value, response in zip(found[0], item.responses, strict=True):
         assert value == pytest.approx(own_log_likelihood(vlm, item, response), abs=1e-3)
@@ -206,9 +223,11 @@ def test_words_without_a_picture(vlm, style):
 
 def test_text_that_holds_the_placeholder_is_refused(vlm):
     token = vlm.processor.image_token
-    for example in (asked(picture(30, 30), f"{token}\nWhat is it?", id="seven"),
-                    asked(picture(30, 30), choices=("a", f"b {token}"), id="seven"),
-                    asked(None, f"What is {token}?", id="seven")):
+    for example in (
+        asked(picture(30, 30), f"{token}\nWhat is it?", id="seven"),
+        asked(picture(30, 30), choices=("a", f"b {token}"), id="seven"),
+        asked(None, f"What is {token}?", id="seven"),
+    ):
         with pytest.raises(UserError, match=r"example seven.*stands for a picture"):
             prompts.encode(vlm, example, "chat")
 
@@ -231,8 +250,10 @@ def test_a_replay_is_the_models_own_forward(either, size):
         for start in (0, 2):
             with torch.no_grad():
                 final = replay.replay(either, states[start][None], captured.kwargs, start=start)
-            assert difference(replay.logits(either, final)[0],
-                              own_logits(either, item, response)) <= 1e-4
+            assert (
+                difference(replay.logits(either, final)[0], own_logits(either, item, response))
+                <= 1e-4
+            )
 
 
 @pytest.mark.parametrize("answers", ANSWERS)
@@ -248,26 +269,34 @@ def test_packed_answers_are_separate_sequences(either, answers):
 
 def vectors_for(lm, seed=0, strength=8.0):
     generator = torch.Generator().manual_seed(seed)
-    return {layer: strength * torch.nn.functional.normalize(
-        torch.randn(lm.hidden_size, generator=generator), dim=0) for layer in (1, 3)}
+    return {
+        layer: strength
+        * torch.nn.functional.normalize(torch.randn(lm.hidden_size, generator=generator), dim=0)
+        for layer in (1, 3)
+    }
 
 
 def test_a_batch_of_sizes_is_one_at_a_time(either):
     """Sizes, aspect ratios and a question without picture; base and steered."""
     vectors = vectors_for(either)
-    items = [encode(either, size, answers=answers, seed=seed)
-             for seed, (size, answers) in enumerate(zip(SIZES, [*ANSWERS] * 2, strict=False))]
+    items = [
+        encode(either, size, answers=answers, seed=seed)
+        for seed, (size, answers) in enumerate(zip(SIZES, [*ANSWERS] * 2, strict=False))
+    ]
     items.append(prompts.encode(either, asked(None), "chat"))
-    grid = [Configuration("mean", "pos", (1, 3), 1.0, vectors),
-            Configuration("mean", "pos", (3,), 1.0, {3: vectors[3]})]
+    grid = [
+        Configuration("mean", "pos", (1, 3), 1.0, vectors),
+        Configuration("mean", "pos", (3,), 1.0, {3: vectors[3]}),
+    ]
     together = score(either, items, grid, MAX_TOKENS)
     for item, found in zip(items, together, strict=True):
         (alone,) = score(either, [item], grid, MAX_TOKENS)
         assert np.abs(found - alone).max() <= 1e-3
         for row, values in enumerate([{}, *(entry.vectors for entry in grid)]):
             with steered(either, values):
-                expected = [own_log_likelihood(either, item, response)
-                            for response in item.responses]
+                expected = [
+                    own_log_likelihood(either, item, response) for response in item.responses
+                ]
             assert found[row] == pytest.approx(expected, abs=2e-3)
         assert np.abs(found[1:] - found[0]).min() > 5e-3
 
@@ -284,8 +313,12 @@ def start_of_path(lm, item, text, image, scope):
     prompt = merged(lm, item)
     matrix = lm.model.get_input_embeddings()(torch.arange(lm.head.weight.shape[0]))
     word = {"zeros": torch.zeros(lm.hidden_size), "mean": matrix.mean(0)}[text]
-    moves = {"all": torch.ones_like(item.image), "image": item.image, "text": item.content,
-             "content": item.content | item.image}[scope]
+    moves = {
+        "all": torch.ones_like(item.image),
+        "image": item.image,
+        "text": item.content,
+        "content": item.content | item.image,
+    }[scope]
     start = torch.where((moves & ~item.image)[:, None], word, prompt)
     if image == "blank":
         colour = np.median(np.asarray(item.example.image).reshape(-1, 3), axis=0).astype(np.uint8)
@@ -305,27 +338,42 @@ def rows_of_tiles(lm, item):
     return boxes.count(None)
 
 
-@pytest.mark.parametrize(("text", "image", "scope"), [
-    ("zeros", "zeros", "all"), ("mean", "blank", "content"), ("mean", "mean", "image"),
-    ("mean", "blank", "text")])
+@pytest.mark.parametrize(
+    ("text", "image", "scope"),
+    [
+        ("zeros", "zeros", "all"),
+        ("mean", "blank", "content"),
+        ("mean", "mean", "image"),
+        ("mean", "blank", "text"),
+    ],
+)
 def test_integrated_gradients_are_captums(either, text, image, scope):
     item = encode(either, answers="common beginning")
     settings = Settings(baseline=text, image_baseline=image, attribute=scope, ig_steps=5)
     (found,) = attribute(either, item, settings, MAX_TOKENS, generator())
     start = start_of_path(either, item, text, image, scope)
     f, prompt = objective(either, item), merged(either, item)
-    expected = IntegratedGradients(f).attribute(
-        prompt[None], start[None], n_steps=5, method="gausslegendre",
-        internal_batch_size=5)[0].sum(-1)
+    expected = (
+        IntegratedGradients(f)
+        .attribute(
+            prompt[None], start[None], n_steps=5, method="gausslegendre", internal_batch_size=5
+        )[0]
+        .sum(-1)
+    )
     assert relative(found.scores, expected) <= 1e-3
     with torch.no_grad():
-        assert found.difference == pytest.approx((f(prompt[None]) - f(start[None])).item(),
-                                                 abs=1e-3)
+        assert found.difference == pytest.approx(
+            (f(prompt[None]) - f(start[None])).item(), abs=1e-3
+        )
     still = (start == prompt).all(-1).numpy()
     assert (found.scores[still] == 0).all() and (found.scores[~still] != 0).all()
     row_ends = 0 if image != "blank" or scope == "text" else rows_of_tiles(either, item)
-    moves = {"all": torch.ones_like(item.image), "image": item.image, "text": item.content,
-             "content": item.content | item.image}[scope]
+    moves = {
+        "all": torch.ones_like(item.image),
+        "image": item.image,
+        "text": item.content,
+        "content": item.content | item.image,
+    }[scope]
     assert still.sum() == (~moves).sum() + row_ends
 
 
@@ -367,8 +415,7 @@ def test_hidden_states_plain_and_ablated(vlm, image):
     start = start_of_path(vlm, item, "zeros", image, "image")
     ablated = prompt.clone()
     ablated[chosen[:2]] = start[chosen[:2]]
-    ablated[chosen[2]] = vlm.model.get_input_embeddings()(
-        torch.tensor(vlm.tokenizer.pad_token_id))
+    ablated[chosen[2]] = vlm.model.get_input_embeddings()(torch.tensor(vlm.tokenizer.pad_token_id))
     for number, response in enumerate(item.responses):
         for row, changed in enumerate((prompt, ablated)):
             states = from_embeds(vlm, item, response, changed[None], states=True)
@@ -385,14 +432,20 @@ def test_hidden_states_plain_and_ablated(vlm, image):
 
 def hooked(lm):
     """The modules with hooks (CLIP keeps some of its own, for its hidden states)."""
-    return {name for name, module in lm.model.named_modules()
-            if module._forward_hooks or module._forward_pre_hooks}
+    return {
+        name
+        for name, module in lm.model.named_modules()
+        if module._forward_hooks or module._forward_pre_hooks
+    }
 
 
 def test_steering_touches_decoder_layers_alone(vlm):
     item = encode(vlm)
-    inputs = {key: value for key, value in item.inputs.items()
-              if key in ("pixel_values", "image_sizes", "image_grid_thw")}
+    inputs = {
+        key: value
+        for key, value in item.inputs.items()
+        if key in ("pixel_values", "image_sizes", "image_grid_thw")
+    }
 
     def features():
         with torch.no_grad():
@@ -435,8 +488,10 @@ def greedy(lm, item, count):
 def test_generation_in_a_batch_is_one_at_a_time(either):
     """Left padding and several sizes; base and steered rows in one batch."""
     questions = ["What is on the table?", "Is there a dog in this picture, or a cat?", "Why?"]
-    items = [prompts.encode(either, asked(picture(*size, seed), question), "chat")
-             for seed, (size, question) in enumerate(zip(SIZES, questions, strict=False))]
+    items = [
+        prompts.encode(either, asked(picture(*size, seed), question), "chat")
+        for seed, (size, question) in enumerate(zip(SIZES, questions, strict=False))
+    ]
     vectors = vectors_for(either)
     grid = [Configuration("mean", "pos", (1, 3), 1.0, vectors)]
     hooks = hooked(either)
@@ -486,8 +541,10 @@ def kinds_of_pictures():
         "palette": (saved(palette), palette.convert("RGB")),
         "RGBA": (saved(alpha), on_white),
         "EXIF-rotated": (rotated(base), base),
-        "1x1": (saved(Image.new("RGB", (1, 1), (9, 80, 200))),
-                Image.new("RGB", (1, 1), (9, 80, 200))),
+        "1x1": (
+            saved(Image.new("RGB", (1, 1), (9, 80, 200))),
+            Image.new("RGB", (1, 1), (9, 80, 200)),
+        ),
         "very large": (saved(large, "BMP"), large),
     }
 
@@ -497,8 +554,9 @@ def pictures():
     return kinds_of_pictures()
 
 
-@pytest.mark.parametrize("kind", ["greyscale", "palette", "RGBA", "EXIF-rotated", "1x1",
-                                  "very large"])
+@pytest.mark.parametrize(
+    "kind", ["greyscale", "palette", "RGBA", "EXIF-rotated", "1x1", "very large"]
+)
 def test_kinds_of_pictures(vlm, pictures, kind):
     stored, shown = pictures[kind]
     item = prompts.encode(vlm, asked(stored), "chat")
@@ -547,8 +605,9 @@ def test_another_picture_changes_everything(vlm, other):
     one, two = (prompts.encode(vlm, asked(image), "chat") for image in (shown, changed))
     assert one.prompt_ids == two.prompt_ids  # only pixels tell the two apart
     settings = Settings(baseline="mean", image_baseline="mean", ig_steps=4)
-    scores = [attribute(vlm, item, settings, MAX_TOKENS, generator())[0].scores
-              for item in (one, two)]
+    scores = [
+        attribute(vlm, item, settings, MAX_TOKENS, generator())[0].scores for item in (one, two)
+    ]
     for part in (one.image, one.content):
         assert relative(scores[0][part.numpy()], scores[1][part.numpy()]) > 0.05
     likely = [score(vlm, [item], [], MAX_TOKENS)[0][0] for item in (one, two)]
@@ -582,8 +641,9 @@ def test_a_model_from_a_folder_is_the_model(vlm, tmp_path):
     assert item.text == again.text and item.responses == again.responses
     for key, value in item.inputs.items():
         assert torch.equal(value, again.inputs[key])
-    assert torch.equal(own_logits(loaded, again, again.responses[0]),
-                       own_logits(vlm, item, item.responses[0]))
+    assert torch.equal(
+        own_logits(loaded, again, again.responses[0]), own_logits(vlm, item, item.responses[0])
+    )
 
 
 class AddsFeatures(torch.nn.Module):
@@ -605,12 +665,16 @@ def adding(family):
     decoder, noted = model.get_decoder(), {}
     own, kept = decoder.forward, decoder.layers
     changed = torch.nn.ModuleList(
-        AddsFeatures(layer, noted) if index == 1 else layer for index, layer in enumerate(kept))
+        AddsFeatures(layer, noted) if index == 1 else layer for index, layer in enumerate(kept)
+    )
 
     def note(module, args, kwargs):
         ids = kwargs.get("input_ids")
-        noted["where"] = (ids == model.config.image_token_id).float() if (
-            ids is not None and kwargs.get("pixel_values") is not None) else None
+        noted["where"] = (
+            (ids == model.config.image_token_id).float()
+            if (ids is not None and kwargs.get("pixel_values") is not None)
+            else None
+        )
 
     def forward(*args, **kwargs):
         decoder.layers = changed
@@ -637,18 +701,38 @@ def test_qwen3_vl_is_refused():
     tokenizer = vlm_models.tokenizer_of("qwen2.5-vl")
     token = tokenizer.convert_tokens_to_ids
     images = vlm_models.Qwen2VLImageProcessorPil(
-        patch_size=16, min_pixels=4096, max_pixels=20 * 1024)
+        patch_size=16, min_pixels=4096, max_pixels=20 * 1024
+    )
     processor = models.without_videos(Qwen3VLProcessor)(
-        images, tokenizer, chat_template=vlm_models.CHATML)
-    vision_config = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
-                     "patch_size": 16, "out_hidden_size": DECODER["hidden_size"],
-                     "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-    sizes = DECODER | {"vocab_size": len(tokenizer), "head_dim": 12, "rope_parameters": {
-        "rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 100.0}}
+        images, tokenizer, chat_template=vlm_models.CHATML
+    )
+    vision_config = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 16,
+        "out_hidden_size": DECODER["hidden_size"],
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    sizes = DECODER | {
+        "vocab_size": len(tokenizer),
+        "head_dim": 12,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [2, 2, 2],
+            "rope_theta": 100.0,
+        },
+    }
     config = Qwen3VLConfig(
-        vision_config=vision_config, text_config=sizes, image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"))
+        vision_config=vision_config,
+        text_config=sizes,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )
     model = randomise(Qwen3VLForConditionalGeneration(config)).eval()
     models.wrap("text only", model, tokenizer)
     with pytest.raises(UserError, match=r"with a picture.*does more than its layers do"):

@@ -84,15 +84,23 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def hub(model_folder):
     with Hub() as hub:
-        hub.add("models", "llava-hf/llava-v1.6-vicuna-7b-hf",
-                {path.name: path.read_bytes() for path in model_folder.iterdir()})
-        hub.add("datasets", "sqrti/SPA-VL", {
-            "README.md": CARD.encode(),
-            "data/train-00000-of-00002.parquet": parquet(0, 5),
-            "data/train-00001-of-00002.parquet": parquet(5, 4),
-            "validation/validation-00000-of-00001.parquet": parquet(100, 14),
-            "test/harm-00000-of-00001.parquet": parquet(200, 3, pairs=False),
-            "test/help-00000-of-00001.parquet": parquet(210, 3, pairs=False)})
+        hub.add(
+            "models",
+            "llava-hf/llava-v1.6-vicuna-7b-hf",
+            {path.name: path.read_bytes() for path in model_folder.iterdir()},
+        )
+        hub.add(
+            "datasets",
+            "sqrti/SPA-VL",
+            {
+                "README.md": CARD.encode(),
+                "data/train-00000-of-00002.parquet": parquet(0, 5),
+                "data/train-00001-of-00002.parquet": parquet(5, 4),
+                "validation/validation-00000-of-00001.parquet": parquet(100, 14),
+                "test/harm-00000-of-00001.parquet": parquet(200, 3, pairs=False),
+                "test/help-00000-of-00001.parquet": parquet(210, 3, pairs=False),
+            },
+        )
         yield hub
 
 
@@ -100,8 +108,14 @@ def hub(model_folder):
 def commands(hub, server_with, tmp_path_factory):
     """A server whose hub is the stand-in."""
     home = tmp_path_factory.mktemp("home")
-    return server_with(HF_ENDPOINT=hub.url, HF_HOME=str(home / "hf"), HOME=str(home),
-                       PYTHON=sys.executable, NUM_SAMPLES=str(STEERING), NUM_TEST=str(TEST))
+    return server_with(
+        HF_ENDPOINT=hub.url,
+        HF_HOME=str(home / "hf"),
+        HOME=str(home),
+        PYTHON=sys.executable,
+        NUM_SAMPLES=str(STEERING),
+        NUM_TEST=str(TEST),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,29 +125,56 @@ def out(tmp_path_factory):
 
 def written_by_scripts() -> set:
     """What the runs of this test would be called in the repository."""
-    return {path for folder in ("data/llm", "data/vlm", "results")
-            for path in (SRC / folder).rglob("*llava-1.6-7b*n4*")}
+    return {
+        path
+        for folder in ("data/llm", "data/vlm", "results")
+        for path in (SRC / folder).rglob("*llava-1.6-7b*n4*")
+    }
 
 
 @pytest.fixture(scope="module")
 def finished(commands, out):
     """What the three scripts printed; further flags only say where to write, and how little."""
-    where = ["--hidden_states_path", out / "states_pos.safetensors",
-             "--hidden_states_neg_path", out / "states_neg.safetensors",
-             "--steering_vectors_dir", out / "vectors", "--output_dir", out / "results",
-             "--num_validation", VALIDATION]
+    where = [
+        "--hidden_states_path",
+        out / "states_pos.safetensors",
+        "--hidden_states_neg_path",
+        out / "states_neg.safetensors",
+        "--steering_vectors_dir",
+        out / "vectors",
+        "--output_dir",
+        out / "results",
+        "--num_validation",
+        VALIDATION,
+    ]
     flags = {
-        "run_token_ablation_vlm": ["--output_path_meta", out / "tokens.csv",
-                                   "--output_path_hidden", out / "states.safetensors"],
+        "run_token_ablation_vlm": [
+            "--output_path_meta",
+            out / "tokens.csv",
+            "--output_path_hidden",
+            out / "states.safetensors",
+        ],
         "run_steering_mc_vlm": where,
         "run_steering_generation_vlm": [
-            *where, "--chosen_path", out / "results" / f"{STEM}_chosen.json",
-            "--num_prompts", 3, "--max_new_tokens", 6]}
+            *where,
+            "--chosen_path",
+            out / "results" / f"{STEM}_chosen.json",
+            "--num_prompts",
+            3,
+            "--max_new_tokens",
+            6,
+        ],
+    }
     before = written_by_scripts()
     printed = {}
     for script, more in flags.items():
-        ended = subprocess.run(["bash", f"scripts/vlm/{script}.sh", *map(str, more)], cwd=SRC,
-                               env=commands.environment, capture_output=True, text=True)
+        ended = subprocess.run(
+            ["bash", f"scripts/vlm/{script}.sh", *map(str, more)],
+            cwd=SRC,
+            env=commands.environment,
+            capture_output=True,
+            text=True,
+        )
         assert ended.returncode == 0, ended.stderr + ended.stdout
         printed[script] = ended.stdout
     assert written_by_scripts() == before
@@ -151,8 +192,12 @@ def test_stage_1(finished, out):
         assert (image > 0).all() and (text > 0).all()
     for top in ("pos", "neg"):
         with safe_open(out / f"states_{top}.safetensors", framework="np") as file:
-            for name in ("hidden_pos_response", "hidden_neg_response",
-                         "hidden_pos_response_ablated", "hidden_neg_response_ablated"):
+            for name in (
+                "hidden_pos_response",
+                "hidden_neg_response",
+                "hidden_pos_response_ablated",
+                "hidden_neg_response_ablated",
+            ):
                 assert file.get_slice(name).get_shape() == [STEERING, LAYERS + 1, SIZE]
                 assert np.isfinite(file.get_tensor(name)).all()
             info = json.loads(file.metadata()["grains"])
@@ -164,8 +209,11 @@ def test_attributions_of_stage_1_are_the_models(finished, out, hub, model_folder
     """Positions, boxes and the log-likelihoods of every row, against the model itself."""
     lm = models.load(str(model_folder), dtype="float32", device="cpu")
     table = pd.read_csv(out / "tokens.csv")
-    stored = [table_rows for name, table_rows in hub.repos["datasets", "sqrti/SPA-VL"].revisions[
-        "main"].items() if name.startswith("data/")]
+    stored = [
+        table_rows
+        for name, table_rows in hub.repos["datasets", "sqrti/SPA-VL"].revisions["main"].items()
+        if name.startswith("data/")
+    ]
     rows = pd.concat([pd.read_parquet(io.BytesIO(content)) for content in stored])
     by_answer = {row.chosen: row for row in rows.itertuples()}
     for row in table.itertuples():
@@ -179,22 +227,28 @@ def test_attributions_of_stage_1_are_the_models(finished, out, hub, model_folder
         assert len(tokens) == len(scores[0]) == len(item.prompt_ids)
         assert {tokens[position] for position in positions} == {"<image>"}
         boxes = vision.token_boxes(lm, item.inputs, image.size, len(positions))
-        assert json.loads(row.image_boxes) == [box and [round(x, 2) for x in box]
-                                               for box in boxes]
+        assert json.loads(row.image_boxes) == [box and [round(x, 2) for x in box] for box in boxes]
         selected = json.loads(row.selected_positions)[0]
         assert len(set(selected)) == 50 and set(selected) & set(positions)
         allowed = item.image | item.content
         assert allowed[selected].all()
         values = np.array(scores[0])[selected]
-        assert (np.diff(values) <= 1e-9).all() if row.top == "pos" else (
-            np.diff(values) >= -1e-9).all()
+        assert (
+            (np.diff(values) <= 1e-9).all()
+            if row.top == "pos"
+            else (np.diff(values) >= -1e-9).all()
+        )
         inputs = item.inputs
         response = item.responses[0]
         ids = inputs["input_ids"][0].tolist() + response
-        logits = lm.model(**dict(
-            inputs, input_ids=inputs["input_ids"].new_tensor([ids]),
-            attention_mask=inputs["attention_mask"].new_ones(1, len(ids)))).logits[0]
-        log_probs = logits.log_softmax(-1)[len(item.prompt_ids) - 1:-1]
+        logits = lm.model(
+            **dict(
+                inputs,
+                input_ids=inputs["input_ids"].new_tensor([ids]),
+                attention_mask=inputs["attention_mask"].new_ones(1, len(ids)),
+            )
+        ).logits[0]
+        log_probs = logits.log_softmax(-1)[len(item.prompt_ids) - 1 : -1]
         expected = log_probs[range(len(response)), response].sum().item()
         assert row.log_likelihood_pos == pytest.approx(expected, abs=2e-3)
 
@@ -217,8 +271,11 @@ def test_stage_2(finished, out):
 
 
 def generations(out):
-    (path,) = (path for path in (out / "results").glob("*.csv")
-               if not path.stem.endswith(("_grid", "_questions")))
+    (path,) = (
+        path
+        for path in (out / "results").glob("*.csv")
+        if not path.stem.endswith(("_grid", "_questions"))
+    )
     return pd.read_csv(path, keep_default_na=False)
 
 
@@ -229,7 +286,9 @@ def test_no_steering_example_is_evaluated(finished, out):
     parts = {part: set(rows.id) for part, rows in questions.groupby("part")}
     generated = set(generations(out).id)
     assert {part: len(ids) for part, ids in parts.items()} == {
-        "validation": VALIDATION, "test": TEST}
+        "validation": VALIDATION,
+        "test": TEST,
+    }
     assert not set(steering) & (parts["validation"] | parts["test"])
     assert not parts["validation"] & parts["test"] and generated <= parts["test"]
 
@@ -246,35 +305,58 @@ def test_stage_3(finished, out):
 
 def test_what_is_asked_of_the_hub(finished, hub):
     got = "\n".join(line for line in hub.asked if line.startswith("GET /storage"))
-    for file in ("models/llava-hf/llava-v1.6-vicuna-7b-hf", "/model.safetensors",
-                 "/data/train-00000", "/data/train-00001", "/validation/validation-00000"):
+    for file in (
+        "models/llava-hf/llava-v1.6-vicuna-7b-hf",
+        "/model.safetensors",
+        "/data/train-00000",
+        "/data/train-00001",
+        "/validation/validation-00000",
+    ):
         assert file in got
     assert "test/harm" not in got
 
 
-@pytest.mark.parametrize(("split", "reason"), [
-    ("harm", "columns chosen, rejected missing"), ("dev", "train, validation, harm, help")])
+@pytest.mark.parametrize(
+    ("split", "reason"),
+    [("harm", "columns chosen, rejected missing"), ("dev", "train, validation, harm, help")],
+)
 def test_a_split_without_pairs_and_one_that_is_not_there(finished, commands, split, reason):
     assert reason in commands.run("token_ablation_vlm.py", "--split", split).error()
 
 
 def test_a_second_run_has_nothing_to_do(finished, commands, out):
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    result = commands.run("token_ablation_vlm.py", "--num_samples", STEERING,
-                          "--output_path_meta", out / "tokens.csv",
-                          "--output_path_hidden", out / "states.safetensors").ok()
+    result = commands.run(
+        "token_ablation_vlm.py",
+        "--num_samples",
+        STEERING,
+        "--output_path_meta",
+        out / "tokens.csv",
+        "--output_path_hidden",
+        out / "states.safetensors",
+    ).ok()
     assert "nothing to do" in result.out
     assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_a_missing_picture_names_its_example_and_nothing_is_left(finished, commands, tmp_path):
-    rows = [{"image": "here.png", "question": "What?", "chosen": "This", "rejected": "That"},
-            {"image": "gone.png", "question": "Why?", "chosen": "This", "rejected": "That"}]
+    rows = [
+        {"image": "here.png", "question": "What?", "chosen": "This", "rejected": "That"},
+        {"image": "gone.png", "question": "Why?", "chosen": "This", "rejected": "That"},
+    ]
     vlm_models.picture(40, 30).save(tmp_path / "here.png")
     table = tmp_path / "rows.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    message = commands.run("token_ablation_vlm.py", "--dataset_path", table, "--num_samples", 2,
-                           "--output_path_meta", tmp_path / "a.csv",
-                           "--output_path_hidden", tmp_path / "a.safetensors").error()
+    message = commands.run(
+        "token_ablation_vlm.py",
+        "--dataset_path",
+        table,
+        "--num_samples",
+        2,
+        "--output_path_meta",
+        tmp_path / "a.csv",
+        "--output_path_hidden",
+        tmp_path / "a.safetensors",
+    ).error()
     assert f"its picture '{tmp_path}/gone.png' does not exist" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here.png", "rows.jsonl"]

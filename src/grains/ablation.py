@@ -15,8 +15,9 @@ from grains.replay import capture_pack, gradient_rows, pack, replay, token_log_p
 TOPS = ("pos", "neg", "abs", "rand")
 
 
-def select(scores: Tensor, candidates: Tensor, k: int, top: str,
-           generator: torch.Generator) -> list[int]:
+def select(
+    scores: Tensor, candidates: Tensor, k: int, top: str, generator: torch.Generator
+) -> list[int]:
     """The k candidate positions with the largest signed score, best first.
 
     scores: (P,) attributions; candidates: (P,) bool.
@@ -74,7 +75,7 @@ def hidden_states(
     ends = torch.stack([path[-1] for path in packed.paths])
 
     plain = _plain(lm, encoded, captured, terms, ends, gradients)
-    prompt = captured.embeds[0, :len(encoded.prompt_ids)]
+    prompt = captured.embeds[0, : len(encoded.prompt_ids)]
     replacement = absent(lm, encoded, prompt, text, image)
     rows = captured.embeds.repeat(len(ablated), 1, 1)
     for row, positions in enumerate(ablated):
@@ -101,18 +102,27 @@ def _plain(lm, encoded, captured, terms, ends, with_gradients) -> States:
 
     embeds = captured.embeds.detach().clone().requires_grad_(with_gradients)
     after(-1, embeds)
-    final = replay(lm, embeds, captured.kwargs, after=after,
-                   checkpointed=with_gradients and gradient_rows(lm, captured)[1])
+    final = replay(
+        lm,
+        embeds,
+        captured.kwargs,
+        after=after,
+        checkpointed=with_gradients and gradient_rows(lm, captured)[1],
+    )
     log_likelihoods = _log_likelihoods(lm, final, terms)
     gradients = None
     if with_gradients:
-        lengths = torch.tensor([len(response) for response in encoded.responses],
-                               device=log_likelihoods.device)
+        lengths = torch.tensor(
+            [len(response) for response in encoded.responses], device=log_likelihoods.device
+        )
         chosen, rejected = (log_likelihoods / lengths)[0]
         prompt = len(encoded.prompt_ids)
-        gradients = torch.stack([
-            gradient[0, :prompt].float().sum(0).cpu()
-            for gradient in torch.autograd.grad(chosen - rejected, outputs)])
+        gradients = torch.stack(
+            [
+                gradient[0, :prompt].float().sum(0).cpu()
+                for gradient in torch.autograd.grad(chosen - rejected, outputs)
+            ]
+        )
     return States(
         reader.stacked(),
         log_likelihoods.detach().cpu(),
@@ -139,6 +149,9 @@ class _Reader:
 def _log_likelihoods(lm: LanguageModel, final: Tensor, terms: Targets) -> Tensor:
     """(R, C) summed log P of each response from the last layer's output (R, T, D)."""
     device = final.device
-    log_probs = token_log_probs(lm, final[:, terms.nodes.to(device)].flatten(0, 1),
-                                terms.tokens.to(device).repeat(len(final)))
+    log_probs = token_log_probs(
+        lm,
+        final[:, terms.nodes.to(device)].flatten(0, 1),
+        terms.tokens.to(device).repeat(len(final)),
+    )
     return log_probs.view(len(final), -1) @ terms.member.T.to(log_probs.device)

@@ -55,9 +55,10 @@ def targets(packed: Pack, prompt_length: int, responses: list[list[int]]) -> Tar
     index: dict[tuple[int, int], int] = {}
     owners = []
     for path, response in zip(packed.paths, responses, strict=True):
-        before = path[prompt_length - 1:].tolist()
-        owners.append([index.setdefault((before[j], token), len(index))
-                       for j, token in enumerate(response)])
+        before = path[prompt_length - 1 :].tolist()
+        owners.append(
+            [index.setdefault((before[j], token), len(index)) for j, token in enumerate(response)]
+        )
     member = torch.zeros(len(responses), len(index))
     for row, own in enumerate(owners):
         member[row, own] = 1.0
@@ -72,8 +73,7 @@ class PromptFunction:
     Log-probabilities that cancel (a common beginning of two answers) are never computed.
     """
 
-    def __init__(self, lm: LanguageModel, encoded: Encoded, weights: list[float],
-                 max_tokens: int):
+    def __init__(self, lm: LanguageModel, encoded: Encoded, weights: list[float], max_tokens: int):
         self.lm = lm
         packed = pack(encoded.sequences(without_last=True))
         self.captured: Capture = capture_pack(lm, encoded.inputs, packed)
@@ -96,11 +96,16 @@ class PromptFunction:
         if not len(self.nodes):  # all cancels: two answers that are the same
             return 0 * prompts.flatten(1).sum(dim=1)
         states = torch.cat([prompts, self.fixed.expand(rows, -1, -1)], dim=1)
-        states = replay(self.lm, states, self.captured.kwargs,
-                        checkpointed=self.checkpointed and torch.is_grad_enabled())
+        states = replay(
+            self.lm,
+            states,
+            self.captured.kwargs,
+            checkpointed=self.checkpointed and torch.is_grad_enabled(),
+        )
         at = self.nodes.to(states.device)
-        log_probs = token_log_probs(self.lm, states[:, at].flatten(0, 1),
-                                    self.tokens.to(states.device).repeat(rows))
+        log_probs = token_log_probs(
+            self.lm, states[:, at].flatten(0, 1), self.tokens.to(states.device).repeat(rows)
+        )
         return log_probs.view(rows, -1) @ self.weight.to(log_probs.device)
 
     def values(self, prompts: Tensor) -> Tensor:
@@ -132,7 +137,7 @@ class StraightPath:
         """Compute f and its slopes at these alphas, where they are not known yet."""
         missing = [a for a in dict.fromkeys(map(float, alphas)) if a not in self.points]
         for start in range(0, len(missing), self.function.rows):
-            part = missing[start:start + self.function.rows]
+            part = missing[start : start + self.function.rows]
             alpha = torch.tensor(part, dtype=self.step.dtype, device=self.step.device)
             prompts = self.baseline + alpha[:, None, None] * self.step
             values, grads = self.function.values_and_grads(prompts)
@@ -199,8 +204,10 @@ def adaptive_simpson(path: StraightPath, tolerance: float, max_points: int) -> A
     """
     edges = [i / (2 * START_CELLS) for i in range(2 * START_CELLS + 1)]
     if max_points < len(edges):
-        raise UserError(f"--ig_max_points {max_points}: the adaptive rule begins with "
-                        f"{len(edges)} points; give as many at least, or use --ig_steps")
+        raise UserError(
+            f"--ig_max_points {max_points}: the adaptive rule begins with "
+            f"{len(edges)} points; give as many at least, or use --ig_steps"
+        )
     path.compute(edges)
     cells = {cell: _simpson(path, *cell) for cell in zip(edges[:-1:2], edges[2::2], strict=True)}
 
@@ -266,19 +273,33 @@ class Settings:
     smooth_noise: float = 0.1
 
 
-def attribute(lm: LanguageModel, encoded: Encoded, settings: Settings, max_tokens: int,
-              generator: torch.Generator) -> list[Attribution]:
+def attribute(
+    lm: LanguageModel,
+    encoded: Encoded,
+    settings: Settings,
+    max_tokens: int,
+    generator: torch.Generator,
+) -> list[Attribution]:
     """Attribute an example with two responses: one result if contrastive, two (y+, y-) if normal.
 
     max_tokens: positions computed at a time. generator: of smoothgrad's noise.
     """
     terms = [[1.0, -1.0]] if settings.objective == "contrastive" else [[1.0, 0.0], [0.0, 1.0]]
-    return [_attribute(PromptFunction(lm, encoded, weights, max_tokens), lm, encoded, settings,
-                       generator) for weights in terms]
+    return [
+        _attribute(
+            PromptFunction(lm, encoded, weights, max_tokens), lm, encoded, settings, generator
+        )
+        for weights in terms
+    ]
 
 
-def _attribute(function: PromptFunction, lm: LanguageModel, encoded: Encoded,
-               settings: Settings, generator: torch.Generator) -> Attribution:
+def _attribute(
+    function: PromptFunction,
+    lm: LanguageModel,
+    encoded: Encoded,
+    settings: Settings,
+    generator: torch.Generator,
+) -> Attribution:
     if settings.grad_method == "integrated_gradients":
         path = StraightPath(function, _start(function, lm, encoded, settings))
         if settings.ig_steps:
@@ -302,10 +323,12 @@ def _attribute(function: PromptFunction, lm: LanguageModel, encoded: Encoded,
 
 def moved(encoded: Encoded, attribute: str) -> Tensor:
     """(P,) bool: the prompt positions that leave their embedding along the path."""
-    return {"content": encoded.content | encoded.image,
-            "all": torch.ones_like(encoded.content),
-            "image": encoded.image,
-            "text": encoded.content}[attribute]
+    return {
+        "content": encoded.content | encoded.image,
+        "all": torch.ones_like(encoded.content),
+        "image": encoded.image,
+        "text": encoded.content,
+    }[attribute]
 
 
 def _start(function, lm, encoded, settings) -> Tensor:

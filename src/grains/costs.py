@@ -37,10 +37,7 @@ def unrelated_examples(path: Path = UNRELATED) -> list[Example]:
 
 
 def perplexity(
-    lm: LanguageModel,
-    texts: list[str],
-    configurations: list[Configuration],
-    max_tokens: int,
+    lm: LanguageModel, texts: list[str], configurations: list[Configuration], max_tokens: int
 ) -> np.ndarray:
     """exp of the mean negative log-likelihood per predicted token over all texts.
 
@@ -60,10 +57,7 @@ def perplexity_of(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarra
 
 
 def capability(
-    lm: LanguageModel,
-    examples: list[Example],
-    configurations: list[Configuration],
-    max_tokens: int,
+    lm: LanguageModel, examples: list[Example], configurations: list[Configuration], max_tokens: int
 ) -> dict[str, np.ndarray]:
     """Accuracy on multiple-choice questions in the prompt style qa.
 
@@ -86,7 +80,7 @@ def perplexity_bound(encoded: list[Encoded], scores: list[np.ndarray]) -> np.nda
     rises = (losses - losses[:, :1]).sum(axis=0) / tokens.sum()
     apart = losses - losses[:, :1] - rises * tokens[:, None]
     count = len(tokens)
-    error = np.sqrt((apart ** 2).sum(axis=0) * count / (count - 1)) / tokens.sum()
+    error = np.sqrt((apart**2).sum(axis=0) * count / (count - 1)) / tokens.sum()
     return np.expm1(rises + student_t.ppf(0.95, count - 1) * error)
 
 
@@ -110,9 +104,15 @@ def continuation(lm: LanguageModel, text: str) -> Encoded:
     whole = encode(lm, Example(repr(text[:40]), text, (), 0), "plain")
     first, *rest = whole.prompt_ids
     if not rest:
-        raise UserError(f"text {text!r} is a single token, so nothing is predicted: use longer "
-                        "texts")
+        raise UserError(
+            f"text {text!r} is a single token, so nothing is predicted: use longer texts"
+        )
     return Encoded(
-        whole.example, lm.tokenizer.decode([first]),
-        {key: value[:, :1] for key, value in whole.inputs.items()}, [rest],
-        whole.content[:1], whole.words[:1], whole.image[:1])
+        whole.example,
+        lm.tokenizer.decode([first]),
+        {key: value[:, :1] for key, value in whole.inputs.items()},
+        [rest],
+        whole.content[:1],
+        whole.words[:1],
+        whole.image[:1],
+    )

@@ -68,8 +68,10 @@ def is_faster() -> bool:
     """Whether the processor is one whose AVX-512 MKL does not use."""
     if platform.system() != "Linux" or not torch.backends.mkldnn.is_available():
         return False
-    return (torch.backends.cpu.get_cpu_capability() == "AVX512"
-            and "AuthenticAMD" in Path("/proc/cpuinfo").read_text())
+    return (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    )
 
 
 # mallopt's numbers for from what size on a block is the system's own, and how much that is free at

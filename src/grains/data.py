@@ -96,8 +96,12 @@ def _questions(row: dict) -> dict:
     choices = row["choices"]
     if isinstance(choices, str):
         choices = json.loads(choices)
-    return {"question": row["question"], "choices": choices, "label": row["label"],
-            "context": row.get("context") or ""}
+    return {
+        "question": row["question"],
+        "choices": choices,
+        "label": row["label"],
+        "context": row.get("context") or "",
+    }
 
 
 def _pairs(row: dict) -> dict:
@@ -107,14 +111,21 @@ def _pairs(row: dict) -> dict:
 
 def _faitheval(row: dict) -> dict:
     choices = row["choices"]
-    return {"question": row["question"], "context": row["context"], "choices": choices["text"],
-            "label": list(choices["label"]).index(row["answerKey"])}
+    return {
+        "question": row["question"],
+        "context": row["context"],
+        "choices": choices["text"],
+        "label": list(choices["label"]).index(row["answerKey"]),
+    }
 
 
 def _misconceptions(row: dict) -> dict:
-    return {"question": row["question"],
-            "choices": [row["best_answer"], *row["incorrect_answers"]], "label": 0,
-            "references": row.get("correct_answers") or []}
+    return {
+        "question": row["question"],
+        "choices": [row["best_answer"], *row["incorrect_answers"]],
+        "label": 0,
+        "references": row.get("correct_answers") or [],
+    }
 
 
 def _mmhal(row: dict) -> dict:
@@ -123,8 +134,9 @@ def _mmhal(row: dict) -> dict:
 
 def _scenes(row: dict) -> dict:
     things = json.loads(row.get("objects") or "null")
-    return _pairs(row) | {"objects": things and [f"{thing['colour']} {thing['shape']}"
-                                                 for thing in things]}
+    return _pairs(row) | {
+        "objects": things and [f"{thing['colour']} {thing['shape']}" for thing in things]
+    }
 
 
 def _names(objects: list[str] | str | None) -> tuple[str, ...] | None:
@@ -141,8 +153,10 @@ def _toxigen_pairs(rows: Dataset) -> Dataset:
     pairs = []
     for group, part in table.groupby("target_group", sort=True):
         benign, harmful = part.text[~toxic[part.index]], part.text[toxic[part.index]]
-        pairs += [{"prompt": f"Say something about this group: {group}.", "chosen": good,
-                   "rejected": bad} for good, bad in zip(benign, harmful, strict=False)]
+        pairs += [
+            {"prompt": f"Say something about this group: {group}.", "chosen": good, "rejected": bad}
+            for good, bad in zip(benign, harmful, strict=False)
+        ]
     return Dataset.from_list(pairs)
 
 
@@ -156,36 +170,57 @@ def _draw_shapes(folder: Path) -> None:
 PACKAGED = Path(__file__).resolve().parent.parent / "data"
 DATASETS = {
     "misconceptions": Source(
-        str(PACKAGED / "misconceptions.jsonl"), ("question", "best_answer", "incorrect_answers"),
-        _misconceptions, ("steering", "validation", "test")),
+        str(PACKAGED / "misconceptions.jsonl"),
+        ("question", "best_answer", "incorrect_answers"),
+        _misconceptions,
+        ("steering", "validation", "test"),
+    ),
     "shapes": Source(
-        str(PACKAGED / "vlm" / "shapes"), ("image", "question", "chosen", "rejected"), _scenes,
-        ("steering", "validation", "test"), make=_draw_shapes),
+        str(PACKAGED / "vlm" / "shapes"),
+        ("image", "question", "chosen", "rejected"),
+        _scenes,
+        ("steering", "validation", "test"),
+        make=_draw_shapes,
+    ),
     "truthfulqa": Source(
-        "EleutherAI/truthful_qa_binary", ("question", "choices", "label"), _questions,
-        ("validation",) * 3, config="multiple_choice", revision=CONVERTED),
+        "EleutherAI/truthful_qa_binary",
+        ("question", "choices", "label"),
+        _questions,
+        ("validation",) * 3,
+        config="multiple_choice",
+        revision=CONVERTED,
+    ),
     "faitheval": Source(
         "Salesforce/FaithEval-counterfactual-v1.0",
-        ("context", "question", "choices", "answerKey"), _faitheval, ("test",) * 3),
+        ("context", "question", "choices", "answerKey"),
+        _faitheval,
+        ("test",) * 3,
+    ),
     "toxigen": Source(
-        "toxigen/toxigen-data", ("text", "target_group", "toxicity_ai", "toxicity_human"),
-        _pairs, ("train", "train", "test"), config="annotated", rows=_toxigen_pairs,
+        "toxigen/toxigen-data",
+        ("text", "target_group", "toxicity_ai", "toxicity_human"),
+        _pairs,
+        ("train", "train", "test"),
+        config="annotated",
+        rows=_toxigen_pairs,
         shared_prompts=True,
-        note="access may have to be asked for on its page"),
+        note="access may have to be asked for on its page",
+    ),
     "spa-vl": Source(
-        "sqrti/SPA-VL", ("image", "question", "chosen", "rejected"), _pairs,
+        "sqrti/SPA-VL",
+        ("image", "question", "chosen", "rejected"),
+        _pairs,
         ("train", "validation", "validation"),
-        config={"train": "default", "validation": "validation", "harm": "test", "help": "test"}),
+        config={"train": "default", "validation": "validation", "harm": "test", "help": "test"},
+    ),
     "mmhal-bench": Source(
-        "DogNeverSleep/MMHal-Bench", ("image", "question", "gt_answer"), _mmhal, ("train",) * 3),
+        "DogNeverSleep/MMHal-Bench", ("image", "question", "gt_answer"), _mmhal, ("train",) * 3
+    ),
 }
 
 
 def load(
-    name: str,
-    split: str,
-    path: str | None = None,
-    revision: str | None = None,
+    name: str, split: str, path: str | None = None, revision: str | None = None
 ) -> tuple[Dataset, Source]:
     """One split of a data set and how to read it.
 
@@ -196,8 +231,10 @@ def load(
     """
     source = DATASETS.get(name)
     if source is None and path is None:
-        raise UserError(f"unknown data set '{name}': expected {', '.join(DATASETS)}, or any name "
-                        "with --dataset_path FILE")
+        raise UserError(
+            f"unknown data set '{name}': expected {', '.join(DATASETS)}, or any name "
+            "with --dataset_path FILE"
+        )
     if path is None and Path(source.path).is_absolute():
         path = source.path
         if source.make and not Path(path).exists():
@@ -209,9 +246,11 @@ def load(
         source = replace(source, path=str(path))
     missing = [column for column in source.columns if column not in rows.column_names]
     if missing:
-        raise UserError(f"{path or source.path}: column{'s' * (len(missing) > 1)} "
-                        f"{', '.join(missing)} missing; expected {', '.join(source.columns)}, "
-                        f"found {', '.join(rows.column_names)}")
+        raise UserError(
+            f"{path or source.path}: column{'s' * (len(missing) > 1)} "
+            f"{', '.join(missing)} missing; expected {', '.join(source.columns)}, "
+            f"found {', '.join(rows.column_names)}"
+        )
     if source.rows:
         rows = source.rows(rows)
     if "image" in rows.column_names and isinstance(rows.features["image"], Image):
@@ -226,16 +265,21 @@ def default_split(name: str, part: int) -> str:
 
 def _columns_of(rows: Dataset, path: str) -> Source:
     """A user's own columns: prompt/chosen/rejected, or question/choices/label."""
-    forms = {("prompt", "chosen", "rejected"): _pairs, ("question", "chosen", "rejected"): _pairs,
-             ("question", "choices", "label"): _questions}
+    forms = {
+        ("prompt", "chosen", "rejected"): _pairs,
+        ("question", "chosen", "rejected"): _pairs,
+        ("question", "choices", "label"): _questions,
+    }
     for columns, read in forms.items():
         if set(columns) <= set(rows.column_names):
             return Source(str(path), columns, read, ("train",) * 3)
     best = max(forms, key=lambda columns: len(set(columns) & set(rows.column_names)))
     missing = [column for column in best if column not in rows.column_names]
-    raise UserError(f"{path}: column{'s' * (len(missing) > 1)} {', '.join(missing)} missing; "
-                    "expected prompt, chosen, rejected or question, choices, label (and image), "
-                    f"found {', '.join(rows.column_names)}")
+    raise UserError(
+        f"{path}: column{'s' * (len(missing) > 1)} {', '.join(missing)} missing; "
+        "expected prompt, chosen, rejected or question, choices, label (and image), "
+        f"found {', '.join(rows.column_names)}"
+    )
 
 
 def _local(path: Path, split: str) -> Dataset:
@@ -253,8 +297,9 @@ def _local(path: Path, split: str) -> Dataset:
         raise
     except Exception as error:
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"'{path}' could not be read: {reason}; is it whole, and of the kind its "
-                        "name says?") from error
+        raise UserError(
+            f"'{path}' could not be read: {reason}; is it whole, and of the kind its name says?"
+        ) from error
     if isinstance(found, DatasetDict):
         if split not in found:
             raise UserError(f"'{path}' has no split '{split}': found {', '.join(found)}")
@@ -275,8 +320,9 @@ def _folder(path: Path, split: str) -> Dataset:
     for file in sorted(path.rglob("*.parquet")):
         files.setdefault(file.stem.split("-")[0], []).append(str(file))
     if not files:
-        raise UserError(f"'{path}' holds neither Parquet files nor a data set written by "
-                        "save_to_disk")
+        raise UserError(
+            f"'{path}' holds neither Parquet files nor a data set written by save_to_disk"
+        )
     if split not in files:
         raise UserError(f"'{path}' has no split '{split}': found {', '.join(files)}")
     return load_dataset("parquet", data_files=files[split], split="train")
@@ -290,8 +336,10 @@ def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset
         config = source.config
         if isinstance(config, dict):
             if split not in config:
-                raise UserError(f"data set '{source.path}' has no split '{split}': found "
-                                f"{', '.join(config)}; give one of them with --split")
+                raise UserError(
+                    f"data set '{source.path}' has no split '{split}': found "
+                    f"{', '.join(config)}; give one of them with --split"
+                )
             config = config[split]
         return load_dataset(source.path, config, split=split, revision=revision)
     except UserError:
@@ -301,7 +349,7 @@ def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset
         page = f"https://huggingface.co/datasets/{source.path}"
         todo = {
             "gated": f"ask for access at {page} and log in with 'hf auth login', or give a copy "
-                     "with --dataset_path",
+            "with --dataset_path",
             "missing": f"see whether {page} is still there, or give a copy with --dataset_path",
             "network": "check the network, or give a local copy with --dataset_path",
             "": "give a local copy with --dataset_path",
@@ -309,8 +357,9 @@ def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset
         if "split" in reason.lower():
             todo = "give a split that exists with --split"
         note = f" ({source.note})" if source.note else ""
-        raise UserError(f"data set '{name}' ({source.path}) could not be loaded: {reason}; "
-                        f"{todo}{note}") from error
+        raise UserError(
+            f"data set '{name}' ({source.path}) could not be loaded: {reason}; {todo}{note}"
+        ) from error
 
 
 def _converted(source: Source, split: str) -> Dataset:
@@ -318,14 +367,22 @@ def _converted(source: Source, split: str) -> Dataset:
 
     They are read as files: that branch has no card, so `datasets` knows of no configurations.
     """
-    folder = Path(snapshot_download(source.path, repo_type="dataset", revision=CONVERTED,
-                                    allow_patterns=f"{source.config}/*/*.parquet"))
+    folder = Path(
+        snapshot_download(
+            source.path,
+            repo_type="dataset",
+            revision=CONVERTED,
+            allow_patterns=f"{source.config}/*/*.parquet",
+        )
+    )
     files: dict[str, list[str]] = {}
     for file in sorted((folder / source.config).glob("*/*.parquet")):
         files.setdefault(file.parent.name, []).append(str(file))
     if split not in files:
-        raise UserError(f"data set '{source.path}' has no split '{split}': found "
-                        f"{', '.join(files) or 'none'}; give one of them with --split")
+        raise UserError(
+            f"data set '{source.path}' has no split '{split}': found "
+            f"{', '.join(files) or 'none'}; give one of them with --split"
+        )
     return load_dataset("parquet", data_files=files[split], split="train")
 
 
@@ -337,16 +394,18 @@ def read(rows: Dataset, source: Source, index: int) -> Example:
     row = rows[int(index)]
     for column in source.columns:
         if row.get(column) is None and column in row:
-            raise UserError(f"{source.path}, row {index}: an empty {column}; fill it in or take "
-                            "the row out")
+            raise UserError(
+                f"{source.path}, row {index}: an empty {column}; fill it in or take the row out"
+            )
     try:
         content = source.read(row)
         choices = tuple(content["choices"])
         label = int(content["label"])
         objects = _names(content.get("objects", row.get("image_content")))
     except (KeyError, ValueError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{source.path}, row {index}: {error}; expected the columns "
-                        f"{', '.join(source.columns)}") from error
+        raise UserError(
+            f"{source.path}, row {index}: {error}; expected the columns {', '.join(source.columns)}"
+        ) from error
     image = row.get("image")
     origin = Path(source.path)
     if isinstance(image, str) and image and not Path(image).is_absolute() and origin.exists():
@@ -361,13 +420,27 @@ def read(rows: Dataset, source: Source, index: int) -> Example:
             raise UserError(f"{where}: an empty {what}; fill it in or take the row out")
     if not 0 <= label < len(choices):
         raise UserError(f"{where}: label {label} does not name one of {len(choices)} choices")
-    return Example(str(identity), content["question"].strip(), tuple(c.strip() for c in choices),
-                   label, content.get("context", "").strip(), image, source.shared_prompts,
-                   tuple(content.get("references", ())), objects, row.get("question_type") or "")
+    return Example(
+        str(identity),
+        content["question"].strip(),
+        tuple(c.strip() for c in choices),
+        label,
+        content.get("context", "").strip(),
+        image,
+        source.shared_prompts,
+        tuple(content.get("references", ())),
+        objects,
+        row.get("question_type") or "",
+    )
 
 
-def examples(rows: Dataset, source: Source, seed: int, limit: int | None = None,
-             exclude: frozenset[str] = frozenset()) -> list[Example]:
+def examples(
+    rows: Dataset,
+    source: Source,
+    seed: int,
+    limit: int | None = None,
+    exclude: frozenset[str] = frozenset(),
+) -> list[Example]:
     """Examples of a split in an order shuffled by the seed, the first `limit` of them.
 
     exclude: ids and question keys that must not occur (those the vectors were made from). A

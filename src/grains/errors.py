@@ -16,8 +16,13 @@ class UserError(Exception):
 HUB_TROUBLE = {
     "gated": {"GatedRepoError"},
     "missing": {"RepositoryNotFoundError", "RevisionNotFoundError", "DatasetNotFoundError"},
-    "network": {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError",
-                "TransportError", "TimeoutError"},
+    "network": {
+        "LocalEntryNotFoundError",
+        "OfflineModeIsEnabled",
+        "ConnectionError",
+        "TransportError",
+        "TimeoutError",
+    },
 }
 
 

@@ -38,10 +38,19 @@ from tokenizers import decoders
 from grains.vectors import CONTROLS, METHODS
 
 DIVERGING = LinearSegmentedColormap.from_list(
-    "orange_blue", ["#8c4004", "#d9822b", "#f4f2ee", "#4a90c9", "#174f8a"])
+    "orange_blue", ["#8c4004", "#d9822b", "#f4f2ee", "#4a90c9", "#174f8a"]
+)
 # Each colour stands out from white and from near-black (3:1); markers tell the methods apart too.
-PALETTE = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#bf6a9a", "D"),
-           ("#a07000", "v"), ("#7d63c8", "P"), ("#2b8fa8", "X"), ("#c8434d", "*"))
+PALETTE = (
+    ("#0072b2", "o"),
+    ("#d55e00", "s"),
+    ("#009e73", "^"),
+    ("#bf6a9a", "D"),
+    ("#a07000", "v"),
+    ("#7d63c8", "P"),
+    ("#2b8fa8", "X"),
+    ("#c8434d", "*"),
+)
 GREY, CONTROL_MARKERS = "#808080", "x+1234"
 SCORES = {"token": "per-token", "sum": "summed"}
 # How the tokens of a selection are outlined.
@@ -53,17 +62,40 @@ MAX_TICKS = 5  # strengths that are all written at the axis
 
 def style(theme: str = "light"):
     """A context in which figures are drawn dark on light, or light on dark."""
-    ink, faint, ground = {"light": ("#1b1b1b", "#d8d8d8", "#ffffff"),
-                          "dark": ("#e6e6e6", "#43474d", "#15171a")}[theme]
-    return matplotlib.rc_context({
-        "figure.facecolor": ground, "savefig.facecolor": ground, "axes.facecolor": ground,
-        "text.color": ink, "axes.edgecolor": ink, "axes.labelcolor": ink, "axes.titlecolor": ink,
-        "xtick.color": ink, "ytick.color": ink, "grid.color": faint,
-        "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9,
-        "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5,
-        "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-        "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7,
-        "legend.frameon": False, "figure.dpi": 200, "savefig.dpi": 200})
+    ink, faint, ground = {
+        "light": ("#1b1b1b", "#d8d8d8", "#ffffff"),
+        "dark": ("#e6e6e6", "#43474d", "#15171a"),
+    }[theme]
+    return matplotlib.rc_context(
+        {
+            "figure.facecolor": ground,
+            "savefig.facecolor": ground,
+            "axes.facecolor": ground,
+            "text.color": ink,
+            "axes.edgecolor": ink,
+            "axes.labelcolor": ink,
+            "axes.titlecolor": ink,
+            "xtick.color": ink,
+            "ytick.color": ink,
+            "grid.color": faint,
+            "font.family": "sans-serif",
+            "font.size": 9,
+            "axes.titlesize": 9.5,
+            "axes.labelsize": 9,
+            "xtick.labelsize": 8.5,
+            "ytick.labelsize": 8.5,
+            "legend.fontsize": 8.5,
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.linewidth": 0.7,
+            "xtick.major.width": 0.7,
+            "ytick.major.width": 0.7,
+            "legend.frameon": False,
+            "figure.dpi": 200,
+            "savefig.dpi": 200,
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -82,8 +114,11 @@ def words(tokens: Sequence[str], scores: Sequence[float]) -> list[Word]:
     attributions add up.
     """
     pieces = any("▁" in token for token in tokens)  # SentencePiece; byte-level otherwise
-    decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
-                                 decoders.Fuse()]) if pieces else decoders.ByteLevel()
+    decoder = (
+        decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        if pieces
+        else decoders.ByteLevel()
+    )
     found, start = [], 0
     for end in range(1, len(tokens) + 1):
         text = decoder.decode(list(tokens[start:end]))
@@ -108,12 +143,14 @@ def draw_words(axes: Axes, lines: Sequence[tuple[Sequence[Word], str]]) -> None:
 
     def write(x, y, text, **options):
         """Write text with its top left corner there. Returns it and its box."""
-        shown = axes.text(x, y, text, va="top", transform=axes.transAxes, parse_math=False,
-                          **options)
+        shown = axes.text(
+            x, y, text, va="top", transform=axes.transAxes, parse_math=False, **options
+        )
         return shown, to_axes.transform(shown.get_window_extent())
 
     space = np.ptp(write(0, 0, "n n", fontsize=9)[1][:, 0]) - np.ptp(
-        write(0, 0, "nn", fontsize=9)[1][:, 0])
+        write(0, 0, "nn", fontsize=9)[1][:, 0]
+    )
     for text in list(axes.texts):
         text.remove()
     y = 1.0
@@ -123,8 +160,12 @@ def draw_words(axes: Axes, lines: Sequence[tuple[Sequence[Word], str]]) -> None:
         for word in line:
             value = word.score / largest
             x += space if word.text[:1].isspace() and x else 0
-            look = {"color": _on(value), "fontsize": 9, "zorder": 2, "bbox": {
-                "facecolor": DIVERGING(0.5 + 0.5 * value), "edgecolor": "none", "pad": 1}}
+            look = {
+                "color": _on(value),
+                "fontsize": 9,
+                "zorder": 2,
+                "bbox": {"facecolor": DIVERGING(0.5 + 0.5 * value), "edgecolor": "none", "pad": 1},
+            }
             shown, box = write(x, y, word.text.strip() or "␣", **look)
             if box[1, 0] > 1 and x > 0:
                 shown.remove()
@@ -155,20 +196,40 @@ def heat_map(boxes: Sequence, scores: Sequence[float], size: tuple[int, int]) ->
     return heat
 
 
-def draw_heat(axes: Axes, picture: Image.Image, heat: np.ndarray, largest: float,
-              outlined: dict[str, Sequence] | None = None) -> None:
+def draw_heat(
+    axes: Axes,
+    picture: Image.Image,
+    heat: np.ndarray,
+    largest: float,
+    outlined: dict[str, Sequence] | None = None,
+) -> None:
     """The heat-map over the picture in pale grey: clear where there is no attribution.
 
     largest: the absolute score that has full colour. outlined: boxes by selection ('pos', ...).
     """
     pale = 0.45 * np.asarray(picture.convert("L"), float) / 255 + 0.55
     axes.imshow(pale, cmap="gray", vmin=0, vmax=1)
-    axes.imshow(heat, cmap=DIVERGING, vmin=-largest, vmax=largest, interpolation="nearest",
-                alpha=0.9 * np.clip(np.abs(heat) / largest, 0, 1) ** 0.7)
+    axes.imshow(
+        heat,
+        cmap=DIVERGING,
+        vmin=-largest,
+        vmax=largest,
+        interpolation="nearest",
+        alpha=0.9 * np.clip(np.abs(heat) / largest, 0, 1) ** 0.7,
+    )
     for top, boxes in (outlined or {}).items():
         for x0, y0, x1, y1 in boxes:
-            axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False,
-                                     lw=0.9, ls=OUTLINES[top], edgecolor="#1b1b1b"))
+            axes.add_patch(
+                Rectangle(
+                    (x0 - 0.5, y0 - 0.5),
+                    x1 - x0,
+                    y1 - y0,
+                    fill=False,
+                    lw=0.9,
+                    ls=OUTLINES[top],
+                    edgecolor="#1b1b1b",
+                )
+            )
     axes.set_axis_off()
 
 
@@ -191,15 +252,25 @@ def _lines(axes: Axes, table: pd.DataFrame, along: str, value: str, spread: bool
         colour, marker = look(method)
         control, variant, gated = method in CONTROLS, "both" in mode, "gated" in mode
         apart = 1.012 ** (index - (len(series) - 1) / 2) if spread else 1
-        interval = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]
-                    ] if f"{value}_low" in rows else None
+        interval = (
+            [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
+            if f"{value}_low" in rows
+            else None
+        )
         axes.errorbar(
-            rows[along] * apart, rows[value], yerr=interval and np.clip(interval, 0, None),
-            color=colour, marker=marker, ms=4.5,
+            rows[along] * apart,
+            rows[value],
+            yerr=interval and np.clip(interval, 0, None),
+            color=colour,
+            marker=marker,
+            ms=4.5,
             fillstyle=("full", "none", "left", "bottom")[variant + 2 * gated],
-            lw=0.7 if control else 1.2, elinewidth=0.5 if control else 0.9,
-            zorder=2 if control else 3, label=f"{method} {mode}".strip(),
-            ls="-." if gated else ":" if control else "--" if variant else "-")
+            lw=0.7 if control else 1.2,
+            elinewidth=0.5 if control else 0.9,
+            zorder=2 if control else 3,
+            label=f"{method} {mode}".strip(),
+            ls="-." if gated else ":" if control else "--" if variant else "-",
+        )
 
 
 def draw_front(axes: Axes, front: pd.DataFrame) -> None:
@@ -212,8 +283,12 @@ def draw_front(axes: Axes, front: pd.DataFrame) -> None:
     ink = matplotlib.rcParams["text.color"]
     axes.axhline(0, color=ink, lw=1)
     axes.axvline(0, color=ink, lw=0.6)
-    _lines(axes, front.drop_duplicates(["method", "mode", "perplexity_increase", "gain"]),
-           "perplexity_increase", "gain")
+    _lines(
+        axes,
+        front.drop_duplicates(["method", "mode", "perplexity_increase", "gain"]),
+        "perplexity_increase",
+        "gain",
+    )
     _price_scale(axes, "x")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}" if value else "0")
     axes.set_ylabel("gain (percentage points)")
@@ -238,8 +313,13 @@ def draw_accuracy(axes: Axes, grid: pd.DataFrame, score: str) -> None:
     """
     value = f"accuracy_{score}"
     base = grid[grid.method == "base"].iloc[0]
-    axes.axhspan(base[f"{value}_low"], base[f"{value}_high"], alpha=0.09, lw=0,
-                 color=matplotlib.rcParams["text.color"])
+    axes.axhspan(
+        base[f"{value}_low"],
+        base[f"{value}_high"],
+        alpha=0.09,
+        lw=0,
+        color=matplotlib.rcParams["text.color"],
+    )
     _over_strength(axes, grid, value)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     axes.set_title(f"{SCORES[score]} accuracy")
@@ -285,22 +365,35 @@ def draw_layers(axes: Axes, grid: pd.DataFrame, score: str, largest: float):
     """
     base = grid[grid.method == "base"].iloc[0][f"accuracy_{score}"]
     rows = grid[grid.method != "base"]
-    rows = rows.assign(layer=rows.layers.astype(int),
-                       nth=rows.groupby("layers").alpha.rank("dense").astype(int))
+    rows = rows.assign(
+        layer=rows.layers.astype(int), nth=rows.groupby("layers").alpha.rank("dense").astype(int)
+    )
     gains = rows.pivot(index="layer", columns="nth", values=f"accuracy_{score}") - base
-    image = axes.imshow(gains, cmap=DIVERGING, vmin=-largest, vmax=largest, aspect="auto",
-                        origin="lower")
+    image = axes.imshow(
+        gains, cmap=DIVERGING, vmin=-largest, vmax=largest, aspect="auto", origin="lower"
+    )
     strengths = rows.groupby("nth").alpha.unique()
-    axes.set_xticks(range(gains.shape[1]), [
-        f"{values[0]:g}" if len(values) == 1 else f"no. {nth}" for nth, values
-        in strengths.items()])
+    axes.set_xticks(
+        range(gains.shape[1]),
+        [
+            f"{values[0]:g}" if len(values) == 1 else f"no. {nth}"
+            for nth, values in strengths.items()
+        ],
+    )
     every = -(-len(gains) // 12)
     axes.set_yticks(range(0, len(gains), every), gains.index[::every])
     if gains.size <= 60:
         for (y, x), gain in np.ndenumerate(gains.to_numpy()):
             if not np.isnan(gain):
-                axes.text(x, y, f"{100 * gain:+.1f}", ha="center", va="center", fontsize=8,
-                          color=_on(gain / largest))
+                axes.text(
+                    x,
+                    y,
+                    f"{100 * gain:+.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color=_on(gain / largest),
+                )
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return image
@@ -326,7 +419,7 @@ def fill_strength(figure: Figure, grid: pd.DataFrame, measures: dict[str, str]) 
     panels = figure.subplots(len(ratios), sharex=True, height_ratios=ratios)
     for axes, score in zip(panels, SCORES, strict=False):
         draw_accuracy(axes, grid, score)
-    for axes, (column, title) in zip(panels[len(SCORES):], measures.items(), strict=True):
+    for axes, (column, title) in zip(panels[len(SCORES) :], measures.items(), strict=True):
         draw_measure(axes, grid, column)
         axes.set_title(title)
     panels[-1].set_xlabel("strength")
@@ -340,7 +433,7 @@ def fill_layers(figure: Figure, grid: pd.DataFrame, score: str) -> None:
     largest = max(gains.abs().max(), 0.01)
     series = list(steered.groupby(["method", "mode"], sort=False))
     panels = figure.subplots(-(-len(series) // 2), min(2, len(series)), squeeze=False, sharey=True)
-    for axes in panels.flat[len(series):]:
+    for axes in panels.flat[len(series) :]:
         axes.set_axis_off()
     for axes, (names, rows) in zip(panels.flat, series, strict=False):
         image = draw_layers(axes, pd.concat([base, rows]), score, largest)
@@ -348,8 +441,13 @@ def fill_layers(figure: Figure, grid: pd.DataFrame, score: str) -> None:
         axes.set_xlabel("strength")
     for axes in panels[:, 0]:
         axes.set_ylabel("layer")
-    figure.colorbar(image, ax=panels, shrink=0.8, format=lambda v, _: f"{100 * v:+.3g}",
-                    label="gain (percentage points)")
+    figure.colorbar(
+        image,
+        ax=panels,
+        shrink=0.8,
+        format=lambda v, _: f"{100 * v:+.3g}",
+        label="gain (percentage points)",
+    )
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:

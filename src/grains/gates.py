@@ -51,18 +51,23 @@ def fit(
         if not items:
             raise UserError(f"a gate tells steering examples from other text, found no {name}")
     generator = torch.Generator().manual_seed(seed)
-    mine, theirs = (_states(lm, items, layers, max_tokens, generator, f"states of {name}")
-                    for items, name in ((steering, "steering examples"), (others, "other text")))
+    mine, theirs = (
+        _states(lm, items, layers, max_tokens, generator, f"states of {name}")
+        for items, name in ((steering, "steering examples"), (others, "other text"))
+    )
     labels = [1] * len(mine[layers[0]]) + [0] * len(theirs[layers[0]])
     weights = torch.full((len(lm.layers), lm.hidden_size), torch.nan)
     biases = torch.full((len(lm.layers),), torch.nan)
     for layer in tqdm(layers, desc="gates", unit="layer"):
         states = torch.cat([mine.pop(layer), theirs.pop(layer)])
         if not states.isfinite().all():
-            raise UserError(f"hidden states of layer {layer} are NaN or infinite: give --dtype "
-                            "float32")
-        scaler, regression = StandardScaler(), LogisticRegression(
-            C=PENALTY, class_weight="balanced", solver="newton-cholesky")
+            raise UserError(
+                f"hidden states of layer {layer} are NaN or infinite: give --dtype float32"
+            )
+        scaler, regression = (
+            StandardScaler(),
+            LogisticRegression(C=PENALTY, class_weight="balanced", solver="newton-cholesky"),
+        )
         regression.fit(scaler.fit_transform(states.numpy()), labels)
         weight = regression.coef_[0] / scaler.scale_
         weights[layer] = torch.from_numpy(weight)
@@ -75,12 +80,14 @@ def _states(lm, items, layers, max_tokens, generator, what) -> dict[int, Tensor]
     """layer -> (n, D) directions of the states at about `POSITIONS` positions of the items."""
     share = POSITIONS / sum(item.length for item in items)
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for members in tqdm(batches([item.length for item in items], max_tokens), desc=what,
-                        unit="batch"):
+    for members in tqdm(
+        batches([item.length for item in items], max_tokens), desc=what, unit="batch"
+    ):
         batch, _ = packed_batch(lm, [items[index] for index in members])
         count, length = batch.embeds.shape[:2]
-        read = ((torch.arange(length) < batch.lengths[:, None])
-                & (torch.rand(count, length, generator=generator) < share))
+        read = (torch.arange(length) < batch.lengths[:, None]) & (
+            torch.rand(count, length, generator=generator) < share
+        )
 
         def keep(layer: int, states: Tensor, read=read) -> None:
             if layer in found:

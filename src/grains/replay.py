@@ -175,8 +175,9 @@ def capture(lm: LanguageModel, inputs: dict, run_layers: bool = False) -> Captur
         raise UserError(f"{lm.name}: its forward does not call decoder layers {missing}")
     if any(len(record["args"]) != 1 for record in records):
         raise UserError(f"{lm.name}: its decoder layers take more than hidden states by position")
-    kwargs = [record["kwargs"] | {"past_key_values": None, "use_cache": False}
-              for record in records]
+    kwargs = [
+        record["kwargs"] | {"past_key_values": None, "use_cache": False} for record in records
+    ]
     embeds = records[0]["args"][0].detach()
     lengths = torch.full((embeds.shape[0],), embeds.shape[1])
     return Capture(embeds, kwargs, lengths)
@@ -191,7 +192,7 @@ def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
 
     prompt: the model's inputs for the prompt alone (one row), images included.
     """
-    extra = packed.tokens[prompt["input_ids"].shape[1]:].tolist()
+    extra = packed.tokens[prompt["input_ids"].shape[1] :].tolist()
     linear = capture(lm, extend(prompt, extra))
     if len(packed.paths) == 1:
         return linear
@@ -223,15 +224,19 @@ def _causal(length: int, device) -> Tensor:
 
 def _fill_masks(kwargs: list[dict], mask: Tensor) -> list[dict]:
     """Put `mask` where a layer was called without one, which means plain causal attention."""
-    return [layer | {"attention_mask": mask} if layer.get("attention_mask") is None else layer
-            for layer in kwargs]
+    return [
+        layer | {"attention_mask": mask} if layer.get("attention_mask") is None else layer
+        for layer in kwargs
+    ]
 
 
 def _narrow(mask: Tensor, depth: Tensor, same_path: Tensor, name: str) -> Tensor:
     """The mask (B, 1, T, T) at the nodes' positions, closed where two nodes share no path."""
     if mask.dim() != 4 or mask.shape[-1] != mask.shape[-2]:
-        raise UserError(f"{name}: an attention mask of shape {tuple(mask.shape)} cannot be "
-                        "packed; load the model with sdpa or eager attention")
+        raise UserError(
+            f"{name}: an attention mask of shape {tuple(mask.shape)} cannot be "
+            "packed; load the model with sdpa or eager attention"
+        )
     mask = mask.index_select(-2, depth).index_select(-1, depth)
     if mask.dtype == torch.bool:
         return mask & same_path
@@ -247,7 +252,8 @@ def extend(prompt: dict, tokens: list[int]) -> dict:
         if key != "input_ids" and isinstance(value, Tensor) and value.shape == ids.shape:
             fill = torch.ones if key == "attention_mask" else torch.zeros
             inputs[key] = torch.cat(
-                [value, fill(more.shape, dtype=value.dtype, device=value.device)], dim=1)
+                [value, fill(more.shape, dtype=value.dtype, device=value.device)], dim=1
+            )
     return inputs
 
 
@@ -261,8 +267,10 @@ def collate(captures: list[Capture]) -> Capture:
         return captures[0]
     lengths = torch.cat([item.lengths for item in captures])
     longest = int(lengths.max())
-    layers = [_fill_masks(item.kwargs, _causal(item.embeds.shape[1], item.embeds.device))
-              for item in captures]
+    layers = [
+        _fill_masks(item.kwargs, _causal(item.embeds.shape[1], item.embeds.device))
+        for item in captures
+    ]
 
     def pad(value: Tensor, dim: int) -> Tensor:
         shape = list(value.shape)
@@ -272,8 +280,10 @@ def collate(captures: list[Capture]) -> Capture:
     def pad_mask(value: Tensor) -> Tensor:
         length = value.shape[-1]
         is_bool = value.dtype == torch.bool
-        wide = value.new_full((*value.shape[:-2], longest, longest),
-                              False if is_bool else torch.finfo(value.dtype).min)
+        wide = value.new_full(
+            (*value.shape[:-2], longest, longest),
+            False if is_bool else torch.finfo(value.dtype).min,
+        )
         wide[..., :length, :length] = value
         padding = torch.arange(length, longest, device=value.device)
         wide[..., padding, padding] = True if is_bool else 0.0
@@ -292,13 +302,16 @@ def collate(captures: list[Capture]) -> Capture:
             if key == "attention_mask":
                 padded = [pad_mask(value) for value in values]
             else:
-                padded = [pad(value, -2 if key == "position_embeddings" else -1)
-                          for value in values]
+                padded = [
+                    pad(value, -2 if key == "position_embeddings" else -1) for value in values
+                ]
             joined[identity] = torch.cat(padded)
         return joined[identity]
 
-    kwargs = [{key: join(key, tuple(layer[key] for layer in same)) for key in same[0]}
-              for same in zip(*layers, strict=True)]
+    kwargs = [
+        {key: join(key, tuple(layer[key] for layer in same)) for key in same[0]}
+        for same in zip(*layers, strict=True)
+    ]
     return Capture(torch.cat([pad(item.embeds, -2) for item in captures]), kwargs, lengths)
 
 
@@ -324,8 +337,11 @@ def replay(
     """
     for index in range(start, len(lm.layers) if stop is None else stop):
         layer = partial(lm.layers[index], **kwargs[index])
-        hidden_states = (checkpoint(layer, hidden_states, use_reentrant=False) if checkpointed
-                         else layer(hidden_states))
+        hidden_states = (
+            checkpoint(layer, hidden_states, use_reentrant=False)
+            if checkpointed
+            else layer(hidden_states)
+        )
         if after is not None:
             changed = after(index, hidden_states)
             hidden_states = hidden_states if changed is None else changed
@@ -382,9 +398,10 @@ class _TokenLogProbs(torch.autograd.Function):
         picked = torch.zeros(count, device=states.device)
         mean = torch.zeros_like(states, dtype=torch.float32) if wants_grad else None
         for start in range(0, len(weight), VOCABULARY_SLICE):
-            part = weight[start:start + VOCABULARY_SLICE]
-            scores = product(states, part, None if bias is None
-                            else bias[start:start + VOCABULARY_SLICE]).float()
+            part = weight[start : start + VOCABULARY_SLICE]
+            scores = product(
+                states, part, None if bias is None else bias[start : start + VOCABULARY_SLICE]
+            ).float()
             here = (targets >= start) & (targets < start + len(part))
             picked[here] = scores[here, targets[here] - start]
             before, highest = highest, torch.maximum(highest, scores.amax(-1))
@@ -392,8 +409,7 @@ class _TokenLogProbs(torch.autograd.Function):
             scores.sub_(highest[:, None]).exp_()
             total.mul_(rescale).add_(scores.sum(-1))
             if wants_grad:
-                mean.mul_(rescale[:, None]).add_(
-                    product(scores.to(part.dtype), part.t()).float())
+                mean.mul_(rescale[:, None]).add_(product(scores.to(part.dtype), part.t()).float())
         if wants_grad:
             ctx.save_for_backward(weight[targets].float() - mean / total[:, None])
         return picked - highest - total.log()
@@ -420,6 +436,11 @@ def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -
         weight, bias = lm.head.weight, getattr(lm.head, "bias", None)
         states, targets = states.to(weight.device), targets.to(weight.device)
         product = cpu.product_of(lm.head)
-        return torch.cat([_TokenLogProbs.apply(some, wanted, weight, bias, product, wants_grad)
-                          for some, wanted in zip(states.split(LOGIT_ROWS),
-                                                  targets.split(LOGIT_ROWS), strict=True)])
+        return torch.cat(
+            [
+                _TokenLogProbs.apply(some, wanted, weight, bias, product, wants_grad)
+                for some, wanted in zip(
+                    states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True
+                )
+            ]
+        )

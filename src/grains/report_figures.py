@@ -30,8 +30,9 @@ class Figures:
         light = self._keep(name, rendered(draw, height, "light"))
         return as_item(alt, height, light, rendered(draw, height, "dark"))
 
-    def add_picture(self, name: str, draw: Callable[[Figure], None], height: float, alt: str
-                    ) -> dict:
+    def add_picture(
+        self, name: str, draw: Callable[[Figure], None], height: float, alt: str
+    ) -> dict:
         """As `add`, for a figure without text on a clear ground: one variant goes for both."""
         png = rendered(draw, height, "light", transparent=True)
         return as_item(alt, height, self._keep(name, png))
@@ -47,11 +48,17 @@ class Figures:
 
 def as_item(alt: str, height: float, light: bytes, dark: bytes | None = None) -> dict:
     """What the template needs for one figure, from its PNGs. height: inches, of `WIDTH` ones."""
-    light, dark = (png and "data:image/png;base64," + base64.b64encode(png).decode()
-                   for png in (light, dark))
+    light, dark = (
+        png and "data:image/png;base64," + base64.b64encode(png).decode() for png in (light, dark)
+    )
     # CSS pixels of the figure as drawn: 96 an inch.
-    return {"light": light, "dark": dark, "alt": alt, "width": round(96 * WIDTH),
-            "height": round(96 * height)}
+    return {
+        "light": light,
+        "dark": dark,
+        "alt": alt,
+        "width": round(96 * WIDTH),
+        "height": round(96 * height),
+    }
 
 
 def rendered(draw: Callable[[Figure], None], height: float, theme: str, **options) -> bytes:
@@ -64,4 +71,3 @@ def rendered(draw: Callable[[Figure], None], height: float, theme: str, **option
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", **options)
     return buffer.getvalue()
-

@@ -30,27 +30,62 @@ def _per_score(*names: str) -> tuple[str, ...]:
 
 KINDS = {
     "attribution": Kind(
-        "token_ablation.py", ("id", "top", "question", "chosen", "rejected", "selected_positions",
-                              "tokens", "attributions"),
-        ("f", "f_ablated", "k", "completeness_error_relative_worst", "gradients_computed")),
+        "token_ablation.py",
+        (
+            "id",
+            "top",
+            "question",
+            "chosen",
+            "rejected",
+            "selected_positions",
+            "tokens",
+            "attributions",
+        ),
+        ("f", "f_ablated", "k", "completeness_error_relative_worst", "gradients_computed"),
+    ),
     "grid": Kind(
-        "steering_mc.py", ("configuration", "method", "mode", "layers", "part"),
-        ("alpha", "questions", *_per_score("accuracy_{}", "accuracy_{}_low", "accuracy_{}_high",
-                                           "p_value_{}")),
-        ("perplexity_increase", "varied_increase", "answers_increase", "unrelated_accuracy",
-         "repetition", "words", *_per_score("margin_{}"))),
-    "questions": Kind(
-        "steering_mc.py", ("configuration", "part", "id", *_per_score("correct_{}"))),
+        "steering_mc.py",
+        ("configuration", "method", "mode", "layers", "part"),
+        (
+            "alpha",
+            "questions",
+            *_per_score("accuracy_{}", "accuracy_{}_low", "accuracy_{}_high", "p_value_{}"),
+        ),
+        (
+            "perplexity_increase",
+            "varied_increase",
+            "answers_increase",
+            "unrelated_accuracy",
+            "repetition",
+            "words",
+            *_per_score("margin_{}"),
+        ),
+    ),
+    "questions": Kind("steering_mc.py", ("configuration", "part", "id", *_per_score("correct_{}"))),
     "front": Kind(
         "experiment.py",
         ("dataset", "method", "mode", "is_control", "score", "limit", "configuration", "seeds"),
-        ("max_ppl_increase", "accuracy", "accuracy_low", "accuracy_high", "base_accuracy", "gain",
-         "gain_low", "gain_high", "p_value", "perplexity_increase", "unrelated_change",
-         "unrelated_change_low", "unrelated_change_high"),
-        ("varied_increase", "answers_increase", "repetition")),
+        (
+            "max_ppl_increase",
+            "accuracy",
+            "accuracy_low",
+            "accuracy_high",
+            "base_accuracy",
+            "gain",
+            "gain_low",
+            "gain_high",
+            "p_value",
+            "perplexity_increase",
+            "unrelated_change",
+            "unrelated_change_low",
+            "unrelated_change_high",
+        ),
+        ("varied_increase", "answers_increase", "repetition"),
+    ),
     "generation": Kind(
-        "steering_generation.py", ("prompt", "id", "question", "configuration", "base", "steered",
-                                   "reference")),
+        "steering_generation.py",
+        ("prompt", "id", "question", "configuration", "base", "steered", "reference"),
+    ),
 }
 FOLDERS = {"token_attribution": "attribution", "steering_generation": "generation"}
 STAGES = {"token_ablation": "attribution", "steering_generation": "generation"}
@@ -68,8 +103,11 @@ class Section:
     generations: list[Path] = field(default_factory=list)
 
     def tables(self) -> list[Path]:
-        return [*self.attributions, *(path for files in self.evaluations.values()
-                                      for path in files.values()), *self.generations]
+        return [
+            *self.attributions,
+            *(path for files in self.evaluations.values() for path in files.values()),
+            *self.generations,
+        ]
 
 
 def find(folders: list[Path]) -> list[Section]:
@@ -83,15 +121,18 @@ def find(folders: list[Path]) -> list[Section]:
     shown: set[tuple] = set()
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"'{folder}' is not a folder: give one with results, such as "
-                            "results/llm")
+            raise UserError(
+                f"'{folder}' is not a folder: give one with results, such as results/llm"
+            )
         found = [(kind_of(path), path) for path in sorted(folder.rglob("*.csv"))]
         if not any(kind not in (None, "questions") for kind, _ in found):
-            raise UserError(f"'{folder}' holds no results: expected token_attribution/*.csv, "
-                            "*_grid.csv, *_front.csv or steering_generation/*.csv; run "
-                            "token_ablation.py and steering_mc.py first (bash "
-                            "scripts/llm/run_token_ablation.sh, bash scripts/llm/run_steering_mc.sh"
-                            "), or give another folder")
+            raise UserError(
+                f"'{folder}' holds no results: expected token_attribution/*.csv, "
+                "*_grid.csv, *_front.csv or steering_generation/*.csv; run "
+                "token_ablation.py and steering_mc.py first (bash "
+                "scripts/llm/run_token_ablation.sh, bash scripts/llm/run_steering_mc.sh"
+                "), or give another folder"
+            )
         for kind, path in found:
             if kind is None or path.resolve() in seen:
                 continue
@@ -116,8 +157,14 @@ def find(folders: list[Path]) -> list[Section]:
 
 def demo_files(folders: list[Path]) -> list[Path]:
     """What a demo measured and drew: the files of the folders named demo."""
-    return sorted({path.resolve() for folder in folders for path in folder.rglob("demo/*")
-                   if path.suffix in (".csv", ".png")})
+    return sorted(
+        {
+            path.resolve()
+            for folder in folders
+            for path in folder.rglob("demo/*")
+            if path.suffix in (".csv", ".png")
+        }
+    )
 
 
 def kind_of(path: Path) -> str | None:
@@ -169,16 +216,19 @@ def read_table(path: Path, name: str) -> pd.DataFrame:
         raise UserError(f"'{path}' cannot be read as a CSV ({error}): {again}") from error
     missing = [column for column in (*kind.text, *kind.numbers) if column not in table]
     if missing:
-        raise UserError(f"'{path}': column{'s' * (len(missing) > 1)} {', '.join(missing)} missing, "
-                        f"found {', '.join(table.columns)}; {again}")
+        raise UserError(
+            f"'{path}': column{'s' * (len(missing) > 1)} {', '.join(missing)} missing, "
+            f"found {', '.join(table.columns)}; {again}"
+        )
     if table.empty:
         raise UserError(f"'{path}' has no rows: {again}")
     for column in (*kind.numbers, *(name for name in kind.optional if name in table)):
         try:
             table[column] = pd.to_numeric(table[column])  # an empty cell is a NaN
         except ValueError as error:
-            raise UserError(f"'{path}', column {column}: expected numbers ({error}); {again}"
-                            ) from error
+            raise UserError(
+                f"'{path}', column {column}: expected numbers ({error}); {again}"
+            ) from error
     return table
 
 
@@ -186,8 +236,9 @@ def from_json(path: Path, column: str, cell: str):
     try:
         return json.loads(cell)
     except ValueError as error:
-        raise UserError(f"'{path}', column {column}: expected a JSON list, found '{cell[:40]}'"
-                        ) from error
+        raise UserError(
+            f"'{path}', column {column}: expected a JSON list, found '{cell[:40]}'"
+        ) from error
 
 
 def examples_of(manifest: dict) -> dict[str, data.Example]:
@@ -206,10 +257,24 @@ def examples_of(manifest: dict) -> dict[str, data.Example]:
     return {example.id: example for example in found}
 
 
-TERMS = {"model": "Model", "data": "Data", "settings": "Attribution", "flags": "",
-         "versions": "Versions"}
-LEFT_OUT = ("ids", "questions", "fingerprint", "validation", "test", "all", "prompts",
-            "final_norm_sum", "batch_tokens")
+TERMS = {
+    "model": "Model",
+    "data": "Data",
+    "settings": "Attribution",
+    "flags": "",
+    "versions": "Versions",
+}
+LEFT_OUT = (
+    "ids",
+    "questions",
+    "fingerprint",
+    "validation",
+    "test",
+    "all",
+    "prompts",
+    "final_norm_sum",
+    "batch_tokens",
+)
 
 
 def what_was_run(manifests: list[dict], examples: str, seeds: list) -> list[tuple[str, dict]]:
@@ -225,12 +290,25 @@ def what_was_run(manifests: list[dict], examples: str, seeds: list) -> list[tupl
             if key == "flags":
                 term = manifest.get("stage", "steering").replace("_", " ").capitalize()
                 seeds = [*seeds, manifest.get("seed", values.get("seed"))]
-            lines.append((term, {
-                name.replace("_", " "): " ".join(map(str, np.atleast_1d(value)))
-                for name, value in values.items() if value is not None and name not in LEFT_OUT}))
+            lines.append(
+                (
+                    term,
+                    {
+                        name.replace("_", " "): " ".join(map(str, np.atleast_1d(value)))
+                        for name, value in values.items()
+                        if value is not None and name not in LEFT_OUT
+                    },
+                )
+            )
     known = sorted({str(seed) for seed in seeds if seed is not None})
-    lines += [(term, {"": text}) for term, text in (("Examples", examples),
-                                                    ("Seed", ", ".join(known))) if text]
+    lines += [
+        (term, {"": text})
+        for term, text in (("Examples", examples), ("Seed", ", ".join(known)))
+        if text
+    ]
     told = [line for index, line in enumerate(lines) if line[1] and line not in lines[:index]]
-    return [(term, pairs) for term, pairs in told  # what another manifest tells and more is enough
-            if not any(term == other and pairs.items() < more.items() for other, more in told)]
+    return [
+        (term, pairs)
+        for term, pairs in told  # what another manifest tells and more is enough
+        if not any(term == other and pairs.items() < more.items() for other, more in told)
+    ]

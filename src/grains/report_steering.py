@@ -34,17 +34,25 @@ MEASURES = {
     "margin_token": ("lead of the preferred answer per token", "lead, per-token", number),
     "margin_sum": ("lead of the preferred answer, summed", "lead, summed", number),
     "perplexity_increase": ("increase of perplexity", "perplexity", signed_percent),
-    "varied_increase": ("increase of perplexity of code, dialogue, other languages and the like",
-                        "other text", signed_percent),
-    "answers_increase": ("increase of perplexity of its own free answers", "own answers",
-                         signed_percent),
+    "varied_increase": (
+        "increase of perplexity of code, dialogue, other languages and the like",
+        "other text",
+        signed_percent,
+    ),
+    "answers_increase": (
+        "increase of perplexity of its own free answers",
+        "own answers",
+        signed_percent,
+    ),
     "unrelated_accuracy": ("accuracy on unrelated questions", "unrelated accuracy", percent),
     "repetition": ("repetition in free answers", "repetition", percent),
-    "words": ("words of a free answer", "words", count)}
+    "words": ("words of a free answer", "words", count),
+}
 
 
-def evaluation_views(stem: Path, files: dict[str, Path], named: str, drawn: Figures, prefix: str
-                     ) -> list[dict]:
+def evaluation_views(
+    stem: Path, files: dict[str, Path], named: str, drawn: Figures, prefix: str
+) -> list[dict]:
     """A block for each data set that an evaluation's grid and front speak of.
 
     named: the data set if the tables do not say; prefix: of the figures' names.
@@ -62,9 +70,17 @@ def evaluation_views(stem: Path, files: dict[str, Path], named: str, drawn: Figu
     views = []
     for title, block in blocks.items():
         name = prefix if len(blocks) == 1 else f"{prefix}_{title}"
-        item = {"title": title if [*blocks] != [named] else "", "stem": stem.name, "counts": {},
-                "seeds": [], "fronts": [], "summary": None, "tables": [], "figures": [],
-                "layers": None}
+        item = {
+            "title": title if [*blocks] != [named] else "",
+            "stem": stem.name,
+            "counts": {},
+            "seeds": [],
+            "fronts": [],
+            "summary": None,
+            "tables": [],
+            "figures": [],
+            "layers": None,
+        }
         if "front" in block:
             item["fronts"] = front_views(block["front"], drawn, f"{name}_front")
         if "grid" in block:
@@ -78,8 +94,9 @@ def evaluation_views(stem: Path, files: dict[str, Path], named: str, drawn: Figu
 
 def front_views(front: pd.DataFrame, drawn: Figures, name: str) -> list[dict]:
     """Figure, sentences and tables for each limit on what else may be lost, the strictest first."""
-    front = front.assign(control=front.is_control == "True",
-                         line=(front.method + " " + front["mode"]).str.strip())
+    front = front.assign(
+        control=front.is_control == "True", line=(front.method + " " + front["mode"]).str.strip()
+    )
     front["name"] = front.line + np.where(front.control, " (control)", "")
     # One configuration may be the best at several prices: that is one comparison, not several.
     same = ["method", "mode", "score", "configuration", "p_value"]
@@ -87,41 +104,56 @@ def front_views(front: pd.DataFrame, drawn: Figures, name: str) -> list[dict]:
     compared = compared[same].assign(corrected=stats.holm(compared.p_value.to_numpy(float)))
     front = front.merge(compared, "left", same)
     limited = [*front.groupby("limit", sort=False)][::-1]
-    return [front_view(rows, limit, len(compared), drawn,
-                       name + f"_limit-{index}" * (len(limited) > 1))
-            for index, (limit, rows) in enumerate(limited)]
+    return [
+        front_view(rows, limit, len(compared), drawn, name + f"_limit-{index}" * (len(limited) > 1))
+        for index, (limit, rows) in enumerate(limited)
+    ]
 
 
-def front_view(front: pd.DataFrame, limit: str, comparisons: int, drawn: Figures, name: str
-               ) -> dict:
+def front_view(
+    front: pd.DataFrame, limit: str, comparisons: int, drawn: Figures, name: str
+) -> dict:
     budgets = sorted(front.max_ppl_increase.unique())
     paid = {column: MEASURES[column] for column in present(front)}
 
     def cell(row) -> dict:
-        return {"gain": points(row.gain), "interval": interval(row, "gain"), "p": p_is(row.p_value),
-                "corrected": "" if row.control else p_text(row.corrected),
-                "told": row.corrected < SIGNIFICANT,
-                "paid": [f"{name} {form(row[column])}" for column, (_, name, form) in paid.items()]
-                + [f"unrelated {points(row.unrelated_change)}",
-                   interval(row, "unrelated_change")]}
+        return {
+            "gain": points(row.gain),
+            "interval": interval(row, "gain"),
+            "p": p_is(row.p_value),
+            "corrected": "" if row.control else p_text(row.corrected),
+            "told": row.corrected < SIGNIFICANT,
+            "paid": [f"{name} {form(row[column])}" for column, (_, name, form) in paid.items()]
+            + [f"unrelated {points(row.unrelated_change)}", interval(row, "unrelated_change")],
+        }
 
     tables = []
     for score, rows in front.groupby("score", sort=False):
         found = {(row["name"], row.max_ppl_increase): cell(row) for _, row in rows.iterrows()}
-        tables.append({
-            "title": f"{SCORES[score]}, {limit}",
-            "base": percent(rows.base_accuracy.iloc[0]),
-            "rows": [(name, [found[name, budget] for budget in budgets])
-                     for name in dict.fromkeys(rows["name"])]})
+        tables.append(
+            {
+                "title": f"{SCORES[score]}, {limit}",
+                "base": percent(rows.base_accuracy.iloc[0]),
+                "rows": [
+                    (name, [found[name, budget] for budget in budgets])
+                    for name in dict.fromkeys(rows["name"])
+                ],
+            }
+        )
     height = 1.1 + 2.6 * front.score.nunique() + 0.18 * (front["name"].nunique() // 3)
-    alt = (f"Gain in accuracy over the measured increase of perplexity for {series(front)}"
-           + f", {limit}; the tables below have every number.")
-    return {"figure": drawn.add(name, lambda figure: figures.fill_front(figure, front), height,
-                                alt),
-            "tables": tables, "limit": limit, "comparisons": comparisons,
-            "budgets": [f"+{100 * budget:g}\u00a0%" for budget in budgets],
-            "seeds": joined(dict.fromkeys(front.seeds)),
-            "says": [front_says(front, score) for score in front.score.unique()]}
+    alt = (
+        f"Gain in accuracy over the measured increase of perplexity for {series(front)}"
+        + f", {limit}; the tables below have every number."
+    )
+    return {
+        "figure": drawn.add(name, lambda figure: figures.fill_front(figure, front), height, alt),
+        "tables": tables,
+        "limit": limit,
+        "comparisons": comparisons,
+        "budgets": [f"+{100 * budget:g}\u00a0%" for budget in budgets],
+        "seeds": joined(dict.fromkeys(front.seeds)),
+        "says": [front_says(front, score) for score in front.score.unique()],
+    }
 
 
 def front_says(front: pd.DataFrame, score: str) -> str:
@@ -129,18 +161,27 @@ def front_says(front: pd.DataFrame, score: str) -> str:
     part = front[front.score == score].sort_values("max_ppl_increase")
     told = part[(part.gain > 0) & (part.corrected < SIGNIFICANT)]
     if told.empty:
-        return (f"By {SCORES[score]} accuracy, no method gains more than chance explains at any of "
-                "these prices.")
+        return (
+            f"By {SCORES[score]} accuracy, no method gains more than chance explains at any of "
+            "these prices."
+        )
     budget = told.max_ppl_increase.iloc[0]
     best = told[told.max_ppl_increase == budget].sort_values("gain").iloc[-1]
     controls = part[part.control & (part.max_ppl_increase == budget)].sort_values("gain")
-    beside = "" if controls.empty else (
-        f"; the best control there, {controls.iloc[-1].line}, gains "
-        f"{points(controls.iloc[-1].gain)} ({p_is(controls.iloc[-1].p_value)})")
-    return (f"By {SCORES[score]} accuracy, the lowest price at which a gain can be told from "
-            f"chance is perplexity up by at most {100 * budget:g}\u00a0%: {best['name']} gains "
-            f"{points(best.gain)} points ({p_is(best.p_value)}, corrected "
-            f"{p_text(best.corrected)}){beside}.")
+    beside = (
+        ""
+        if controls.empty
+        else (
+            f"; the best control there, {controls.iloc[-1].line}, gains "
+            f"{points(controls.iloc[-1].gain)} ({p_is(controls.iloc[-1].p_value)})"
+        )
+    )
+    return (
+        f"By {SCORES[score]} accuracy, the lowest price at which a gain can be told from "
+        f"chance is perplexity up by at most {100 * budget:g}\u00a0%: {best['name']} gains "
+        f"{points(best.gain)} points ({p_is(best.p_value)}, corrected "
+        f"{p_text(best.corrected)}){beside}."
+    )
 
 
 # --- every configuration ---
@@ -152,20 +193,36 @@ def grid_view(stem, files, grid, asked, drawn, name) -> dict:
     part = tried.idxmax()
     here = grid[grid.part == part]
     if not (here.method == "base").any():
-        raise UserError(f"'{files['grid']}': no row of the base model among the {part} questions; "
-                        "make it again with steering_mc.py")
+        raise UserError(
+            f"'{files['grid']}': no row of the base model among the {part} questions; "
+            "make it again with steering_mc.py"
+        )
     score = manifest_of(files["grid"]).get("flags", {}).get("score", "token")
-    best = (read_object(chosen_path(stem)).get("configuration") if chosen_path(stem).is_file()
-            else None)
+    best = (
+        read_object(chosen_path(stem)).get("configuration") if chosen_path(stem).is_file() else None
+    )
     seeds = list(dict.fromkeys(grid.get("seed", ())))
     parts = [part, *(other for other in tried.index if other != part)]
     item = {
-        "seeds": seeds, "counts": grid.groupby("part", sort=False).questions.first().astype(int),
+        "seeds": seeds,
+        "counts": grid.groupby("part", sort=False).questions.first().astype(int),
         "summary": summary(here, best, asked, score, part) if best else None,
-        "tables": [table_view(f"All configurations, {one} questions", [
-            (row.configuration + " (control)" * (row.method in CONTROLS)
-             + f", seed {row.get('seed')}" * (len(seeds) > 1), row)
-            for _, row in grid[grid.part == one].iterrows()]) for one in parts]}
+        "tables": [
+            table_view(
+                f"All configurations, {one} questions",
+                [
+                    (
+                        row.configuration
+                        + " (control)" * (row.method in CONTROLS)
+                        + f", seed {row.get('seed')}" * (len(seeds) > 1),
+                        row,
+                    )
+                    for _, row in grid[grid.part == one].iterrows()
+                ],
+            )
+            for one in parts
+        ],
+    }
     if "evaluated_on" in grid and (grid.evaluated_on != grid.dataset).any():
         return item  # on other data only what was chosen is tried: no curves
     label = f"{part} questions" + f" (means over {len(seeds)} seeds)" * (len(seeds) > 1)
@@ -176,12 +233,27 @@ def table_view(caption: str, named: list[tuple[str, pd.Series]]) -> dict:
     """Configurations' accuracies, p-values and other measures as text. named: titles and rows."""
     rows = pd.DataFrame([row for _, row in named])
     measures = present(rows)
-    return {"caption": caption, "measures": [MEASURES[column][1] for column in measures], "rows": [{
-        "name": name, "base": row.method == "base", "configuration": row.configuration,
-        "scores": [(percent(row[f"accuracy_{score}"]), interval(row, f"accuracy_{score}"),
-                    p_text(row[f"p_value_{score}"])) for score in SCORES],
-        "measures": [MEASURES[column][2](row[column]) for column in measures]}
-        for name, row in named]}
+    return {
+        "caption": caption,
+        "measures": [MEASURES[column][1] for column in measures],
+        "rows": [
+            {
+                "name": name,
+                "base": row.method == "base",
+                "configuration": row.configuration,
+                "scores": [
+                    (
+                        percent(row[f"accuracy_{score}"]),
+                        interval(row, f"accuracy_{score}"),
+                        p_text(row[f"p_value_{score}"]),
+                    )
+                    for score in SCORES
+                ],
+                "measures": [MEASURES[column][2](row[column]) for column in measures],
+            }
+            for name, row in named
+        ],
+    }
 
 
 def present(rows: pd.DataFrame) -> list[str]:
@@ -202,8 +274,9 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     return groups.mean(numeric_only=True).assign(configuration=names).reset_index()
 
 
-def curves(grid: pd.DataFrame, best: str | None, label: str, score: str, drawn: Figures, name: str
-           ) -> dict:
+def curves(
+    grid: pd.DataFrame, best: str | None, label: str, score: str, drawn: Figures, name: str
+) -> dict:
     """Accuracy, prices and other measures over strength for each set of layers, the chosen one's
     first; and the gain by layer where single ones were tried."""
     base, steered = grid[grid.method == "base"], grid[grid.method != "base"]
@@ -215,12 +288,22 @@ def curves(grid: pd.DataFrame, best: str | None, label: str, score: str, drawn: 
     drawings = []
     for layers in shown:
         rows = pd.concat([base, steered[steered.layers == layers]])
-        drawings.append(strength_figure(
-            drawn, f"{name}_strength" + f"_layers-{ranges(layers)}" * (len(shown) > 1), rows,
-            f"at layers {ranges(layers)}" if layers else "of the adapter", label))
-    return {"label": label, "figures": drawings,
-            "layers": layers_figure(drawn, f"{name}_layers", pd.concat([base, single]), score)
-            if single.layers.nunique() > 1 else None}
+        drawings.append(
+            strength_figure(
+                drawn,
+                f"{name}_strength" + f"_layers-{ranges(layers)}" * (len(shown) > 1),
+                rows,
+                f"at layers {ranges(layers)}" if layers else "of the adapter",
+                label,
+            )
+        )
+    return {
+        "label": label,
+        "figures": drawings,
+        "layers": layers_figure(drawn, f"{name}_layers", pd.concat([base, single]), score)
+        if single.layers.nunique() > 1
+        else None,
+    }
 
 
 def ranges(layers: str) -> str:
@@ -233,29 +316,43 @@ def strength_figure(drawn, name, grid, where: str, label: str) -> dict:
     said = []
     for score, title in SCORES.items():
         best = steered.loc[steered[f"accuracy_{score}"].idxmax()]
-        said.append(f"{title} accuracy: base {percent(base[f'accuracy_{score}'])}, highest "
-                    f"{percent(best[f'accuracy_{score}'])} with {best.configuration}")
+        said.append(
+            f"{title} accuracy: base {percent(base[f'accuracy_{score}'])}, highest "
+            f"{percent(best[f'accuracy_{score}'])} with {best.configuration}"
+        )
     titles = {column: MEASURES[column][0] for column in present(steered)}
     for column, title in titles.items():
         least, most = map(MEASURES[column][2], steered[column].agg(["min", "max"]))
         said.append(f"{title}: {least} to {most}")
-    alt = (f"On {label} over strength {where}, with 95 % intervals, for base, {series(steered)}. "
-           f"{'. '.join(said)}.")
-    return drawn.add(name, lambda figure: figures.fill_strength(figure, grid, titles),
-                     1.0 + 2.2 * len(SCORES) + 1.5 * len(titles), alt) | {"where": where}
+    alt = (
+        f"On {label} over strength {where}, with 95 % intervals, for base, {series(steered)}. "
+        f"{'. '.join(said)}."
+    )
+    return drawn.add(
+        name,
+        lambda figure: figures.fill_strength(figure, grid, titles),
+        1.0 + 2.2 * len(SCORES) + 1.5 * len(titles),
+        alt,
+    ) | {"where": where}
 
 
 def layers_figure(drawn, name, grid, score: str) -> dict:
     steered, value = grid[grid.method != "base"], f"accuracy_{score}"
     gains = steered[value] - grid[grid.method == "base"][value].iloc[0]
     layers = steered.layers.astype(int)
-    alt = (f"Heat-map of the gain in {SCORES[score]} accuracy at single layers {layers.min()} to "
-           f"{layers.max()} by strength. Largest: {points(gains.max())} points with "
-           f"{steered.configuration[gains.idxmax()]}; smallest: {points(gains.min())} points with "
-           f"{steered.configuration[gains.idxmin()]}.")
+    alt = (
+        f"Heat-map of the gain in {SCORES[score]} accuracy at single layers {layers.min()} to "
+        f"{layers.max()} by strength. Largest: {points(gains.max())} points with "
+        f"{steered.configuration[gains.idxmax()]}; smallest: {points(gains.min())} points with "
+        f"{steered.configuration[gains.idxmin()]}."
+    )
     rows = -(-steered.groupby(["method", "mode"]).ngroups // 2)
-    return drawn.add(name, lambda figure: figures.fill_layers(figure, grid, score),
-                     0.5 + rows * min(3.6, 1.2 + 0.17 * layers.nunique()), alt)
+    return drawn.add(
+        name,
+        lambda figure: figures.fill_layers(figure, grid, score),
+        0.5 + rows * min(3.6, 1.2 + 0.17 * layers.nunique()),
+        alt,
+    )
 
 
 def series(table: pd.DataFrame) -> str:
@@ -274,14 +371,19 @@ def summary(here, best: str, asked, score: str, part: str) -> dict | None:
     base, chosen = here[here.method == "base"].iloc[0], chosen.iloc[0]
     same = here[(here.layers == chosen.layers) & (here.alpha == chosen.alpha)]
     controls = [row for _, row in same[same.method.isin(CONTROLS)].iterrows()]
-    named = [("base", base), ("steered (chosen)", chosen),
-             *((f"control: {row.method}", row) for row in controls)]
+    named = [
+        ("base", base),
+        ("steered (chosen)", chosen),
+        *((f"control: {row.method}", row) for row in controls),
+    ]
     says = verdict(base, chosen, part)
     if controls:
         says += " " + beside_controls(chosen, controls, asked, score, part)
     if "True" in set(here.get("includes_steering_examples", ())):
-        says += (" The steering examples are among these questions and the configuration was "
-                 "chosen on them: this is no held-out result.")
+        says += (
+            " The steering examples are among these questions and the configuration was "
+            "chosen on them: this is no held-out result."
+        )
     return {"says": says} | table_view("Base, the chosen configuration and its controls", named)
 
 
@@ -291,12 +393,18 @@ def verdict(base, chosen, part: str) -> str:
     for score, title in SCORES.items():
         before, after = base[f"accuracy_{score}"], chosen[f"accuracy_{score}"]
         p = chosen[f"p_value_{score}"]
-        told = ("which cannot be told from chance" if p >= SIGNIFICANT else
-                f"a {'gain' if after > before else 'loss'} that is more than chance explains")
-        changes.append(f"{title} accuracy from {percent(before)} to {percent(after)}, {told} "
-                       f"({p_is(p)})")
-    return (f"On {int(chosen.questions)} {part} questions, steering with {chosen.configuration} "
-            f"changes {joined(changes)}.")
+        told = (
+            "which cannot be told from chance"
+            if p >= SIGNIFICANT
+            else f"a {'gain' if after > before else 'loss'} that is more than chance explains"
+        )
+        changes.append(
+            f"{title} accuracy from {percent(before)} to {percent(after)}, {told} ({p_is(p)})"
+        )
+    return (
+        f"On {int(chosen.questions)} {part} questions, steering with {chosen.configuration} "
+        f"changes {joined(changes)}."
+    )
 
 
 def beside_controls(chosen, controls, asked, score: str, part: str) -> str:
@@ -307,14 +415,22 @@ def beside_controls(chosen, controls, asked, score: str, part: str) -> str:
     value = f"accuracy_{score}"
     control = max(controls, key=lambda row: row[value])
     lead = chosen[value] - control[value]
-    said = (f"The {'strongest ' * (len(controls) > 1)}control at the same layers and strength, "
-            f"{control.method}, reaches {percent(control[value])} ({SCORES[score]})")
+    said = (
+        f"The {'strongest ' * (len(controls) > 1)}control at the same layers and strength, "
+        f"{control.method}, reaches {percent(control[value])} ({SCORES[score]})"
+    )
     if asked is None:
         return f"{said}, {points(lead)} points from steering to it."
-    steered, other = (asked[(asked.configuration == row.configuration) & (asked.part == part)
-                            ].set_index("id")[f"correct_{score}"] == "True"
-                      for row in (chosen, control))
+    steered, other = (
+        asked[(asked.configuration == row.configuration) & (asked.part == part)].set_index("id")[
+            f"correct_{score}"
+        ]
+        == "True"
+        for row in (chosen, control)
+    )
     p = stats.paired_p_value(steered.to_numpy(), other.reindex(steered.index).to_numpy())
-    told = ("is more than chance explains" if p < SIGNIFICANT else "cannot be told from chance")
-    return (f"{said}; the difference of {points(lead)} points between steering and it {told} "
-            f"({p_is(p)}).")
+    told = "is more than chance explains" if p < SIGNIFICANT else "cannot be told from chance"
+    return (
+        f"{said}; the difference of {points(lead)} points between steering and it {told} "
+        f"({p_is(p)})."
+    )

@@ -44,8 +44,11 @@ def slug(name: str) -> str:
 
 def versions() -> dict:
     packages = ("torch", "transformers", "tokenizers", "numpy")
-    return {"grains": __version__, "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages}}
+    return {
+        "grains": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -58,9 +61,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"'{path}' could not be written: {error.strerror or error}; free some "
-                        "space or choose another place, and run the same command again"
-                        ) from error
+        raise UserError(
+            f"'{path}' could not be written: {error.strerror or error}; free some "
+            "space or choose another place, and run the same command again"
+        ) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -73,12 +77,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
     try:
         write_whole(path, lambda temporary: save_file(whole, temporary, header))
     except SafetensorError as error:  # a full disk comes as this
-        raise UserError(f"'{path}' could not be written: {error}; free some space or choose "
-                        "another place, and run the same command again") from error
+        raise UserError(
+            f"'{path}' could not be written: {error}; free some space or choose "
+            "another place, and run the same command again"
+        ) from error
 
 
-def write_stacked(path: Path, names: dict[str, str], parts: Callable[[], Iterator[dict]],
-                  count: int, info: dict) -> None:
+def write_stacked(
+    path: Path, names: dict[str, str], parts: Callable[[], Iterator[dict]], count: int, info: dict
+) -> None:
     """A safetensors file of arrays that are stacked from `count` parts, one part in memory.
 
     names: array in the file -> tensor of each part. parts: begins the parts' dicts of tensors.
@@ -92,8 +99,11 @@ def write_stacked(path: Path, names: dict[str, str], parts: Callable[[], Iterato
         if tensor.dtype != torch.float32:
             raise ValueError(f"{source}: expected float32, found {tensor.dtype}")
         sizes[name] = tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": [count, *tensor.shape],
-                        "data_offsets": [end, end + count * tensor.nbytes]}
+        header[name] = {
+            "dtype": "F32",
+            "shape": [count, *tensor.shape],
+            "data_offsets": [end, end + count * tensor.nbytes],
+        }
         end += count * tensor.nbytes
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -124,8 +134,9 @@ def read_header(path: Path) -> dict:
         with safe_open(str(path), framework="pt") as file:
             header = (file.metadata() or {}).get(HEADER)
     except SafetensorError as error:
-        raise UserError(f"'{path}' is not a whole safetensors file ({error}): was it cut short? "
-                        "make it again") from error
+        raise UserError(
+            f"'{path}' is not a whole safetensors file ({error}): was it cut short? make it again"
+        ) from error
     if header is None:
         raise UserError(f"'{path}' has no '{HEADER}' header: it was not written by these scripts")
     return json.loads(header)
@@ -146,6 +157,7 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def write_rows(path: Path, parts: Iterable[list[dict]]) -> None:
     """A table from parts of a few rows with the same columns each, one part in memory."""
+
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="") as file:
             for index, rows in enumerate(parts):
@@ -159,8 +171,10 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): was it cut short? remove it and run "
-                        "the command again") from error
+        raise UserError(
+            f"'{path}' cannot be read ({error}): was it cut short? remove it and run "
+            "the command again"
+        ) from error
 
 
 def processes() -> PartialState:
@@ -197,8 +211,13 @@ class Run:
     run is writing them, or when there is no space or no permission for them.
     """
 
-    def __init__(self, outputs: Sequence[Path], manifest: dict, overwrite: bool = False,
-                 expected_bytes: int = 0):
+    def __init__(
+        self,
+        outputs: Sequence[Path],
+        manifest: dict,
+        overwrite: bool = False,
+        expected_bytes: int = 0,
+    ):
         self.outputs = [Path(path) for path in outputs]
         self.manifest = json.loads(json.dumps(manifest))
         self.key = digest(manifest)
@@ -226,11 +245,15 @@ class Run:
             self.lock = FileLock(self.parts.with_suffix(".lock"))
             self.lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"another run is writing '{self.outputs[0]}': wait for it, or give "
-                            "other output paths") from None
+            raise UserError(
+                f"another run is writing '{self.outputs[0]}': wait for it, or give "
+                "other output paths"
+            ) from None
         except OSError as error:
-            raise UserError(f"'{self.outputs[0].parent}' cannot be written: {error.strerror}; "
-                            "give other output paths") from error
+            raise UserError(
+                f"'{self.outputs[0].parent}' cannot be written: {error.strerror}; "
+                "give other output paths"
+            ) from error
         try:
             finished = self._prepare(overwrite, expected_bytes)
         except BaseException:
@@ -260,21 +283,27 @@ class Run:
         else:
             for path in self.outputs:
                 if path.exists():
-                    raise UserError(f"'{path}' is there already, and no manifest beside it says "
-                                    "what it is from: give other output paths, or --overwrite to "
-                                    "replace it")
+                    raise UserError(
+                        f"'{path}' is there already, and no manifest beside it says "
+                        "what it is from: give other output paths, or --overwrite to "
+                        "replace it"
+                    )
         try:
             self.parts.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"'{self.parts}' cannot be written: {error.strerror}; free some space "
-                            "or give other output paths") from error
+            raise UserError(
+                f"'{self.parts}' cannot be written: {error.strerror}; free some space "
+                "or give other output paths"
+            ) from error
         kept = [*self.parts.iterdir(), *self.outputs] if marker.is_file() else []
         needed = expected_bytes - sum(path.stat().st_size for path in kept if path.is_file())
         free = shutil.disk_usage(self.parts).free
         if free < needed:
-            raise UserError(f"'{self.parts.parent}' has {free / 2**20:.0f} MiB free, the run needs "
-                            f"about {needed / 2**20:.0f} MiB: free some, or give other output "
-                            "paths")
+            raise UserError(
+                f"'{self.parts.parent}' has {free / 2**20:.0f} MiB free, the run needs "
+                f"about {needed / 2**20:.0f} MiB: free some, or give other output "
+                "paths"
+            )
         write_json(marker, self.manifest)
         return False
 
@@ -287,8 +316,10 @@ class Run:
     def _same(self, found: dict, where: Path) -> None:
         different = differences(self.manifest, found)
         if different:
-            raise UserError(f"'{where}' is from other settings ({'; '.join(different[:4])}): give "
-                            "other output paths, or --overwrite to do it anew")
+            raise UserError(
+                f"'{where}' is from other settings ({'; '.join(different[:4])}): give "
+                "other output paths, or --overwrite to do it anew"
+            )
 
     def _part(self, unit: int) -> Path:
         # The key keeps other settings' parts out: what an --overwrite that was killed has not
@@ -299,8 +330,13 @@ class Run:
         """The units this process still has to do, under a progress bar."""
         mine = range(self.state.process_index, count, self.state.num_processes)
         missing = [unit for unit in mine if not self._part(unit).is_file()]
-        with tqdm(total=len(mine), initial=len(mine) - len(missing), desc=description,
-                  disable=not self.state.is_main_process, unit="unit") as bar:
+        with tqdm(
+            total=len(mine),
+            initial=len(mine) - len(missing),
+            desc=description,
+            disable=not self.state.is_main_process,
+            unit="unit",
+        ) as bar:
             for unit in missing:
                 yield unit
                 bar.update()
@@ -334,9 +370,10 @@ class Run:
         try:
             self.state.wait_for_everyone()
         except RuntimeError as error:
-            raise UserError("another process of this run has stopped, its own message says why: "
-                            "what is finished is kept; run the same command again to go on"
-                            ) from error
+            raise UserError(
+                "another process of this run has stopped, its own message says why: "
+                "what is finished is kept; run the same command again to go on"
+            ) from error
 
     def _unlock(self) -> None:
         # In this order: the name goes while the lock is held, so that nobody takes what vanishes.

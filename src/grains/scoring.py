@@ -53,9 +53,14 @@ class Direction:
     vectors: SteeringVectors = field(compare=False, repr=False)
 
     def at(self, alpha: float, units: str = "relative") -> Configuration:
-        return Configuration(self.method, self.mode, self.layers, alpha,
-                             self.vectors.scaled(alpha, list(self.layers), units),
-                             self.vectors.gate)
+        return Configuration(
+            self.method,
+            self.mode,
+            self.layers,
+            alpha,
+            self.vectors.scaled(alpha, list(self.layers), units),
+            self.vectors.gate,
+        )
 
 
 def layer_ranges(layers: Sequence[int]) -> list[str]:
@@ -95,10 +100,7 @@ def question_batches(encoded: list[Encoded], max_tokens: int) -> list[list[int]]
 
 @torch.inference_mode()
 def score(
-    lm: LanguageModel,
-    encoded: list[Encoded],
-    configurations: list[Configuration],
-    max_tokens: int,
+    lm: LanguageModel, encoded: list[Encoded], configurations: list[Configuration], max_tokens: int
 ) -> list[np.ndarray]:
     """Summed log P of every choice, base and steered.
 
@@ -128,8 +130,10 @@ def score(
     for (layers, gate), members in groups.items():
         passes = -(-len(members) // at_a_time)
         for part in (members[start::passes] for start in range(passes)):
-            vectors = {layer: torch.stack([configurations[i].vectors[layer] for i in part])
-                       for layer in layers}
+            vectors = {
+                layer: torch.stack([configurations[i].vectors[layer] for i in part])
+                for layer in layers
+            }
             values = _steered(lm, batch, kept[layers[0]], vectors, gate, read)
             for index, value in zip(part, values, strict=True):
                 scores[1 + index] = value
@@ -139,10 +143,7 @@ def score(
 
 
 def score_all(
-    lm: LanguageModel,
-    encoded: list[Encoded],
-    configurations: list[Configuration],
-    max_tokens: int,
+    lm: LanguageModel, encoded: list[Encoded], configurations: list[Configuration], max_tokens: int
 ) -> list[np.ndarray]:
     """`score` of any number of questions, in their order."""
     scores = {}
@@ -156,10 +157,16 @@ def score_all(
 def packed_batch(lm: LanguageModel, encoded: list[Encoded]) -> tuple[Capture, Scored]:
     """Examples with their responses packed behind them, and what reads the responses' scores."""
     packs = [pack(item.sequences(without_last=True)) for item in encoded]
-    batch = collate([capture_pack(lm, item.inputs, packed)
-                     for item, packed in zip(encoded, packs, strict=True)])
-    return batch, Scored(lm, [targets(packed, len(item.prompt_ids), item.responses)
-                              for item, packed in zip(encoded, packs, strict=True)])
+    batch = collate(
+        [capture_pack(lm, item.inputs, packed) for item, packed in zip(encoded, packs, strict=True)]
+    )
+    return batch, Scored(
+        lm,
+        [
+            targets(packed, len(item.prompt_ids), item.responses)
+            for item, packed in zip(encoded, packs, strict=True)
+        ],
+    )
 
 
 def _steered(lm, batch, states, vectors, gate, read) -> Tensor:
@@ -176,8 +183,12 @@ def _steered(lm, batch, states, vectors, gate, read) -> Tensor:
     by_row = {layer: vectors[layer].repeat_interleave(questions, 0)[:, None] for layer in later}
     kwargs = batch.rows(torch.arange(questions, device=states.device).repeat(count))
     final = replay(
-        lm, states, kwargs, start=first + 1,
-        after=lambda layer, h: steer(h, by_row[layer], opening[layer]) if layer in by_row else None)
+        lm,
+        states,
+        kwargs,
+        start=first + 1,
+        after=lambda layer, h: steer(h, by_row[layer], opening[layer]) if layer in by_row else None,
+    )
     return read(final.view(count, questions, length, size))
 
 
@@ -196,8 +207,9 @@ class Scored:
         device = states.device
         picked = states[..., self.rows.to(device), self.nodes.to(device), :]
         picked = change(picked) if change else picked
-        log_probs = token_log_probs(self.lm, picked.flatten(0, 1),
-                                    self.tokens.to(device).repeat(len(picked)))
+        log_probs = token_log_probs(
+            self.lm, picked.flatten(0, 1), self.tokens.to(device).repeat(len(picked))
+        )
         return log_probs.view(len(picked), -1).cpu() @ self.member.T
 
 
@@ -216,8 +228,9 @@ def margins(encoded: list[Encoded], scores: list[np.ndarray]) -> dict[str, np.nd
     return {kind: np.array(rows) for kind, rows in found.items()}
 
 
-def correct(log_likelihoods: np.ndarray, label: int, lengths: np.ndarray | None = None
-            ) -> tuple[bool, float]:
+def correct(
+    log_likelihoods: np.ndarray, label: int, lengths: np.ndarray | None = None
+) -> tuple[bool, float]:
     """Whether the preferred choice scores strictly highest, and by what margin.
 
     log_likelihoods: (choices,) summed; lengths: (choices,) tokens, to compare per token.

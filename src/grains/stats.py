@@ -30,8 +30,15 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[fl
         return float("nan"), float("nan")
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    found = bootstrap((values,), np.mean, confidence_level=confidence, method="percentile",
-                      n_resamples=4999, batch=500, rng=np.random.default_rng(0))
+    found = bootstrap(
+        (values,),
+        np.mean,
+        confidence_level=confidence,
+        method="percentile",
+        n_resamples=4999,
+        batch=500,
+        rng=np.random.default_rng(0),
+    )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
@@ -43,8 +50,15 @@ def sign_flip_p_value(gains: np.ndarray) -> float:
     gains = gains[gains != 0]
     if len(gains) < 2:
         return 1.0
-    found = permutation_test((gains,), np.mean, permutation_type="samples", vectorized=True,
-                             n_resamples=9999, batch=500, rng=np.random.default_rng(0))
+    found = permutation_test(
+        (gains,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=9999,
+        batch=500,
+        rng=np.random.default_rng(0),
+    )
     return float(found.pvalue)
 
 

@@ -19,9 +19,11 @@ FIRST_STRENGTH, STEPS, ROUNDS = 0.02, (2.0, 4.0), 5
 REFINEMENTS, NEAR = 3, 0.85
 
 
-def search(directions: list[Hashable],
-           rises: Callable[[list[tuple[Hashable, float]]], Iterable[float]],
-           targets: np.ndarray) -> dict[Hashable, list[float]]:
+def search(
+    directions: list[Hashable],
+    rises: Callable[[list[tuple[Hashable, float]]], Iterable[float]],
+    targets: np.ndarray,
+) -> dict[Hashable, list[float]]:
     """For each direction the strongest strengths measured that cost no more than the targets.
 
     rises: measures the rise of the loss for each of a list of (direction, strength).
@@ -36,11 +38,21 @@ def search(directions: list[Hashable],
             curves[direction] = sorted({*curves[direction], (alpha, rise)})
 
     for _ in range(ROUNDS):
-        measure([(direction, stronger(curve, targets[-1])) for direction, curve in curves.items()
-                 if curve[-1][1] < targets[-1]])
+        measure(
+            [
+                (direction, stronger(curve, targets[-1]))
+                for direction, curve in curves.items()
+                if curve[-1][1] < targets[-1]
+            ]
+        )
     for _ in range(REFINEMENTS):
-        measure([(direction, alpha) for direction, curve in curves.items()
-                 for alpha in between(curve, targets)])
+        measure(
+            [
+                (direction, alpha)
+                for direction, curve in curves.items()
+                for alpha in between(curve, targets)
+            ]
+        )
     return {direction: strongest(curve, targets) for direction, curve in curves.items()}
 
 
@@ -67,14 +79,14 @@ def between(curve: Curve, targets) -> list[float]:
         index = len(affordable_points(curve, target))
         if index == len(curve) or curve[index - 1][1] >= NEAR * target:
             continue
-        (weaker, below), (dearer, above) = curve[index - 1:index + 1]
+        (weaker, below), (dearer, above) = curve[index - 1 : index + 1]
         aim = (1 + NEAR) / 2 * target
         if below > 0:
             share = np.log(aim / below) / np.log(above / below)
             found.append(weaker * (dearer / weaker) ** share)
         else:
             share = (aim - below) / (above - below)
-            found.append(np.sqrt(weaker ** 2 + (dearer ** 2 - weaker ** 2) * share))
+            found.append(np.sqrt(weaker**2 + (dearer**2 - weaker**2) * share))
     return list(dict.fromkeys(float(f"{alpha:.3g}") for alpha in found))
 
 

@@ -49,10 +49,15 @@ ALLOWED = 1.2  # nats per token of an answer: what the model would say is to cha
 DROPPED = 0.5  # chance of one of many layers to be left out in a step
 RUNS = 4  # in other orders and with other layers left out, whose mean is made
 HELD_AT = 1.5  # length at which texts and questions are held, so that others are kept at 1
-RECIPE = {"weights": [PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT],
-          "sizes": [PAIRS, TEXTS, QUESTIONS, ANSWERS],
-          "units": [TOKEN_UNIT, SUM_UNIT, CHOICE_UNIT], "allowed": ALLOWED, "dropped": DROPPED,
-          "held_at": HELD_AT, "runs": RUNS}
+RECIPE = {
+    "weights": [PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT],
+    "sizes": [PAIRS, TEXTS, QUESTIONS, ANSWERS],
+    "units": [TOKEN_UNIT, SUM_UNIT, CHOICE_UNIT],
+    "allowed": ALLOWED,
+    "dropped": DROPPED,
+    "held_at": HELD_AT,
+    "runs": RUNS,
+}
 
 
 def trainer(
@@ -83,23 +88,33 @@ def trainer(
     in what order they are made. Raises UserError if something to train on is missing, the function
     if the loss is no number.
     """
-    for name, items in (("pairs", pairs), ("texts", texts), ("questions", questions),
-                        ("answers", answers)):
+    for name, items in (
+        ("pairs", pairs),
+        ("texts", texts),
+        ("questions", questions),
+        ("answers", answers),
+    ):
         if not items:
-            raise UserError("training vectors needs pairs, texts, questions and answers, found no "
-                            f"{name}")
+            raise UserError(
+                f"training vectors needs pairs, texts, questions and answers, found no {name}"
+            )
     kinds = (pairs, texts, questions, answers)
     spared = replace(lm, memory=lm.memory - sum(_kept_bytes(lm, items) for items in kinds))
     fits = [fitting(spared, items, max_tokens) for items in kinds]
     width, checkpointed = min(width for width, _ in fits), any(tight for _, tight in fits)
-    parts = [_Part(lm, min(layers), width, *settings) for settings in (
-        (pairs, PAIRS, PAIR_WEIGHT, 1.0, pair_losses),
-        (texts, TEXTS, TEXT_WEIGHT, HELD_AT, text_losses),
-        (questions, QUESTIONS, QUESTION_WEIGHT, HELD_AT, question_losses),
-        (answers, ANSWERS, ANSWER_WEIGHT, 1.0, answer_losses))]
+    parts = [
+        _Part(lm, min(layers), width, *settings)
+        for settings in (
+            (pairs, PAIRS, PAIR_WEIGHT, 1.0, pair_losses),
+            (texts, TEXTS, TEXT_WEIGHT, HELD_AT, text_losses),
+            (questions, QUESTIONS, QUESTION_WEIGHT, HELD_AT, question_losses),
+            (answers, ANSWERS, ANSWER_WEIGHT, 1.0, answer_losses),
+        )
+    ]
     generator = torch.Generator().manual_seed(seed)
-    plans = [_plan(parts, len(layers), epochs * len(parts[0].groups), generator)
-             for _ in range(RUNS)]
+    plans = [
+        _plan(parts, len(layers), epochs * len(parts[0].groups), generator) for _ in range(RUNS)
+    ]
     row = {layer: index for index, layer in enumerate(layers)}
 
     def run(index: int) -> Tensor:
@@ -109,20 +124,25 @@ def trainer(
         def after(stretch: Tensor, layer: int, states: Tensor) -> Tensor:
             if layer not in row:
                 return states
-            return steer(states, stretch[row[layer]] * norms[layer] * vectors[row[layer]],
-                         gate.at(layer))
+            return steer(
+                states, stretch[row[layer]] * norms[layer] * vectors[row[layer]], gate.at(layer)
+            )
 
         plan = plans[index]
-        bar = tqdm(plan, desc=f"training vectors, run {index + 1} of {RUNS}", unit="step",
-                   leave=False)
+        bar = tqdm(
+            plan, desc=f"training vectors, run {index + 1} of {RUNS}", unit="step", leave=False
+        )
         for step, (kept, groups) in enumerate(bar):
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / len(plan))
-            total = sum(part.backward(group, checkpointed, vectors,
-                                      partial(after, part.stretch * kept))
-                        for part, group in zip(parts, groups, strict=True))
+            total = sum(
+                part.backward(group, checkpointed, vectors, partial(after, part.stretch * kept))
+                for part, group in zip(parts, groups, strict=True)
+            )
             if not math.isfinite(total):
-                raise UserError(f"the loss of the vectors became {total} in step {step + 1}: give "
-                                "--dtype float32")
+                raise UserError(
+                    f"the loss of the vectors became {total} in step {step + 1}: give "
+                    "--dtype float32"
+                )
             optimizer.step()
             optimizer.zero_grad()
         found = torch.zeros(len(lm.layers), lm.hidden_size)
@@ -132,12 +152,12 @@ def trainer(
     return run
 
 
-def _plan(parts: list[_Part], layers: int, steps: int, generator: torch.Generator
-          ) -> list[tuple[Tensor, list[_Group]]]:
+def _plan(
+    parts: list[_Part], layers: int, steps: int, generator: torch.Generator
+) -> list[tuple[Tensor, list[_Group]]]:
     """For every step of a run what its layers are multiplied by, and a group of each part."""
     queues = [part.queue(generator) for part in parts]
-    return [(dropout(layers, generator), [next(queue) for queue in queues])
-            for _ in range(steps)]
+    return [(dropout(layers, generator), [next(queue) for queue in queues]) for _ in range(steps)]
 
 
 def dropout(layers: int, generator: torch.Generator) -> Tensor:
@@ -152,8 +172,13 @@ def dropout(layers: int, generator: torch.Generator) -> Tensor:
 def pair_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
     """(n,) from (n, 2) log-likelihoods of y+ and y-, steered and base, and their tokens (n, 2)."""
     chosen, rejected = (values / lengths).unbind(dim=1)
-    return -(logsigmoid((chosen - rejected) / TOKEN_UNIT)
-             + logsigmoid((values[:, 0] - values[:, 1]) / SUM_UNIT)) / 2
+    return (
+        -(
+            logsigmoid((chosen - rejected) / TOKEN_UNIT)
+            + logsigmoid((values[:, 0] - values[:, 1]) / SUM_UNIT)
+        )
+        / 2
+    )
 
 
 def text_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
@@ -168,11 +193,15 @@ def answer_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
 
 def question_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
     """(n,) KL of the choice between the answers (n, C) from the base model's."""
-    per_token = kl_div((values / lengths / CHOICE_UNIT).log_softmax(1),
-                       (base / lengths / CHOICE_UNIT).log_softmax(1), log_target=True,
-                       reduction="none").sum(1)
-    summed = kl_div(values.log_softmax(1), base.log_softmax(1), log_target=True,
-                    reduction="none").sum(1)
+    per_token = kl_div(
+        (values / lengths / CHOICE_UNIT).log_softmax(1),
+        (base / lengths / CHOICE_UNIT).log_softmax(1),
+        log_target=True,
+        reduction="none",
+    ).sum(1)
+    summed = kl_div(
+        values.log_softmax(1), base.log_softmax(1), log_target=True, reduction="none"
+    ).sum(1)
     return per_token + summed
 
 
@@ -209,16 +238,31 @@ class _Part:
     stretch: the loss is computed with vectors so many times as long as those that are trained.
     """
 
-    def __init__(self, lm: LanguageModel, first: int, width: int, items: list[Encoded], size: int,
-                 weight: float, stretch: float, losses):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        first: int,
+        width: int,
+        items: list[Encoded],
+        size: int,
+        weight: float,
+        stretch: float,
+        losses,
+    ):
         self.lm, self.first, self.weight, self.losses = lm, first, weight, losses
         self.stretch = stretch
         order = sorted(range(len(items)), key=lambda index: items[index].length)
-        members = [[items[index] for index in order[start:start + size]]
-                   for start in range(0, len(order), size)]
-        self.groups = [[self._computed([some[index] for index in batch])
-                        for batch in batches([item.length for item in some], width)]
-                       for some in members]
+        members = [
+            [items[index] for index in order[start : start + size]]
+            for start in range(0, len(order), size)
+        ]
+        self.groups = [
+            [
+                self._computed([some[index] for index in batch])
+                for batch in batches([item.length for item in some], width)
+            ]
+            for some in members
+        ]
 
     @torch.no_grad()
     def _computed(self, items: list[Encoded]) -> _Batch:
@@ -235,8 +279,14 @@ class _Part:
         """
         total, count = 0.0, sum(len(batch.base) for batch in group)
         for batch in group:
-            final = replay(self.lm, after(self.first, batch.states), batch.kwargs,
-                           start=self.first + 1, after=after, checkpointed=checkpointed)
+            final = replay(
+                self.lm,
+                after(self.first, batch.states),
+                batch.kwargs,
+                start=self.first + 1,
+                after=after,
+                checkpointed=checkpointed,
+            )
             values = batch.read(final[None]).view(batch.base.shape)
             losses = self.losses(values, batch.base, batch.lengths)
             loss = self.weight * losses.sum() / count

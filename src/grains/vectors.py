@@ -54,8 +54,10 @@ def pca_vector(parts: Iterable[np.ndarray]) -> np.ndarray:
     while len(rows) <= rows.shape[1] and (part := next(parts, None)) is not None:
         rows = np.concatenate([rows, part])
     if len(rows) < 2:
-        raise UserError("a principal component needs at least two shifts: give more examples or "
-                        "use the method 'mean'")
+        raise UserError(
+            "a principal component needs at least two shifts: give more examples or "
+            "use the method 'mean'"
+        )
     if len(rows) <= rows.shape[1]:
         mean = rows.mean(axis=0)
         component = PCA(n_components=1, svd_solver="full").fit(rows).components_[0]
@@ -119,7 +121,8 @@ class StatesFile:
                 f"'{self.path}' is of another model: {theirs['model']} ({theirs['num_layers']} "
                 f"layers of size {theirs['hidden_size']}) there, {lm.name} ({len(lm.layers)} of "
                 f"size {lm.hidden_size}) here, or the same in another precision (states in "
-                f"{theirs.get('dtype')}, now {lm.dtype}); give the model and --dtype of stage 1")
+                f"{theirs.get('dtype')}, now {lm.dtype}); give the model and --dtype of stage 1"
+            )
 
 
 def make(states: dict[str, StatesFile], method: str, mode: str, seed: int) -> SteeringVectors:
@@ -148,8 +151,10 @@ def make(states: dict[str, StatesFile], method: str, mode: str, seed: int) -> St
             return reduce(first.difference("hidden_pos_response", "hidden_neg_response", layer))
         if method == "shuffled":
             swaps = np.random.default_rng(seed)  # of every layer alike: f changes its sign whole
-            return mean_vector(part * swaps.choice([-1.0, 1.0], size=(len(part), 1))
-                               for part in first.layer("gradients", layer))
+            return mean_vector(
+                part * swaps.choice([-1.0, 1.0], size=(len(part), 1))
+                for part in first.layer("gradients", layer)
+            )
         size = first.info["model"]["hidden_size"]
         return torch.randn(size, generator=generator, dtype=torch.float64).numpy()
 
@@ -175,8 +180,9 @@ class Gate:
         return self.weights[layer], self.biases[layer]
 
 
-def steer(hidden_states: Tensor, vector: Tensor, gate: tuple[Tensor, Tensor] | None = None
-          ) -> Tensor:
+def steer(
+    hidden_states: Tensor, vector: Tensor, gate: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """h' = (h + v) ||h|| / ||h + v||, norms over the hidden dimension (paper, section 3.3).
 
     hidden_states: (..., T, D); vector: (D,) or (R, 1, D), the strength already in it.
@@ -197,8 +203,11 @@ def steer(hidden_states: Tensor, vector: Tensor, gate: tuple[Tensor, Tensor] | N
 
 
 @contextmanager
-def steered(lm: LanguageModel, vectors: dict[int, Tensor],
-            gates: dict[int, tuple[Tensor, Tensor]] | None = None):
+def steered(
+    lm: LanguageModel,
+    vectors: dict[int, Tensor],
+    gates: dict[int, tuple[Tensor, Tensor]] | None = None,
+):
     """Steer the outputs of decoder layers within the block; the model leaves as it came.
 
     vectors: layer -> (D,) or one for each row of the batch (R, 1, D), strength included.
@@ -209,9 +218,13 @@ def steered(lm: LanguageModel, vectors: dict[int, Tensor],
     try:
         for layer, vector in vectors.items():
             gate = gates[layer] if gates else None
-            handles.append(lm.layers[layer].register_forward_hook(
-                lambda module, args, output, vector=vector, gate=gate:
-                    steer(output, vector, gate)))
+            handles.append(
+                lm.layers[layer].register_forward_hook(
+                    lambda module, args, output, vector=vector, gate=gate: steer(
+                        output, vector, gate
+                    )
+                )
+            )
         yield lm
     finally:
         for handle in handles:
@@ -222,8 +235,10 @@ def check_layers(layers, count: int) -> None:
     """Raise UserError for a layer that does not exist."""
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong:
-        raise UserError(f"layer {', '.join(map(str, wrong))} does not exist: the model has decoder "
-                        f"layers 0 to {count - 1}")
+        raise UserError(
+            f"layer {', '.join(map(str, wrong))} does not exist: the model has decoder "
+            f"layers 0 to {count - 1}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,16 +274,22 @@ class SteeringVectors:
             raise UserError(
                 f"these vectors are for {len(self.vectors)} layers of size "
                 f"{self.vectors.shape[1]}; {lm.name} has {len(lm.layers)} of size "
-                f"{lm.hidden_size}")
-        return steered(lm, self.scaled(alpha, layers, units),
-                       {layer: self.gate.at(layer) for layer in layers} if self.gate else None)
+                f"{lm.hidden_size}"
+            )
+        return steered(
+            lm,
+            self.scaled(alpha, layers, units),
+            {layer: self.gate.at(layer) for layer in layers} if self.gate else None,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, its origin in the header."""
-        gate = ({"gate_weights": self.gate.weights, "gate_biases": self.gate.biases}
-                if self.gate else {})
-        write_tensors(Path(path), {"vectors": self.vectors, "norms": self.norms, **gate},
-                      self.info)
+        gate = (
+            {"gate_weights": self.gate.weights, "gate_biases": self.gate.biases}
+            if self.gate
+            else {}
+        )
+        write_tensors(Path(path), {"vectors": self.vectors, "norms": self.norms, **gate}, self.info)
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVectors:
@@ -278,6 +299,7 @@ class SteeringVectors:
         gated = {"gate_weights", "gate_biases"} <= set(tensors)
         gate = Gate(tensors.pop("gate_weights"), tensors.pop("gate_biases")) if gated else None
         if set(tensors) != {"vectors", "norms"}:
-            raise UserError(f"'{path}' holds {', '.join(sorted(tensors))}: these are no steering "
-                            "vectors")
+            raise UserError(
+                f"'{path}' holds {', '.join(sorted(tensors))}: these are no steering vectors"
+            )
         return cls(tensors["vectors"], tensors["norms"], info, gate)

@@ -49,8 +49,10 @@ def open_image(example: Example) -> Image.Image:
     except UserError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"example {example.id}: its picture cannot be read ({error}); mend it or "
-                        "take the example out") from error
+        raise UserError(
+            f"example {example.id}: its picture cannot be read ({error}); mend it or "
+            "take the example out"
+        ) from error
 
 
 def blank_like(picture: Image.Image) -> Image.Image:
@@ -66,15 +68,23 @@ def model_inputs(lm: LanguageModel, texts: list[str], pictures: list[Image.Image
     """
     special = not starts_with_bos(lm, texts[0])
     try:
-        inputs = lm.processor(text=texts, images=[[picture] for picture in pictures],
-                              return_tensors="pt", padding=True, padding_side="left",
-                              add_special_tokens=special)
+        inputs = lm.processor(
+            text=texts,
+            images=[[picture] for picture in pictures],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=special,
+        )
     except (ValueError, IndexError, ZeroDivisionError) as error:
         sizes = ", ".join(f"{p.width}x{p.height}" for p in pictures)
-        raise UserError(f"the image processor of {lm.name} refuses a picture ({sizes}): "
-                        f"{error}") from error
-    return {key: value.to(lm.device) if isinstance(value, Tensor) else value
-            for key, value in inputs.items()}
+        raise UserError(
+            f"the image processor of {lm.name} refuses a picture ({sizes}): {error}"
+        ) from error
+    return {
+        key: value.to(lm.device) if isinstance(value, Tensor) else value
+        for key, value in inputs.items()
+    }
 
 
 def placeholder(lm: LanguageModel) -> str:
@@ -92,8 +102,10 @@ def check_text(lm: LanguageModel, example: Example) -> None:
     for text in (example.context, example.question, *example.choices):
         for token in reserved:
             if token in text:
-                raise UserError(f"example {example.id}: its text holds '{token}', which stands for "
-                                "a picture; take it out (the picture's place is before the text)")
+                raise UserError(
+                    f"example {example.id}: its text holds '{token}', which stands for "
+                    "a picture; take it out (the picture's place is before the text)"
+                )
 
 
 def starts_with_bos(lm: LanguageModel, text: str) -> bool:
@@ -102,8 +114,9 @@ def starts_with_bos(lm: LanguageModel, text: str) -> bool:
     return bool(bos) and text.startswith(bos)
 
 
-def token_boxes(lm: LanguageModel, inputs: dict, picture_size: tuple[int, int],
-                count: int) -> list[Box | None]:
+def token_boxes(
+    lm: LanguageModel, inputs: dict, picture_size: tuple[int, int], count: int
+) -> list[Box | None]:
     """Where each image token of a prompt lies in the picture, in its pixels (x0, y0, x1, y1).
 
     inputs: the model's inputs of one prompt; picture_size: (width, height); count: image tokens.
@@ -112,14 +125,18 @@ def token_boxes(lm: LanguageModel, inputs: dict, picture_size: tuple[int, int],
     """
     kind = lm.model.config.model_type
     if kind == "llava_next":
-        boxes = _llava_next_boxes(lm, inputs["image_sizes"][0].tolist(),
-                                  inputs["pixel_values"].shape[1])
+        boxes = _llava_next_boxes(
+            lm, inputs["image_sizes"][0].tolist(), inputs["pixel_values"].shape[1]
+        )
     elif "image_grid_thw" in inputs:  # Qwen: merged patches, row by row
         merge = lm.model.config.vision_config.spatial_merge_size
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         boxes = _grid(rows // merge, columns // merge)
-    elif (math.isqrt(count) ** 2 == count and inputs["pixel_values"].shape[0] == 1
-          and not getattr(lm.processor.image_processor, "do_center_crop", None)):
+    elif (
+        math.isqrt(count) ** 2 == count
+        and inputs["pixel_values"].shape[0] == 1
+        and not getattr(lm.processor.image_processor, "do_center_crop", None)
+    ):
         # one square grid over the whole picture
         boxes = _grid(math.isqrt(count), math.isqrt(count))
     else:
@@ -127,14 +144,19 @@ def token_boxes(lm: LanguageModel, inputs: dict, picture_size: tuple[int, int],
     if len(boxes) != count:
         raise UserError(f"{lm.name}: {count} image tokens where its layout gives {len(boxes)}")
     width, height = picture_size
-    return [None if box is None else
-            (box[0] * width, box[1] * height, box[2] * width, box[3] * height) for box in boxes]
+    return [
+        None if box is None else (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
+        for box in boxes
+    ]
 
 
 def _grid(rows: int, columns: int) -> list[Box | None]:
     """Boxes of a grid over the unit square, row by row."""
-    return [(c / columns, r / rows, (c + 1) / columns, (r + 1) / rows)
-            for r in range(rows) for c in range(columns)]
+    return [
+        (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows)
+        for r in range(rows)
+        for c in range(columns)
+    ]
 
 
 def _llava_next_boxes(lm: LanguageModel, size: list[int], views: int) -> list[Box | None]:
@@ -149,10 +171,10 @@ def _llava_next_boxes(lm: LanguageModel, size: list[int], views: int) -> list[Bo
     if views == 1:
         return [*base, None]
     rows, columns = get_anyres_image_grid_shape(
-        size, config.image_grid_pinpoints, config.vision_config.image_size)
+        size, config.image_grid_pinpoints, config.vision_config.image_size
+    )
     height, width = rows * side, columns * side
-    places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width),
-                                        indexing="ij"))
+    places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
     kept = unpad_image(places, size)
     scale = min(height / size[0], width / size[1])
     # The scaled picture lies in the middle of the padded canvas; all in patches.
@@ -162,8 +184,9 @@ def _llava_next_boxes(lm: LanguageModel, size: list[int], views: int) -> list[Bo
     for row in range(kept.shape[1]):
         for column in range(kept.shape[2]):
             y, x = kept[:, row, column].tolist()
-            box = np.array([(x - left) / wide, (y - top) / tall,
-                            (x + 1 - left) / wide, (y + 1 - top) / tall]).clip(0, 1)
+            box = np.array(
+                [(x - left) / wide, (y - top) / tall, (x + 1 - left) / wide, (y + 1 - top) / tall]
+            ).clip(0, 1)
             boxes.append(tuple(box.tolist()))
         boxes.append(None)
     return boxes
