@@ -1,12 +1,9 @@
 """The ablations for images and text: ablations.py with the paper's vision-language defaults."""
 
-if __name__ == "__main__":
-    from grains import ctrl_c
-
-    ctrl_c.begin_imports()
-
 import ablations
-from grains import cli
+from demo import registered  # noqa: F401  the drawn scenes and their model, by their short names
+from grains.cli import entry
+from grains.cli.flags import VLM
 
 if __name__ == "__main__":
-    cli.main(lambda: ablations.main(cli.VLM))
+    entry.run(lambda: ablations.main(VLM))

@@ -1,12 +1,9 @@
 """The experiment for images and text: experiment.py with the paper's vision-language defaults."""
 
-if __name__ == "__main__":
-    from grains import ctrl_c
-
-    ctrl_c.begin_imports()
-
 import experiment
-from grains import cli
+from demo import registered  # noqa: F401  the drawn scenes and their model, by their short names
+from grains.cli import entry
+from grains.cli.flags import VLM
 
 if __name__ == "__main__":
-    cli.main(lambda: experiment.main(cli.VLM))
+    entry.run(lambda: experiment.main(VLM))

@@ -6,91 +6,167 @@ with the random control of the same strength beside it.
 
 from __future__ import annotations
 
+import argparse
 import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-if __name__ == "__main__":
-    from grains import ctrl_c
+from grains.cli import entry, flags
+from grains.cli.flags import LLM, Kind
+from grains.errors import UserError
+from grains.settings import STYLES, GridSettings
 
-    ctrl_c.begin_imports()
+if TYPE_CHECKING:
+    import pandas as pd
 
-import pandas as pd
-
-from grains import cli, data, prompts, runs
-from grains.generation import decoding_batches, generate
+    from grains.data import Example
+    from grains.names import Names
+    from grains.steering import Configuration
 
 SHOWN = 3
+NUM_PROMPTS, MAX_NEW_TOKENS, TEMPERATURE = 32, 64, 0.0
 
 
-def flags(kind: cli.Kind):
-    parser = cli.evaluation_parser(__doc__, kind, chosen_by_default=True)
+def parser(kind: Kind) -> argparse.ArgumentParser:
+    parser = flags.evaluation_parser(__doc__, kind, chosen_by_default=True)
     group = parser.add_argument_group("generation")
-    group.add_argument("--num_prompts", type=cli.positive, default=32, help="test questions used")
+    group.add_argument(
+        "--chosen_path",
+        help="the configuration that steering_mc.py chose, used where no flag gives another "
+        "(default: found by the flags)",
+    )
+    group.add_argument(
+        "--num_prompts", type=flags.positive, default=NUM_PROMPTS, help="test questions used"
+    )
     group.add_argument(
         "--generation_style",
-        choices=prompts.STYLES,
+        choices=STYLES,
         help="prompt style (default: chat where the model has a chat template, "
         "otherwise --prompt_style)",
     )
-    group.add_argument("--max_new_tokens", type=cli.positive, default=64)
-    group.add_argument("--temperature", type=cli.not_negative, default=0.0, help="0: greedy")
+    group.add_argument("--max_new_tokens", type=flags.positive, default=MAX_NEW_TOKENS)
+    group.add_argument(
+        "--temperature", type=flags.not_negative, default=TEMPERATURE, help="0: greedy"
+    )
     return parser
 
 
-def main(kind: cli.Kind = cli.LLM) -> None:
-    args = flags(kind).parse_args()
-    configured = cli.take_chosen_configuration(args)
-    states = cli.hidden_states_files(args)
-    parts = cli.evaluation_parts(args, states)
-    questions = parts["test" if "test" in parts else "all"][: args.num_prompts]
-    lm = cli.load_model(args)
-    configurations, _ = cli.configurations(args, lm, states)
-    style = args.generation_style or ("chat" if lm.tokenizer.chat_template else args.prompt_style)
+def main(kind: Kind = LLM) -> None:
+    args = parser(kind).parse_args()
+    source, settings = flags.data_settings(args), flags.ablation_settings(args, ("pos",))
+
+    entry.import_libraries()
+    import pandas as pd
+
+    from grains import manifests, prompts, runs, splits
+    from grains.cli import stages
+    from grains.generation import decoding_batches, generate
+
+    names = stages.names_of(args)
+    grid, chosen = configured(args, names)
+    output = names.generations(grid, flags.GRID, decoding_parts(args), args.output_dir)
+    states = stages.states_files(args, grid)
+    examples = splits.evaluation_examples(source, args.seed, states["pos"].info["data"])
+    questions = examples["test" if "test" in examples else "all"][: args.num_prompts]
+    lm = entry.load_model(args)
+    configurations, _ = stages.configurations(args, lm, grid, states)
+    style = args.generation_style or (
+        "chat" if lm.tokenizer.chat_template else settings.prompt_style
+    )
 
     encoded = [prompts.encode(lm, example, style) for example in questions]
-    groups = decoding_batches(encoded, configurations, args.max_new_tokens, args.batch_tokens)
-    output = cli.output_dir(args, "steering_generation") / f"{cli.evaluation_stem(args)}.csv"
-    manifest = cli.evaluation_manifest(
-        args, "steering_generation", lm, states, {"prompts": questions}
+    groups = decoding_batches(encoded, configurations, args.max_new_tokens, settings.batch_tokens)
+
+    def make(unit: int):
+        members = groups[unit]
+        base, *steered = generate(
+            lm,
+            [encoded[i] for i in members],
+            configurations,
+            args.max_new_tokens,
+            args.temperature,
+            args.seed + unit,
+        )
+        return {}, [
+            row(i, questions[i], configuration, style, *pair)
+            for configuration, texts in zip(configurations, steered, strict=True)
+            for i, *pair in zip(members, base, texts, strict=True)
+        ]
+
+    def write(units) -> None:
+        table = pd.DataFrame([row for _, rows in units() for row in rows])
+        runs.write_table(output, table.sort_values(["prompt", "configuration"]))
+
+    manifest = manifests.evaluation(
+        "steering_generation", lm, states["pos"], source, settings, grid, {"prompts": questions}
     ) | {
         "generation_style": style,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
     }
-    run = runs.Run([output], manifest, args.overwrite)
-    if run.finished:
-        run.state.print("nothing to do: these results are already there")
-    else:
-        for unit in run.todo(len(groups), "generating"):
-            members = groups[unit]
-            texts = generate(
-                lm,
-                [encoded[i] for i in members],
-                configurations,
-                args.max_new_tokens,
-                args.temperature,
-                args.seed + unit,
-            )
-            run.save(
-                unit,
-                {},
-                [
-                    row(i, questions[i], configuration, style, *pair)
-                    for configuration, steered in zip(configurations, texts[1:], strict=True)
-                    for i, *pair in zip(members, texts[0], steered, strict=True)
-                ],
-            )
-        if run.all_done():
-            table = pd.DataFrame([row for _, rows in run.units(len(groups)) for row in rows])
-            runs.write_table(output, table.sort_values(["prompt", "configuration"]))
-        run.finish()
-    if run.state.is_main_process:
+    if not runs.resume([output], manifest, len(groups), make, write, "generating", args.overwrite):
+        entry.say("nothing to do: these results are already there")
+    if runs.processes().is_main_process:
         show(pd.read_csv(output, keep_default_na=False))
-        if configured:
-            print(f"configuration: as chosen in {configured}")
+        if chosen:
+            print(f"configuration: as chosen in {chosen}")
         print(f"generations: {output}")
 
 
-def row(index: int, example: data.Example, configuration, style, base: str, steered: str) -> dict:
+def configured(args: argparse.Namespace, names: Names) -> tuple[GridSettings, Path | None]:
+    """The grid that the flags give, or the configuration that steering_mc.py chose and its file.
+
+    Raises UserError if there is none, or several.
+    """
+    from grains import runs
+    from grains.steering import layer_ranges
+
+    if args.methods or args.layer_idxs or args.alphas:
+        args.methods = args.methods or [*flags.GRID.methods]
+        args.layer_idxs = args.layer_idxs or [*flags.GRID.layers]
+        args.alphas = args.alphas or [*flags.GRID.alphas]
+        return flags.grid_settings(args), None
+    found = [Path(args.chosen_path)] if args.chosen_path else names.chosen()
+    if len(found) > 1:
+        raise UserError(
+            f"{len(found)} configurations were chosen with these settings of stage 1: give one of "
+            f"them with --chosen_path ({', '.join(map(str, found))})"
+        )
+    if not found or not found[0].is_file():
+        raise UserError(
+            f"no configuration is chosen yet{f' ({found[0]} does not exist)' if found else ''}: "
+            "run steering_mc.py with the same model, data and --num_samples first, or "
+            "give --methods, --layer_idxs and --alphas"
+        )
+    best = runs.read_json(found[0])
+    grid = GridSettings(
+        tuple(dict.fromkeys([best["method"], *best["controls"]])),
+        (best["mode"] or "pos",),
+        tuple(layer_ranges(best["layers"])),
+        "joint",
+        (best["alpha"],),
+        best["alpha_units"],
+    )
+    return grid, found[0]
+
+
+def decoding_parts(args: argparse.Namespace) -> list[str]:
+    """What of the decoding differs from the defaults, for the file's name."""
+    return [
+        f"{label}-{value}"
+        for label, value, default in (
+            ("prompts", args.num_prompts, NUM_PROMPTS),
+            ("style", args.generation_style, None),
+            ("tokens", args.max_new_tokens, MAX_NEW_TOKENS),
+            ("temperature", args.temperature, TEMPERATURE),
+        )
+        if value != default
+    ]
+
+
+def row(
+    index: int, example: Example, configuration: Configuration, style: str, base: str, steered: str
+) -> dict:
     return {
         "prompt": index,
         "id": example.id,
@@ -120,4 +196,4 @@ def show(table: pd.DataFrame) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    entry.run(main)

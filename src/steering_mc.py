@@ -8,150 +8,131 @@ in neither.
 
 from __future__ import annotations
 
-import json
+import argparse
+from typing import TYPE_CHECKING
 
-if __name__ == "__main__":
-    from grains import ctrl_c
-
-    ctrl_c.begin_imports()
-
-import numpy as np
-import pandas as pd
-import torch
-
-from grains import cli, prompts, runs, stats
+from grains.cli import entry, flags
+from grains.cli.flags import LLM, Kind
 from grains.errors import UserError
-from grains.scoring import Configuration, correct, question_batches, score
-from grains.vectors import CONTROLS
+from grains.settings import CONTROLS, SCORES, GridSettings
 
-BASE = Configuration("base", "", (), 0.0)
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCORED = ("sum", "token")  # the order of the columns
+ROW = (
+    "configuration",
+    "method",
+    "mode",
+    "layers",
+    "alpha",
+    "alpha_units",
+    "part",
+    "questions",
+    "includes_steering_examples",
+)
+PER_SCORE = ("accuracy_{}", "accuracy_{}_low", "accuracy_{}_high", "p_value_{}", "margin_{}")
+COLUMNS = [*ROW, *(name.format(score) for score in SCORED for name in PER_SCORE)]
 
 
-def main(kind: cli.Kind = cli.LLM) -> None:
-    args = cli.evaluation_parser(__doc__, kind).parse_args()
-    states = cli.hidden_states_files(args)
-    parts = cli.evaluation_parts(args, states)
-    lm = cli.load_model(args)
-    configurations, made = cli.configurations(args, lm, states)
+def parser(kind: Kind) -> argparse.ArgumentParser:
+    parser = flags.evaluation_parser(__doc__, kind)
+    parser.add_argument(
+        "--score",
+        default="token",
+        choices=SCORES,
+        help="what the choice of a configuration goes by: accuracy of the summed "
+        "or of the per-token log-likelihood (both are reported)",
+    )
+    return parser
 
-    asked = [example for examples in parts.values() for example in examples]
+
+def main(kind: Kind = LLM) -> None:
+    args = parser(kind).parse_args()
+    source, settings = flags.data_settings(args), flags.ablation_settings(args, ("pos",))
+    grid = flags.grid_settings(args)
+
+    entry.import_libraries()
+    import pandas as pd
+    import torch
+
+    from grains import manifests, prompts, runs, splits, tables
+    from grains.cli import stages
+    from grains.scoring import margins, question_batches, score
+    from grains.steering import BASE
+
+    outputs = stages.names_of(args).multiple_choice(grid, flags.GRID, args.score, args.output_dir)
+    states = stages.states_files(args, grid)
+    examples = splits.evaluation_examples(source, args.seed, states["pos"].info["data"])
+    lm = entry.load_model(args)
+    configurations, made = stages.configurations(args, lm, grid, states)
+
+    asked = [example for questions in examples.values() for example in questions]
     if alone := next((example for example in asked if len(example.choices) < 2), None):
         raise UserError(
             f"example {alone.id} has a single answer: multiple choice needs two; use "
             "steering_generation.py for this data"
         )
     # Thousands of pictures do not fit in memory: a batch's own are opened when it is scored.
-    encoded = [
-        prompts.encode(lm, example, args.prompt_style).without_picture() for example in asked
-    ]
-    groups = question_batches(encoded, args.batch_tokens)
-    outputs = cli.mc_paths(args)
-    manifest = cli.evaluation_manifest(args, "steering_mc", lm, states, parts)
-    run = runs.Run(list(outputs.values()), manifest, args.overwrite)
-    if run.finished:
-        run.state.print("nothing to do: these results are already there")
-    else:
-        for unit in run.todo(len(groups), "scoring"):
-            members = groups[unit]
-            batch = [prompts.encode(lm, asked[i], args.prompt_style) for i in members]
-            scores = score(lm, batch, configurations, args.batch_tokens)
-            run.save(
-                unit,
-                {
-                    str(index): torch.from_numpy(values)
-                    for index, values in zip(members, scores, strict=True)
-                },
-                [],
-            )
-        if run.all_done():
-            scores = {
-                int(i): s.numpy()
-                for tensors, _ in run.units(len(groups))
-                for i, s in tensors.items()
-            }
-            questions = question_table(parts, encoded, [BASE, *configurations], scores)
-            grid = grid_table(questions, [BASE, *configurations], args)
-            for path, vectors in made.items():
-                vectors.save(path)
-            runs.write_table(outputs["questions"], questions)
-            runs.write_table(outputs["grid"], grid)
-            runs.write_json(outputs["chosen"], chosen(grid, args))
-        run.finish()
-    if run.state.is_main_process:
-        report(pd.read_csv(outputs["grid"], keep_default_na=False), args)
+    encoded = [prompts.encode(lm, e, settings.prompt_style).without_picture() for e in asked]
+    groups = question_batches(encoded, settings.batch_tokens)
+    split_of = [split for split, questions in examples.items() for _ in questions]
+
+    def make(unit: int):
+        members = groups[unit]
+        batch = [prompts.encode(lm, asked[i], settings.prompt_style) for i in members]
+        scores = score(lm, batch, configurations, settings.batch_tokens)
+        return {
+            str(index): torch.from_numpy(values)
+            for index, values in zip(members, scores, strict=True)
+        }, []
+
+    def write(units) -> None:
+        scores = {int(i): s.numpy() for tensors, _ in units() for i, s in tensors.items()}
+        scored = [scores[index] for index in range(len(encoded))]
+        every = [BASE, *configurations]
+        questions = tables.question_table(split_of, encoded, every, scored)
+        accuracies = []
+        for split in examples:
+            own = [index for index, name in enumerate(split_of) if name == split]
+            leads = margins([encoded[i] for i in own], [scored[i] for i in own])
+            accuracies.append(tables.accuracy_table(every, leads).assign(part=split))
+        # The splits of one configuration stand below each other.
+        table = (
+            pd.concat(accuracies)
+            .sort_index(kind="stable")
+            .assign(alpha_units=grid.units, includes_steering_examples=source.evaluate_on == "all")[
+                COLUMNS
+            ]
+        )
+        for path, vectors in made.items():
+            vectors.save(path)
+        runs.write_table(outputs["questions"], questions)
+        runs.write_table(outputs["grid"], table)
+        runs.write_json(outputs["chosen"], chosen(table, grid, args.score))
+
+    manifest = manifests.evaluation(
+        "steering_mc", lm, states["pos"], source, settings, grid, examples
+    )
+    manifest["flags"]["score"] = args.score
+    if not runs.resume(
+        [*outputs.values()], manifest, len(groups), make, write, "scoring", args.overwrite
+    ):
+        entry.say("nothing to do: these results are already there")
+    if runs.processes().is_main_process:
+        report(pd.read_csv(outputs["grid"], keep_default_na=False), grid, args.score)
         print(f"all configurations: {outputs['grid']}")
         print(f"every question:     {outputs['questions']}")
         print(f"chosen:             {outputs['chosen']}")
-        print(f"steering vectors:   {cli.vectors_dir(args)}")
+        print(f"steering vectors:   {next(iter(made)).parent}")
 
 
-def question_table(parts, encoded, configurations, scores) -> pd.DataFrame:
-    """A row per question and configuration."""
-    part_of = [part for part, examples in parts.items() for _ in examples]
-    rows = []
-    for index, (item, part) in enumerate(zip(encoded, part_of, strict=True)):
-        lengths = np.array([len(response) for response in item.responses])
-        for configuration, values in zip(configurations, scores[index], strict=True):
-            by_sum, margin_sum = correct(values, item.example.label)
-            by_token, margin_token = correct(values, item.example.label, lengths)
-            rows.append(
-                {
-                    "configuration": configuration.label,
-                    "part": part,
-                    "id": item.example.id,
-                    "correct_sum": by_sum,
-                    "correct_token": by_token,
-                    "margin_sum": margin_sum,
-                    "margin_token": margin_token,
-                    "log_likelihoods": json.dumps(values.round(6).tolist()),
-                    "tokens": json.dumps(lengths.tolist()),
-                    "label": item.example.label,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def grid_table(questions, configurations, args) -> pd.DataFrame:
-    """A row per configuration and part: accuracies with intervals, p-values, margins."""
-    rows = []
-    tables = dict(list(questions.groupby("configuration", sort=False)))
-    base = tables[BASE.label]
-    for configuration in configurations:
-        table = tables[configuration.label]
-        for part in dict.fromkeys(table.part):
-            here, there = table[table.part == part], base[base.part == part]
-            row = {
-                "configuration": configuration.label,
-                "method": configuration.method,
-                "mode": configuration.mode,
-                "layers": " ".join(map(str, configuration.layers)),
-                "alpha": configuration.alpha,
-                "alpha_units": args.alpha_units,
-                "part": part,
-                "questions": len(here),
-                "includes_steering_examples": args.evaluate_on == "all",
-            }
-            for kind in ("sum", "token"):
-                is_right = here[f"correct_{kind}"].to_numpy(bool)
-                was_right = there[f"correct_{kind}"].to_numpy(bool)
-                accuracy, low, high = stats.accuracy_interval(is_right)
-                row |= {
-                    f"accuracy_{kind}": accuracy,
-                    f"accuracy_{kind}_low": low,
-                    f"accuracy_{kind}_high": high,
-                    f"p_value_{kind}": stats.paired_p_value(is_right, was_right),
-                    f"margin_{kind}": here[f"margin_{kind}"].mean(),
-                }
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def chosen(grid: pd.DataFrame, args) -> dict:
+def chosen(table: pd.DataFrame, grid: GridSettings, score: str) -> dict:
     """The configuration with the best validation accuracy; of equal ones the weakest."""
-    part = "validation" if args.evaluate_on == "held_out" else "all"
-    candidates = grid[(grid.part == part) & ~grid.method.isin(["base", *CONTROLS])]
+    split = "all" if "all" in set(table.part) else "validation"
+    candidates = table[(table.part == split) & ~table.method.isin(["base", *CONTROLS])]
     best = candidates.sort_values(
-        [f"accuracy_{args.score}", "alpha", f"margin_{args.score}"], ascending=[False, True, False]
+        [f"accuracy_{score}", "alpha", f"margin_{score}"], ascending=[False, True, False]
     ).iloc[0]
     return {
         "configuration": best.configuration,
@@ -159,25 +140,25 @@ def chosen(grid: pd.DataFrame, args) -> dict:
         "mode": best["mode"],
         "layers": [int(layer) for layer in best.layers.split()],
         "alpha": float(best.alpha),
-        "alpha_units": args.alpha_units,
-        "chosen_on": part,
-        "controls": [method for method in args.methods if method in CONTROLS],
+        "alpha_units": grid.units,
+        "chosen_on": split,
+        "controls": [method for method in grid.methods if method in CONTROLS],
     }
 
 
-def report(grid: pd.DataFrame, args) -> None:
+def report(table: pd.DataFrame, grid: GridSettings, score: str) -> None:
     """Print base, the chosen configuration and the control on the questions that count."""
-    best = chosen(grid, args)
-    part = "test" if args.evaluate_on == "held_out" else "all"
-    here = grid[grid.part == part]
-    same = (here.layers == " ".join(map(str, best["layers"]))) & (here.alpha == best["alpha"])
+    best = chosen(table, grid, score)
+    split = "all" if best["chosen_on"] == "all" else "test"
+    rows = table[table.part == split]
+    same = (rows.layers == " ".join(map(str, best["layers"]))) & (rows.alpha == best["alpha"])
     lines = {
-        "base": here[here.method == "base"],
-        "steered (chosen)": here[here.configuration == best["configuration"]],
-        **{f"control ({name})": here[same & (here.method == name)] for name in CONTROLS},
+        "base": rows[rows.method == "base"],
+        "steered (chosen)": rows[rows.configuration == best["configuration"]],
+        **{f"control ({name})": rows[same & (rows.method == name)] for name in CONTROLS},
     }
-    count = int(here.questions.iloc[0])
-    if args.evaluate_on == "all":
+    count = int(rows.questions.iloc[0])
+    if split == "all":
         print(
             f"\nAll {count} questions, the steering examples included, and the configuration "
             "chosen on them too (the authors' way): no held-out result"
@@ -185,23 +166,18 @@ def report(grid: pd.DataFrame, args) -> None:
     else:
         print(f"\n{count} test questions; configuration chosen on validation questions")
     print(f"{'':22}{'per-token accuracy':>30}{'p':>8}{'summed accuracy':>30}{'p':>8}")
-    for name, rows in lines.items():
-        for row in rows.itertuples():
+    for name, part in lines.items():
+        for row in part.itertuples():
             cells = "".join(
                 f"{f'{a:.1%} [{low:.1%}, {high:.1%}]':>30}{p:>8.2g}"
                 for a, low, high, p in (
                     (
-                        row.accuracy_token,
-                        row.accuracy_token_low,
-                        row.accuracy_token_high,
-                        row.p_value_token,
-                    ),
-                    (
-                        row.accuracy_sum,
-                        row.accuracy_sum_low,
-                        row.accuracy_sum_high,
-                        row.p_value_sum,
-                    ),
+                        getattr(row, f"accuracy_{score}"),
+                        getattr(row, f"accuracy_{score}_low"),
+                        getattr(row, f"accuracy_{score}_high"),
+                        getattr(row, f"p_value_{score}"),
+                    )
+                    for score in SCORES
                 )
             )
             print(f"{name:22}{cells}  {row.configuration}")
@@ -209,4 +185,4 @@ def report(grid: pd.DataFrame, args) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    entry.run(main)

@@ -3,13 +3,10 @@
 The decoder sees words and image features in one sequence, so the stage itself is the same.
 """
 
-if __name__ == "__main__":
-    from grains import ctrl_c
-
-    ctrl_c.begin_imports()
-
 import token_ablation
-from grains import cli
+from demo import registered  # noqa: F401  the drawn scenes and their model, by their short names
+from grains.cli import entry
+from grains.cli.flags import VLM
 
 if __name__ == "__main__":
-    cli.main(lambda: token_ablation.main(cli.VLM))
+    entry.run(lambda: token_ablation.main(VLM))

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grains.attribution import Targets, absent, targets
-from grains.models import LanguageModel
+from grains.attribution import baseline_embeddings
+from grains.lm import LanguageModel
+from grains.logprobs import Targets, targets, token_log_probs
+from grains.packing import pack
 from grains.prompts import Encoded
-from grains.replay import capture_pack, gradient_rows, pack, replay, token_log_probs
-
-TOPS = ("pos", "neg", "abs", "rand")
+from grains.replay import capture_pack, gradient_rows, replay
+from grains.settings import TOPS
 
 
 def select(
@@ -65,7 +66,7 @@ def hidden_states(
     """Replay an example as it is, and once for every set of ablated prompt positions.
 
     ablated: for each further variant the prompt positions whose embeddings are replaced.
-    text, image: what an ablated word or image token is replaced by (see `absent`).
+    text, image: what an ablated word or image token is replaced by (see `baseline_embeddings`).
     gradients: whether the objective's gradients at every layer are wanted.
     Returns `States` with R = 1 + len(ablated) variants, the plain one first.
     """
@@ -76,7 +77,7 @@ def hidden_states(
 
     plain = _plain(lm, encoded, captured, terms, ends, gradients)
     prompt = captured.embeds[0, : len(encoded.prompt_ids)]
-    replacement = absent(lm, encoded, prompt, text, image)
+    replacement = baseline_embeddings(lm, encoded, prompt, text, image)
     rows = captured.embeds.repeat(len(ablated), 1, 1)
     for row, positions in enumerate(ablated):
         rows[row, positions] = replacement[positions]

@@ -21,49 +21,12 @@ from torch import Tensor
 
 from grains import vision
 from grains.errors import UserError
-from grains.models import LanguageModel
+from grains.lm import LanguageModel
+from grains.logprobs import targets, token_log_probs
+from grains.packing import pack
 from grains.prompts import Encoded
-from grains.replay import (
-    Capture,
-    Pack,
-    capture,
-    capture_pack,
-    gradient_rows,
-    pack,
-    replay,
-    token_log_probs,
-)
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The log-probabilities that make up the responses' log-likelihoods.
-
-    nodes, tokens: (n,) the packed position that predicts, and the token predicted; what several
-        responses share stands once.
-    member: (C, n) 1 where a log-probability belongs to a response, so that
-        member @ log_probs are the C log-likelihoods.
-    """
-
-    nodes: Tensor
-    tokens: Tensor
-    member: Tensor
-
-
-def targets(packed: Pack, prompt_length: int, responses: list[list[int]]) -> Targets:
-    """Where the tokens of the responses are predicted: the node before each of them."""
-    index: dict[tuple[int, int], int] = {}
-    owners = []
-    for path, response in zip(packed.paths, responses, strict=True):
-        before = path[prompt_length - 1 :].tolist()
-        owners.append(
-            [index.setdefault((before[j], token), len(index)) for j, token in enumerate(response)]
-        )
-    member = torch.zeros(len(responses), len(index))
-    for row, own in enumerate(owners):
-        member[row, own] = 1.0
-    pairs = torch.tensor(list(index), dtype=torch.long)
-    return Targets(pairs[:, 0], pairs[:, 1], member)
+from grains.replay import Capture, capture, capture_pack, gradient_rows, replay
+from grains.settings import AttributionSettings
 
 
 class PromptFunction:
@@ -205,8 +168,8 @@ def adaptive_simpson(path: StraightPath, tolerance: float, max_points: int) -> A
     edges = [i / (2 * START_CELLS) for i in range(2 * START_CELLS + 1)]
     if max_points < len(edges):
         raise UserError(
-            f"--ig_max_points {max_points}: the adaptive rule begins with "
-            f"{len(edges)} points; give as many at least, or use --ig_steps"
+            f"ig_max_points {max_points}: the adaptive rule begins with "
+            f"{len(edges)} points; give as many at least, or use ig_steps"
         )
     path.compute(edges)
     cells = {cell: _simpson(path, *cell) for cell in zip(edges[:-1:2], edges[2::2], strict=True)}
@@ -235,48 +198,10 @@ def _simpson(path: StraightPath, low: float, high: float) -> np.ndarray:
     return (path.slope(low) + 4 * path.slope(middle) + path.slope(high)) * (high - low) / 6
 
 
-OBJECTIVES = ("contrastive", "normal")
-GRAD_METHODS = ("integrated_gradients", "smoothgrad", "vanilla")
-BASELINES = ("mean", "pad", "unk", "zeros")
-IMAGE_BASELINES = ("blank", "mean", "zeros")
-SCOPES = ("content", "all", "image", "text")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to attribute.
-
-    objective: contrastive (log P(y+) - log P(y-)) or normal (each response on its own).
-    grad_method: integrated_gradients, smoothgrad or vanilla.
-    baseline: where the path of a word starts: the mean of the embedding matrix, the pad or unk
-        token's embedding, or zeros (the paper's).
-    image_baseline: where the path of an image token starts: the features of a blank picture, the
-        mean feature of its own picture, or zeros (the paper's).
-    attribute: which positions move: content (the user's words and the picture; template and
-        special tokens keep their embeddings), all (the paper's), the image alone, the text (the
-        user's words) alone.
-    ig_steps: points of the Gauss-Legendre rule, or None for the adaptive rule.
-    tolerance, max_points: of the adaptive rule.
-    smooth_samples, smooth_noise: smoothgrad's number of noisy copies, and their noise as a share
-        of the standard deviation of the prompt's embeddings.
-    """
-
-    objective: str = "contrastive"
-    grad_method: str = "integrated_gradients"
-    baseline: str = "mean"
-    image_baseline: str = "blank"
-    attribute: str = "content"
-    ig_steps: int | None = None
-    tolerance: float = 0.05
-    max_points: int = 200
-    smooth_samples: int = 20
-    smooth_noise: float = 0.1
-
-
 def attribute(
     lm: LanguageModel,
     encoded: Encoded,
-    settings: Settings,
+    settings: AttributionSettings,
     max_tokens: int,
     generator: torch.Generator,
 ) -> list[Attribution]:
@@ -297,7 +222,7 @@ def _attribute(
     function: PromptFunction,
     lm: LanguageModel,
     encoded: Encoded,
-    settings: Settings,
+    settings: AttributionSettings,
     generator: torch.Generator,
 ) -> Attribution:
     if settings.grad_method == "integrated_gradients":
@@ -321,7 +246,7 @@ def _attribute(
     return Attribution(scores, float("nan"), len(inputs))
 
 
-def moved(encoded: Encoded, attribute: str) -> Tensor:
+def attributed_positions(encoded: Encoded, attribute: str) -> Tensor:
     """(P,) bool: the prompt positions that leave their embedding along the path."""
     return {
         "content": encoded.content | encoded.image,
@@ -333,12 +258,16 @@ def moved(encoded: Encoded, attribute: str) -> Tensor:
 
 def _start(function, lm, encoded, settings) -> Tensor:
     """The baseline (P, D): the start of the path, equal to the prompt where nothing moves."""
-    move = moved(encoded, settings.attribute).to(function.prompt.device)[:, None]
-    nothing = absent(lm, encoded, function.prompt, settings.baseline, settings.image_baseline)
+    move = attributed_positions(encoded, settings.attribute).to(function.prompt.device)[:, None]
+    nothing = baseline_embeddings(
+        lm, encoded, function.prompt, settings.baseline, settings.image_baseline
+    )
     return torch.where(move, nothing, function.prompt)
 
 
-def absent(lm: LanguageModel, encoded: Encoded, prompt: Tensor, text: str, image: str) -> Tensor:
+def baseline_embeddings(
+    lm: LanguageModel, encoded: Encoded, prompt: Tensor, text: str, image: str
+) -> Tensor:
     """(P, D): what stands at each position of the prompt if nothing is said or shown there.
 
     prompt: (P, D) embeddings and image features. text: mean, pad, unk or zeros, as

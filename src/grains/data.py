@@ -7,12 +7,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
-from huggingface_hub import snapshot_download
 
 from grains.errors import UserError, hub_trouble
+
+if TYPE_CHECKING:  # it takes a second to import, which a mistake in a flag need not wait for
+    from datasets import Dataset
 
 # The branch that holds the hub's own conversion of a data set to Parquet.
 CONVERTED = "refs/convert/parquet"
@@ -104,7 +106,7 @@ def _questions(row: dict) -> dict:
     }
 
 
-def _pairs(row: dict) -> dict:
+def pairs(row: dict) -> dict:
     prompt = row["prompt"] if "prompt" in row else row["question"]
     return {"question": prompt, "choices": [row["chosen"], row["rejected"]], "label": 0}
 
@@ -132,13 +134,6 @@ def _mmhal(row: dict) -> dict:
     return {"question": row["question"], "choices": [row["gt_answer"]], "label": 0}
 
 
-def _scenes(row: dict) -> dict:
-    things = json.loads(row.get("objects") or "null")
-    return _pairs(row) | {
-        "objects": things and [f"{thing['colour']} {thing['shape']}" for thing in things]
-    }
-
-
 def _names(objects: list[str] | str | None) -> tuple[str, ...] | None:
     """Names from a list, which may be written as JSON or with commas."""
     if isinstance(objects, str):
@@ -148,6 +143,8 @@ def _names(objects: list[str] | str | None) -> tuple[str, ...] | None:
 
 def _toxigen_pairs(rows: Dataset) -> Dataset:
     """Pair a benign with a toxic statement about the same group, in the order of the file."""
+    from datasets import Dataset
+
     table = rows.to_pandas()
     toxic = table.toxicity_ai + table.toxicity_human > TOXIC_ABOVE
     pairs = []
@@ -160,27 +157,18 @@ def _toxigen_pairs(rows: Dataset) -> Dataset:
     return Dataset.from_list(pairs)
 
 
-def _draw_shapes(folder: Path) -> None:
-    """The scenes that the small vision-language model knows, drawn from their seeds."""
-    from demo.shapes import write_dataset
-
-    write_dataset(folder)
-
-
-PACKAGED = Path(__file__).resolve().parent.parent / "data"
+# The texts and questions of this repository: src/data in a checkout, grains/texts once installed.
+PACKAGED = next(
+    folder
+    for folder in (Path(__file__).parent / "texts", Path(__file__).resolve().parents[1] / "data")
+    if folder.is_dir()
+)
 DATASETS = {
     "misconceptions": Source(
         str(PACKAGED / "misconceptions.jsonl"),
         ("question", "best_answer", "incorrect_answers"),
         _misconceptions,
         ("steering", "validation", "test"),
-    ),
-    "shapes": Source(
-        str(PACKAGED / "vlm" / "shapes"),
-        ("image", "question", "chosen", "rejected"),
-        _scenes,
-        ("steering", "validation", "test"),
-        make=_draw_shapes,
     ),
     "truthfulqa": Source(
         "EleutherAI/truthful_qa_binary",
@@ -199,7 +187,7 @@ DATASETS = {
     "toxigen": Source(
         "toxigen/toxigen-data",
         ("text", "target_group", "toxicity_ai", "toxicity_human"),
-        _pairs,
+        pairs,
         ("train", "train", "test"),
         config="annotated",
         rows=_toxigen_pairs,
@@ -209,7 +197,7 @@ DATASETS = {
     "spa-vl": Source(
         "sqrti/SPA-VL",
         ("image", "question", "chosen", "rejected"),
-        _pairs,
+        pairs,
         ("train", "validation", "validation"),
         config={"train": "default", "validation": "validation", "harm": "test", "help": "test"},
     ),
@@ -217,6 +205,11 @@ DATASETS = {
         "DogNeverSleep/MMHal-Bench", ("image", "question", "gt_answer"), _mmhal, ("train",) * 3
     ),
 }
+
+
+def register(name: str, source: Source) -> None:
+    """Make a data set known by a short name, beside those of this module."""
+    DATASETS[name] = source
 
 
 def load(
@@ -233,7 +226,7 @@ def load(
     if source is None and path is None:
         raise UserError(
             f"unknown data set '{name}': expected {', '.join(DATASETS)}, or any name "
-            "with --dataset_path FILE"
+            "with a dataset_path"
         )
     if path is None and Path(source.path).is_absolute():
         path = source.path
@@ -253,21 +246,26 @@ def load(
         )
     if source.rows:
         rows = source.rows(rows)
+    from datasets import Image
+
     if "image" in rows.column_names and isinstance(rows.features["image"], Image):
         rows = rows.cast_column("image", Image(decode=False))
     return rows, source
 
 
-def default_split(name: str, part: int) -> str:
-    """The split for steering (0), validation (1) or test (2) examples of a data set."""
-    return DATASETS[name].splits[part] if name in DATASETS else "train"
+ROLES = ("steering", "validation", "test")
+
+
+def default_split(name: str, role: str) -> str:
+    """The split that a data set's steering, validation or test examples come from."""
+    return DATASETS[name].splits[ROLES.index(role)] if name in DATASETS else "train"
 
 
 def _columns_of(rows: Dataset, path: str) -> Source:
     """A user's own columns: prompt/chosen/rejected, or question/choices/label."""
     forms = {
-        ("prompt", "chosen", "rejected"): _pairs,
-        ("question", "chosen", "rejected"): _pairs,
+        ("prompt", "chosen", "rejected"): pairs,
+        ("question", "chosen", "rejected"): pairs,
         ("question", "choices", "label"): _questions,
     }
     for columns, read in forms.items():
@@ -283,6 +281,8 @@ def _columns_of(rows: Dataset, path: str) -> Source:
 
 
 def _local(path: Path, split: str) -> Dataset:
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if not path.exists():
         raise UserError(f"data file '{path}' does not exist")
@@ -316,6 +316,8 @@ def _local(path: Path, split: str) -> Dataset:
 
 def _folder(path: Path, split: str) -> Dataset:
     """A split from a folder of Parquet files named as the hub's are (train-00000-of-00001...)."""
+    from datasets import load_dataset
+
     files: dict[str, list[str]] = {}
     for file in sorted(path.rglob("*.parquet")):
         files.setdefault(file.stem.split("-")[0], []).append(str(file))
@@ -329,6 +331,8 @@ def _folder(path: Path, split: str) -> Dataset:
 
 
 def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset:
+    from datasets import load_dataset
+
     revision = revision or source.revision
     try:
         if revision == CONVERTED:
@@ -338,7 +342,7 @@ def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset
             if split not in config:
                 raise UserError(
                     f"data set '{source.path}' has no split '{split}': found "
-                    f"{', '.join(config)}; give one of them with --split"
+                    f"{', '.join(config)}; give one of them as split"
                 )
             config = config[split]
         return load_dataset(source.path, config, split=split, revision=revision)
@@ -349,13 +353,13 @@ def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset
         page = f"https://huggingface.co/datasets/{source.path}"
         todo = {
             "gated": f"ask for access at {page} and log in with 'hf auth login', or give a copy "
-            "with --dataset_path",
-            "missing": f"see whether {page} is still there, or give a copy with --dataset_path",
-            "network": "check the network, or give a local copy with --dataset_path",
-            "": "give a local copy with --dataset_path",
+            "as dataset_path",
+            "missing": f"see whether {page} is still there, or give a copy as dataset_path",
+            "network": "check the network, or give a local copy as dataset_path",
+            "": "give a local copy as dataset_path",
         }[hub_trouble(error)]
         if "split" in reason.lower():
-            todo = "give a split that exists with --split"
+            todo = "give a split that exists as split"
         note = f" ({source.note})" if source.note else ""
         raise UserError(
             f"data set '{name}' ({source.path}) could not be loaded: {reason}; {todo}{note}"
@@ -367,6 +371,9 @@ def _converted(source: Source, split: str) -> Dataset:
 
     They are read as files: that branch has no card, so `datasets` knows of no configurations.
     """
+    from datasets import load_dataset
+    from huggingface_hub import snapshot_download
+
     folder = Path(
         snapshot_download(
             source.path,
@@ -381,7 +388,7 @@ def _converted(source: Source, split: str) -> Dataset:
     if split not in files:
         raise UserError(
             f"data set '{source.path}' has no split '{split}': found "
-            f"{', '.join(files) or 'none'}; give one of them with --split"
+            f"{', '.join(files) or 'none'}; give one of them as split"
         )
     return load_dataset("parquet", data_files=files[split], split="train")
 

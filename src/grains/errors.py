@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake in the input: the message says what was expected, what was found, what to do.
 
     The scripts print it as one line and exit with a status that is not zero; every other

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from grains import vision
-from grains.models import LanguageModel
+from grains.lm import LanguageModel
 from grains.prompts import Encoded
-from grains.scoring import Configuration, batches
-from grains.vectors import steered
+from grains.scoring import batches
+from grains.steering import Configuration, steered
 
 # Decoding keeps keys and values only, far less than the activations of a whole forward, and is
 # bound by reading the weights: so that many times more positions go into a batch.

@@ -10,9 +10,8 @@ from PIL.Image import Image
 from grains import vision
 from grains.data import Example
 from grains.errors import UserError
-from grains.models import LanguageModel
-
-STYLES = ("qa", "chat", "plain")
+from grains.lm import LanguageModel
+from grains.settings import STYLES
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def render(lm: LanguageModel, example: Example, style: str) -> tuple[str, str]:
     has_image = example.image is not None
     if style == "chat":
         if not _renderer(lm).chat_template:
-            raise UserError(f"{lm.name} has no chat template: use --prompt_style qa or plain")
+            raise UserError(f"{lm.name} has no chat template: use prompt_style qa or plain")
         return _renderer(lm).apply_chat_template(
             [{"role": "user", "content": _content_of_turn(lm, question, has_image)}],
             tokenize=False,

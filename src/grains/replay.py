@@ -15,72 +15,21 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from grains import cpu
 from grains.errors import UserError
-
-if TYPE_CHECKING:
-    from grains.models import LanguageModel
+from grains.lm import LanguageModel
+from grains.logprobs import LOGIT_ROWS, VOCABULARY_SLICE
+from grains.packing import Pack
 
 # What layers are called with and what packing does to it. A layer that takes another tensor per
 # position cannot be reordered safely, so it is refused instead of guessed at.
 POSITION_KEYS = ("position_ids", "cache_position")
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Token sequences laid out as one trie.
-
-    tokens: (T,) ids, every node of the trie once, a parent always before its children.
-    depth: (T,) the position of a node in the sequences it belongs to.
-    same_path: (T, T) whether one of two nodes is an ancestor of the other (or is it).
-    paths: for every sequence the (length,) nodes of its tokens.
-    """
-
-    tokens: Tensor
-    depth: Tensor
-    same_path: Tensor
-    paths: list[Tensor]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-def pack(sequences: list[list[int]]) -> Pack:
-    """Lay out sequences of token ids as a trie (their common prefixes once)."""
-    children: list[dict[int, int]] = []
-    roots: dict[int, int] = {}
-    tokens, depth, parents, paths = [], [], [], []
-    for sequence in sequences:
-        level, parent, path = roots, -1, []
-        for position, token in enumerate(sequence):
-            if token not in level:
-                level[token] = len(tokens)
-                tokens.append(token)
-                depth.append(position)
-                parents.append(parent)
-                children.append({})
-            parent = level[token]
-            level = children[parent]
-            path.append(parent)
-        paths.append(torch.tensor(path, dtype=torch.long))
-    ancestor = torch.eye(len(tokens), dtype=torch.bool)
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            ancestor[node] |= ancestor[parent]
-    return Pack(
-        torch.tensor(tokens, dtype=torch.long),
-        torch.tensor(depth, dtype=torch.long),
-        ancestor | ancestor.T,
-        paths,
-    )
 
 
 @dataclass(frozen=True)
@@ -375,72 +324,3 @@ def gradient_rows(lm: LanguageModel, captured: Capture) -> tuple[int, bool]:
     if lm.device.type == "cpu":
         cpu.return_freed_memory()
     return max(1, int(free // (2 * one_layer + len(lm.layers) * output.nbytes))), True
-
-
-def logits(lm: LanguageModel, hidden_states: Tensor) -> Tensor:
-    """Final norm and vocabulary projection: (..., D) -> (..., V), in fp32."""
-    return lm.head(lm.norm(hidden_states)).float()
-
-
-class _TokenLogProbs(torch.autograd.Function):
-    """log P of given tokens from the normed last hidden states, by slices of the vocabulary.
-
-    A softmax over the vocabulary needs no more than its running maximum, sum and, for the
-    gradient, its running mean of the head's rows (the scores' rows are rescaled when the maximum
-    rises): so a (rows, slice) piece of the logits lives in the cache, used for all, and gone.
-    """
-
-    @staticmethod
-    def forward(ctx, states, targets, weight, bias, product, wants_grad):
-        count = len(states)
-        highest = torch.full((count,), -torch.inf, device=states.device)
-        total = torch.zeros(count, device=states.device)
-        picked = torch.zeros(count, device=states.device)
-        mean = torch.zeros_like(states, dtype=torch.float32) if wants_grad else None
-        for start in range(0, len(weight), VOCABULARY_SLICE):
-            part = weight[start : start + VOCABULARY_SLICE]
-            scores = product(
-                states, part, None if bias is None else bias[start : start + VOCABULARY_SLICE]
-            ).float()
-            here = (targets >= start) & (targets < start + len(part))
-            picked[here] = scores[here, targets[here] - start]
-            before, highest = highest, torch.maximum(highest, scores.amax(-1))
-            rescale = (before - highest).exp_()
-            scores.sub_(highest[:, None]).exp_()
-            total.mul_(rescale).add_(scores.sum(-1))
-            if wants_grad:
-                mean.mul_(rescale[:, None]).add_(product(scores.to(part.dtype), part.t()).float())
-        if wants_grad:
-            ctx.save_for_backward(weight[targets].float() - mean / total[:, None])
-        return picked - highest - total.log()
-
-    @staticmethod
-    def backward(ctx, grad):
-        (by_states,) = ctx.saved_tensors
-        return grad[:, None] * by_states, None, None, None, None, None
-
-
-# The logits that exist at a time: 1024 x 4096 in fp32 are 16 MiB, whatever the vocabulary.
-LOGIT_ROWS, VOCABULARY_SLICE = 1024, 4096
-
-
-def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -> Tensor:
-    """log P(target | everything before it) from the last layer's output.
-
-    hidden_states: (n, D) outputs of the last layer at the positions that predict the targets.
-    targets: (n,) token ids. Returns (n,) in fp32, differentiable.
-    """
-    wants_grad = torch.is_grad_enabled() and hidden_states.requires_grad
-    states = lm.norm(hidden_states)
-    with align_module_device(lm.head):  # brings a head that was put off to a disk
-        weight, bias = lm.head.weight, getattr(lm.head, "bias", None)
-        states, targets = states.to(weight.device), targets.to(weight.device)
-        product = cpu.product_of(lm.head)
-        return torch.cat(
-            [
-                _TokenLogProbs.apply(some, wanted, weight, bias, product, wants_grad)
-                for some, wanted in zip(
-                    states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True
-                )
-            ]
-        )

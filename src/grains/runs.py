@@ -37,11 +37,6 @@ from grains.errors import UserError
 HEADER = "grains"
 
 
-def slug(name: str) -> str:
-    """A model or data set name as part of a file name: the last part of a path or hub id."""
-    return Path(name.rstrip("/")).name.replace(" ", "-")
-
-
 def versions() -> dict:
     packages = ("torch", "transformers", "tokenizers", "numpy")
     return {
@@ -269,7 +264,7 @@ class Run:
     def _prepare(self, overwrite: bool, expected_bytes: int) -> bool:
         marker = self.parts / "manifest.json"
         if overwrite:
-            # Parts of this very run without results are what an earlier --overwrite left off at.
+            # Parts of this very run without results are what an earlier overwrite left off at.
             if self.manifest_path.is_file() or not self._is_ours(marker):
                 shutil.rmtree(self.parts, ignore_errors=True)
             self.manifest_path.unlink(missing_ok=True)
@@ -285,7 +280,7 @@ class Run:
                 if path.exists():
                     raise UserError(
                         f"'{path}' is there already, and no manifest beside it says "
-                        "what it is from: give other output paths, or --overwrite to "
+                        "what it is from: give other output paths, or overwrite to "
                         "replace it"
                     )
         try:
@@ -318,11 +313,11 @@ class Run:
         if different:
             raise UserError(
                 f"'{where}' is from other settings ({'; '.join(different[:4])}): give "
-                "other output paths, or --overwrite to do it anew"
+                "other output paths, or overwrite to do it anew"
             )
 
     def _part(self, unit: int) -> Path:
-        # The key keeps other settings' parts out: what an --overwrite that was killed has not
+        # The key keeps other settings' parts out: what an overwrite that was killed has not
         # removed yet, or what a process that outlived its run still writes.
         return self.parts / f"{unit:07d}-{self.key}.safetensors"
 
@@ -380,3 +375,31 @@ class Run:
         with suppress(OSError):
             Path(self.lock.lock_file).unlink()
         self.lock.release()
+
+
+def resume(
+    outputs: Sequence[Path],
+    manifest: dict,
+    count: int,
+    make: Callable[[int], tuple[dict[str, Tensor], list[dict]]],
+    write: Callable[[Callable[[], Iterator[tuple[dict[str, Tensor], list[dict]]]]], None],
+    what: str,
+    overwrite: bool = False,
+    expected_bytes: int = 0,
+) -> bool:
+    """Make the units of a run that are missing, then its outputs; a killed run goes on so.
+
+    count: of the units. make: the number of a unit -> its tensors, and rows for the tables.
+    write: writes `outputs`; it is given what begins to read all units in order.
+    what: the units, for the progress bar. overwrite, expected_bytes: see `Run`.
+    Returns False if the outputs were there already for exactly this manifest.
+    """
+    run = Run(outputs, manifest, overwrite, expected_bytes)
+    if run.finished:
+        return False
+    for unit in run.todo(count, what):
+        run.save(unit, *make(unit))
+    if run.all_done():
+        write(lambda: run.units(count))
+    run.finish()
+    return True

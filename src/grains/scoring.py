@@ -7,71 +7,16 @@ only the layers above (capture once, replay from any layer).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from grains.attribution import Targets, targets
-from grains.models import LanguageModel
+from grains.lm import LanguageModel
+from grains.logprobs import ResponseScorer, targets
+from grains.packing import pack
 from grains.prompts import Encoded
-from grains.replay import Capture, capture_pack, collate, pack, replay, token_log_probs
-from grains.vectors import Gate, SteeringVectors, steer
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One way to steer: which vectors, where, how strongly.
-
-    vectors: layer -> (D,), the strength included. gate: where they are added, if not everywhere.
-    """
-
-    method: str
-    mode: str
-    layers: tuple[int, ...]
-    alpha: float
-    vectors: dict[int, Tensor] = field(compare=False, repr=False, default_factory=dict)
-    gate: Gate | None = field(compare=False, repr=False, default=None)
-
-    @property
-    def label(self) -> str:
-        if not self.layers:
-            return self.method
-        mode = f" {self.mode}" if self.mode else ""
-        return f"{self.method}{mode} @ {','.join(layer_ranges(self.layers))} x {self.alpha:g}"
-
-
-@dataclass(frozen=True)
-class Direction:
-    """What a configuration is at every strength: which vectors, where."""
-
-    method: str
-    mode: str
-    layers: tuple[int, ...]
-    vectors: SteeringVectors = field(compare=False, repr=False)
-
-    def at(self, alpha: float, units: str = "relative") -> Configuration:
-        return Configuration(
-            self.method,
-            self.mode,
-            self.layers,
-            alpha,
-            self.vectors.scaled(alpha, list(self.layers), units),
-            self.vectors.gate,
-        )
-
-
-def layer_ranges(layers: Sequence[int]) -> list[str]:
-    """[3, 4, 5, 9] -> ['3-5', '9'], as the flag --layer_idxs takes them."""
-    ranges: list[list[int]] = []
-    for layer in layers:
-        if ranges and layer == ranges[-1][1] + 1:
-            ranges[-1][1] = layer
-        else:
-            ranges.append([layer, layer])
-    return [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
+from grains.replay import Capture, capture_pack, collate, replay
+from grains.steering import Configuration, Gate, steer
 
 
 def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
@@ -154,13 +99,13 @@ def score_all(
     return [scores[index] for index in range(len(encoded))]
 
 
-def packed_batch(lm: LanguageModel, encoded: list[Encoded]) -> tuple[Capture, Scored]:
+def packed_batch(lm: LanguageModel, encoded: list[Encoded]) -> tuple[Capture, ResponseScorer]:
     """Examples with their responses packed behind them, and what reads the responses' scores."""
     packs = [pack(item.sequences(without_last=True)) for item in encoded]
     batch = collate(
         [capture_pack(lm, item.inputs, packed) for item, packed in zip(encoded, packs, strict=True)]
     )
-    return batch, Scored(
+    return batch, ResponseScorer(
         lm,
         [
             targets(packed, len(item.prompt_ids), item.responses)
@@ -190,27 +135,6 @@ def _steered(lm, batch, states, vectors, gate, read) -> Tensor:
         after=lambda layer, h: steer(h, by_row[layer], opening[layer]) if layer in by_row else None,
     )
     return read(final.view(count, questions, length, size))
-
-
-class Scored:
-    """Reads the choices' log-likelihoods from last hidden states, at scored positions only."""
-
-    def __init__(self, lm: LanguageModel, terms: list[Targets]):
-        self.lm = lm
-        rows = torch.cat([torch.full_like(term.nodes, row) for row, term in enumerate(terms)])
-        self.rows, self.nodes = rows, torch.cat([term.nodes for term in terms])
-        self.tokens = torch.cat([term.tokens for term in terms])
-        self.member = torch.block_diag(*[term.member for term in terms])
-
-    def __call__(self, states: Tensor, change=None) -> Tensor:
-        """states: (c, Q, T, D), or (Q, T, D) with `change` from (n, D) to (c, n, D)."""
-        device = states.device
-        picked = states[..., self.rows.to(device), self.nodes.to(device), :]
-        picked = change(picked) if change else picked
-        log_probs = token_log_probs(
-            self.lm, picked.flatten(0, 1), self.tokens.to(device).repeat(len(picked))
-        )
-        return log_probs.view(len(picked), -1).cpu() @ self.member.T
 
 
 def margins(encoded: list[Encoded], scores: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from grains.data import Example, StoredPicture
 from grains.errors import UserError
-from grains.models import LanguageModel
+from grains.lm import LanguageModel
 
 Box = tuple[float, float, float, float]
 

@@ -101,7 +101,7 @@ def train(
                     raise UserError(
                         f"the loss of LoRA ({objective}) became {total} in epoch "
                         f"{epoch + 1}: give a smaller learning rate than "
-                        f"{learning_rate:g}, or --dtype float32"
+                        f"{learning_rate:g}, or dtype float32"
                     )
                 optimizer.step()
                 optimizer.zero_grad()

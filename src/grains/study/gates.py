@@ -62,7 +62,7 @@ def fit(
         states = torch.cat([mine.pop(layer), theirs.pop(layer)])
         if not states.isfinite().all():
             raise UserError(
-                f"hidden states of layer {layer} are NaN or infinite: give --dtype float32"
+                f"hidden states of layer {layer} are NaN or infinite: give dtype float32"
             )
         scaler, regression = (
             StandardScaler(),

@@ -140,8 +140,7 @@ def trainer(
             )
             if not math.isfinite(total):
                 raise UserError(
-                    f"the loss of the vectors became {total} in step {step + 1}: give "
-                    "--dtype float32"
+                    f"the loss of the vectors became {total} in step {step + 1}: give dtype float32"
                 )
             optimizer.step()
             optimizer.zero_grad()

@@ -1,0 +1,1 @@
+"""The command line: flags, how a script begins and ends, where its files lie."""

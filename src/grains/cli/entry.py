@@ -1,0 +1,97 @@
+"""How a script begins and ends: libraries, the model, one line for a user's mistake."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from grains.errors import UserError
+
+if TYPE_CHECKING:
+    from grains.lm import LanguageModel
+
+INTERRUPTED = "interrupted: what is finished is kept; run the same command again to go on"
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; a user's mistake is one line and exit status 1, Ctrl-C says how to go on."""
+    # An exception raised in the midst of an import comes out as a long traceback: until the
+    # libraries are there, Ctrl-C ends the process at once.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+    debug = "--debug" in sys.argv[1:]
+    try:
+        main()
+    except UserError as error:
+        if debug:
+            raise
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{INTERRUPTED}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug or not _is_out_of_memory(error):
+            raise
+        sys.exit(
+            f"error: out of memory ({str(error).splitlines()[0]}); use a smaller "
+            "--batch_tokens, --dtype bfloat16 or --device_map auto, and run the same "
+            "command again: what is finished is kept"
+        )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _end(number, frame) -> None:
+    os.write(2, f"\n{INTERRUPTED}\n".encode())
+    os._exit(130)
+
+
+def import_libraries() -> None:
+    """Load what takes seconds, and have it log no more than errors. After the flags are checked."""
+    import warnings
+
+    import huggingface_hub
+    import torch  # noqa: F401
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    # `datasets` logs what it then raises; it is not imported before data is read.
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if signal.getsignal(signal.SIGINT) is _end:  # Ctrl-C is a KeyboardInterrupt again
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def say(text: str) -> None:
+    """Print, on one of the processes of a run."""
+    from grains import runs
+
+    runs.processes().print(text)
+
+
+def load_model(args: argparse.Namespace) -> LanguageModel:
+    """The model that the flags of `flags.add_model` name."""
+    from grains import cpu, models, runs
+
+    runs.processes()  # of several processes every one takes a device of its own
+    lm = models.load(
+        args.model_name,
+        args.dtype,
+        args.device,
+        args.device_map,
+        args.trust_remote_code,
+        max_memory=args.max_memory,
+    )
+    if lm.device.type == "cpu":
+        cpu.keep_freed_memory()
+    return lm

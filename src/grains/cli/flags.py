@@ -1,0 +1,426 @@
+"""Flags that several scripts share, and the settings they stand for.
+
+Nothing heavy is imported here: `--help` and a mistake in a flag need no library that takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, replace
+
+from grains.data import DATASETS
+from grains.settings import (
+    ABLATE,
+    BASELINES,
+    DTYPES,
+    EMBEDDED,
+    GRAD_METHODS,
+    IMAGE_BASELINES,
+    LAYER_MODES,
+    METHODS,
+    MODELS,
+    MODES,
+    OBJECTIVES,
+    REPLACEMENTS,
+    SCOPES,
+    STYLES,
+    TOPS,
+    UNITS,
+    AblationSettings,
+    AttributionSettings,
+    DataSettings,
+    GridSettings,
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What differs between the scripts for text and those for images and text.
+
+    name: the folder under data/ and results/; model, dataset, top_k, prompt_style: the defaults
+    (the paper's experiment).
+    """
+
+    name: str
+    model: str
+    dataset: str
+    top_k: int
+    prompt_style: str
+    images: bool
+
+
+LLM = Kind("llm", "llama-3.1-8b-instruct", "truthfulqa", 10, "qa", False)
+VLM = Kind("vlm", "llava-1.6-7b", "spa-vl", 50, "chat", True)
+# What steering_mc.py tries, and the experiment by default.
+GRID = GridSettings(("mean", "pca", "gradient", "caa", "random"), alphas=(0.005, 0.01, 0.02, 0.03))
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for flags that are simply not given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parser(description: str | None, kind: Kind | None = None) -> argparse.ArgumentParser:
+    """A parser with the flags that every script has."""
+    flags = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    flags.set_defaults(kind=kind)
+    flags.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
+    return flags
+
+
+def evaluation_parser(
+    description: str | None, kind: Kind, chosen_by_default: bool = False
+) -> argparse.ArgumentParser:
+    """The flags of every script that tries steering vectors (see `add_grid`)."""
+    flags = parser(description, kind)
+    add_model(flags)
+    add_data(flags)
+    add_attribution(flags)
+    add_states(flags)
+    add_grid(flags, chosen_by_default)
+    add_evaluation(flags)
+    add_evaluate_on(flags)
+    return flags
+
+
+def add_model(flags: argparse.ArgumentParser) -> None:
+    group = flags.add_argument_group("model and machine")
+    group.add_argument(
+        "--model_name",
+        default=flags.get_default("kind").model,
+        help=f"short name ({', '.join([EMBEDDED, *MODELS])}), hub id or local folder",
+    )
+    add_device(group)
+    group.add_argument(
+        "--trust_remote_code", action="store_true", help="run code from the model's repository"
+    )
+    group.add_argument(
+        "--batch_tokens",
+        type=positive,
+        default=AblationSettings.batch_tokens,
+        help="positions computed at a time: the internal batch limit",
+    )
+    group.add_argument(
+        "--max_memory",
+        type=positive_float,
+        help="GiB that the activations of attribution may take beside the weights "
+        "(default: 80 %% of what is free on a GPU, half of a CPU's)",
+    )
+    add_overwrite(group)
+
+
+def add_device(flags) -> None:
+    flags.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="auto: the checkpoint's on an accelerator, float32 on a CPU",
+    )
+    flags.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator if any)")
+    flags.add_argument(
+        "--device_map", choices=["auto"], help="auto: spread the layers over all devices"
+    )
+
+
+def add_overwrite(flags) -> None:
+    flags.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="do a run anew whose outputs exist from other settings",
+    )
+
+
+def add_data(flags: argparse.ArgumentParser) -> None:
+    group = flags.add_argument_group("data")
+    group.add_argument(
+        "--dataset_name",
+        default=flags.get_default("kind").dataset,
+        help=f"short name ({', '.join(DATASETS)}), or any label together with --dataset_path",
+    )
+    group.add_argument(
+        "--dataset_path",
+        help="local file (.jsonl, .csv, .parquet) or folder, in the data set's own columns, or "
+        "prompt/chosen/rejected, or question/choices/label",
+    )
+    group.add_argument(
+        "--num_samples",
+        type=positive,
+        default=DataSettings.num_samples,
+        help="steering examples: those that vectors are made from",
+    )
+    group.add_argument("--split", help="split of the steering examples (default: the data set's)")
+    group.add_argument(
+        "--prompt_style",
+        default=flags.get_default("kind").prompt_style,
+        choices=STYLES,
+        help="qa: 'Q: ...\\nA:'; chat: the model's chat template; plain: as it is",
+    )
+
+
+def add_seed(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument("--seed", type=int, default=0, help="of everything random")
+
+
+def add_attribution(flags: argparse.ArgumentParser, top: bool = False) -> None:
+    """What stage 1 does; the later stages find its files by the same flags.
+
+    top: whether the script makes selections itself.
+    """
+    kind, default = flags.get_default("kind"), AttributionSettings()
+    group = flags.add_argument_group("attribution and ablation")
+    group.add_argument(
+        "--attribution",
+        default=default.objective,
+        choices=OBJECTIVES,
+        help="the objective: contrastive: log P(y+) - log P(y-); normal: each response on its own",
+    )
+    group.add_argument("--grad_method", default=default.grad_method, choices=GRAD_METHODS)
+    group.add_argument("--top_k", type=positive, default=kind.top_k, help="tokens to ablate")
+    if top:
+        group.add_argument(
+            "--top",
+            nargs="+",
+            default=["pos", "neg"],
+            choices=TOPS,
+            help="tokens to ablate: largest, smallest, largest magnitude, or random ones "
+            "(control); several share one attribution",
+        )
+    group.add_argument(
+        "--ig_steps",
+        type=ig_steps,
+        default="auto",
+        help="points of the Gauss-Legendre rule (the paper's: 20), or auto: refine until complete",
+    )
+    group.add_argument(
+        "--ig_baseline",
+        default=default.baseline,
+        choices=BASELINES,
+        help="embedding the path starts from (the paper's: zeros)",
+    )
+    group.add_argument(
+        "--attribute",
+        default=default.attribute,
+        choices=SCOPES,
+        help="the scope: positions that move along the path: content (the user's words and the "
+        "picture), all (the paper's), image or text alone",
+    )
+    group.add_argument(
+        "--ablate",
+        default=AblationSettings.ablate,
+        choices=ABLATE,
+        help="which of the attributed positions may be ablated",
+    )
+    group.add_argument(
+        "--ig_tolerance",
+        type=positive_float,
+        default=default.tolerance,
+        help="auto: completeness error allowed, as a share of |f(x) - f(b)|",
+    )
+    group.add_argument(
+        "--ig_max_points",
+        type=positive,
+        default=default.max_points,
+        help="auto: gradients spent on an example at most",
+    )
+    group.add_argument(
+        "--replacement",
+        default=AblationSettings.replacement,
+        choices=REPLACEMENTS,
+        help="token whose embedding takes an ablated token's place",
+    )
+    if kind.images:
+        group.add_argument(
+            "--image_baseline",
+            default=default.image_baseline,
+            choices=IMAGE_BASELINES,
+            help="where an image token's path starts: the features of a blank picture, the "
+            "picture's mean feature, zeros (the paper's)",
+        )
+        group.add_argument(
+            "--image_replacement",
+            default=AblationSettings.image_replacement,
+            choices=IMAGE_BASELINES,
+            help="what takes an ablated image token's place",
+        )
+
+
+def add_states(flags: argparse.ArgumentParser) -> None:
+    group = flags.add_argument_group("steering vectors")
+    group.add_argument(
+        "--hidden_states_path",
+        help="stage 1's file of the 'pos' ablation (default: found by the flags above)",
+    )
+    group.add_argument(
+        "--hidden_states_neg_path", help="stage 1's file of the 'neg' ablation, for mode 'both'"
+    )
+    group.add_argument(
+        "--hidden_states_rand_path",
+        help="stage 1's file of the 'rand' ablation, for the control rand_tokens",
+    )
+    add_seed(group)
+
+
+def add_grid(flags: argparse.ArgumentParser, chosen_by_default: bool = False) -> None:
+    """The grid of configurations; with `chosen_by_default` none is given unless asked for."""
+    group = flags.add_argument_group("configurations")
+    default = GridSettings((), layers=()) if chosen_by_default else GRID
+    group.add_argument(
+        "--methods",
+        nargs="+",
+        default=[*default.methods] or None,
+        choices=METHODS,
+        help="mean, pca: of the ablation shifts; gradient: mean gradient; caa: mean difference of "
+        "the responses' states; repe: its first principal component; controls: random directions, "
+        "rand_tokens (ablation of random tokens), shuffled (gradients, answers swapped at random)",
+    )
+    group.add_argument(
+        "--mode",
+        nargs="+",
+        default=[*default.modes],
+        choices=MODES,
+        help="of mean and pca: pos, or both = pos - neg",
+    )
+    group.add_argument(
+        "--layer_idxs",
+        nargs="+",
+        default=[*default.layers] or None,
+        help="decoder layers: numbers, negative numbers, ranges (10-29), all",
+    )
+    group.add_argument(
+        "--layer_mode",
+        default=default.layer_mode,
+        choices=LAYER_MODES,
+        help="joint: all of them at once; each: one configuration per layer; from: one per layer, "
+        "that layer and all above it",
+    )
+    group.add_argument(
+        "--alphas", nargs="+", type=finite, default=[*default.alphas] or None, help="strengths"
+    )
+    group.add_argument(
+        "--alpha_units",
+        default=default.units,
+        choices=UNITS,
+        help="relative: shares of the median activation norm, along unit vectors; absolute: "
+        "multiples of the vector as reduced (the paper's)",
+    )
+    group.add_argument(
+        "--steering_vectors_dir",
+        help="folder the vectors are written to (default: data/.../steering_vectors)",
+    )
+
+
+def add_evaluation(flags: argparse.ArgumentParser) -> None:
+    group = flags.add_argument_group("evaluation")
+    group.add_argument(
+        "--num_validation",
+        type=positive,
+        default=DataSettings.num_validation,
+        help="validation questions",
+    )
+    group.add_argument("--num_test", type=positive, help="test questions (default: the rest)")
+    group.add_argument("--validation_split", help="their split (default: the data set's)")
+    group.add_argument("--test_split", help="their split (default: the data set's)")
+    group.add_argument("--output_dir", help="folder of the tables (default: results/...)")
+
+
+def add_evaluate_on(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument(
+        "--evaluate_on",
+        default=DataSettings.evaluate_on,
+        choices=("held_out", "all"),
+        help="held_out: choose on validation, report on test questions; all: every question, the "
+        "steering examples included (the authors' way)",
+    )
+
+
+# --- what the flags stand for ---
+
+
+def data_settings(args: argparse.Namespace) -> DataSettings:
+    settings = DataSettings(args.dataset_name, args.dataset_path, args.num_samples, args.split)
+    if not hasattr(args, "num_test"):  # stage 1 evaluates nothing
+        return settings
+    return replace(
+        settings,
+        validation_split=args.validation_split,
+        test_split=args.test_split,
+        evaluate_on=getattr(args, "evaluate_on", settings.evaluate_on),
+        num_validation=args.num_validation,
+        num_test=args.num_test,
+    )
+
+
+def ablation_settings(args: argparse.Namespace, tops: tuple[str, ...] = ()) -> AblationSettings:
+    default = AblationSettings()
+    attribution = AttributionSettings(
+        args.attribution,
+        args.grad_method,
+        args.ig_baseline,
+        getattr(args, "image_baseline", default.attribution.image_baseline),
+        args.attribute,
+        None if args.ig_steps == "auto" else args.ig_steps,
+        args.ig_tolerance,
+        args.ig_max_points,
+    )
+    return AblationSettings(
+        attribution,
+        tops or tuple(dict.fromkeys(args.top)),
+        args.top_k,
+        args.ablate,
+        args.replacement,
+        getattr(args, "image_replacement", default.image_replacement),
+        args.prompt_style,
+        args.batch_tokens,
+        getattr(args, "seed", default.seed),
+    )
+
+
+def grid_settings(args: argparse.Namespace) -> GridSettings:
+    return GridSettings(
+        tuple(dict.fromkeys(args.methods)),
+        tuple(dict.fromkeys(args.mode)),
+        tuple(args.layer_idxs),
+        args.layer_mode,
+        tuple(dict.fromkeys(args.alphas or ())),
+        args.alpha_units,
+    )
+
+
+# --- types of flags ---
+
+
+def ig_steps(text: str) -> int | str:
+    if text == "auto":
+        return text
+    return positive(text)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected more than 0")
+    return value
+
+
+def not_negative(text: str) -> float:
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+    return value
+
+
+def finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
+    return value

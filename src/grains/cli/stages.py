@@ -1,0 +1,70 @@
+"""What the scripts of stages 2 and 3 share: stage 1's files, the grid, the names of files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from grains import data, runs, vectors
+from grains.cli import flags
+from grains.errors import UserError
+from grains.lm import LanguageModel
+from grains.names import Names
+from grains.settings import ABLATION_METHODS, TOPS, GridSettings
+from grains.states import StatesFile
+from grains.steering import Configuration, SteeringVectors, directions
+
+
+def names_of(args: argparse.Namespace) -> Names:
+    """The names of the files of a stage by its flags."""
+    split = data.default_split(args.dataset_name, "steering")
+    ablation = flags.ablation_settings(args, TOPS)
+    return Names(args.kind.name, args.model_name, flags.data_settings(args), ablation, split)
+
+
+def states_files(args: argparse.Namespace, grid: GridSettings) -> dict[str, StatesFile]:
+    """Stage 1's files by selection: pos, and neg and rand where a method or mode needs them."""
+    needed = ["pos"]
+    if "both" in grid.modes and any(method in ABLATION_METHODS for method in grid.methods):
+        needed.append("neg")
+    if "rand_tokens" in grid.methods:
+        needed.append("rand")
+    found = names_of(args).states(TOPS)
+    files: dict[str, StatesFile] = {}
+    for top in needed:
+        flag = "hidden_states_path" if top == "pos" else f"hidden_states_{top}_path"
+        path = Path(getattr(args, flag) or found[top])
+        if not path.is_file():
+            raise UserError(
+                f"hidden states '{path}' do not exist: run token_ablation.py with the "
+                f"same model, data and --num_samples and --top {top} first, or give "
+                f"--{flag}"
+            )
+        files[top] = StatesFile(path)
+        different = runs.differences(
+            files["pos"].info | {"top": None}, files[top].info | {"top": None}
+        )
+        if different:
+            raise UserError(
+                f"the 'pos' and the '{top}' hidden states are of different runs: "
+                + "; ".join(different[:4])
+            )
+    return files
+
+
+def configurations(
+    args: argparse.Namespace, lm: LanguageModel, grid: GridSettings, states: dict[str, StatesFile]
+) -> tuple[list[Configuration], dict[Path, SteeringVectors]]:
+    """The grid (methods x modes x layers x strengths), and the vectors by their files."""
+    for file in states.values():
+        file.check_model(lm)
+    names, found, files = names_of(args), [], {}
+    for method, mode, made in vectors.make_all(states, grid, args.seed):
+        path = names.vectors(states["pos"].path, method, mode, args.steering_vectors_dir)
+        files[path] = made
+        found += [
+            direction.at(alpha, grid.units)
+            for direction in directions(made, method, mode, grid)
+            for alpha in grid.alphas
+        ]
+    return found, files

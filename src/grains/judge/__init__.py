@@ -1,0 +1,1 @@
+"""Scores of free texts: metrics, and ratings by a judge."""

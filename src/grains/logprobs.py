@@ -1,0 +1,136 @@
+"""Log-probabilities of given tokens: where they are predicted, and what they add up to.
+
+The logits of the whole vocabulary never exist at once: the head is applied to slices of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor
+
+from grains import cpu
+from grains.lm import LanguageModel
+from grains.packing import Pack
+
+# The logits that exist at a time: 1024 x 4096 in fp32 are 16 MiB, whatever the vocabulary.
+LOGIT_ROWS, VOCABULARY_SLICE = 1024, 4096
+
+
+def logits(lm: LanguageModel, hidden_states: Tensor) -> Tensor:
+    """Final norm and vocabulary projection: (..., D) -> (..., V), in fp32."""
+    return lm.head(lm.norm(hidden_states)).float()
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log P of given tokens from the normed last hidden states, by slices of the vocabulary.
+
+    A softmax over the vocabulary needs no more than its running maximum, sum and, for the
+    gradient, its running mean of the head's rows (the scores' rows are rescaled when the maximum
+    rises): so a (rows, slice) piece of the logits lives in the cache, used for all, and gone.
+    """
+
+    @staticmethod
+    def forward(ctx, states, targets, weight, bias, product, wants_grad):
+        count = len(states)
+        highest = torch.full((count,), -torch.inf, device=states.device)
+        total = torch.zeros(count, device=states.device)
+        picked = torch.zeros(count, device=states.device)
+        mean = torch.zeros_like(states, dtype=torch.float32) if wants_grad else None
+        for start in range(0, len(weight), VOCABULARY_SLICE):
+            part = weight[start : start + VOCABULARY_SLICE]
+            scores = product(
+                states, part, None if bias is None else bias[start : start + VOCABULARY_SLICE]
+            ).float()
+            here = (targets >= start) & (targets < start + len(part))
+            picked[here] = scores[here, targets[here] - start]
+            before, highest = highest, torch.maximum(highest, scores.amax(-1))
+            rescale = (before - highest).exp_()
+            scores.sub_(highest[:, None]).exp_()
+            total.mul_(rescale).add_(scores.sum(-1))
+            if wants_grad:
+                mean.mul_(rescale[:, None]).add_(product(scores.to(part.dtype), part.t()).float())
+        if wants_grad:
+            ctx.save_for_backward(weight[targets].float() - mean / total[:, None])
+        return picked - highest - total.log()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (by_states,) = ctx.saved_tensors
+        return grad[:, None] * by_states, None, None, None, None, None
+
+
+def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -> Tensor:
+    """log P(target | everything before it) from the last layer's output.
+
+    hidden_states: (n, D) outputs of the last layer at the positions that predict the targets.
+    targets: (n,) token ids. Returns (n,) in fp32, differentiable.
+    """
+    wants_grad = torch.is_grad_enabled() and hidden_states.requires_grad
+    states = lm.norm(hidden_states)
+    with align_module_device(lm.head):  # brings a head that was put off to a disk
+        weight, bias = lm.head.weight, getattr(lm.head, "bias", None)
+        states, targets = states.to(weight.device), targets.to(weight.device)
+        product = cpu.product_of(lm.head)
+        return torch.cat(
+            [
+                _TokenLogProbs.apply(some, wanted, weight, bias, product, wants_grad)
+                for some, wanted in zip(
+                    states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True
+                )
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The log-probabilities that make up the responses' log-likelihoods.
+
+    nodes, tokens: (n,) the packed position that predicts, and the token predicted; what several
+        responses share stands once.
+    member: (C, n) 1 where a log-probability belongs to a response, so that
+        member @ log_probs are the C log-likelihoods.
+    """
+
+    nodes: Tensor
+    tokens: Tensor
+    member: Tensor
+
+
+def targets(packed: Pack, prompt_length: int, responses: list[list[int]]) -> Targets:
+    """Where the tokens of the responses are predicted: the node before each of them."""
+    index: dict[tuple[int, int], int] = {}
+    owners = []
+    for path, response in zip(packed.paths, responses, strict=True):
+        before = path[prompt_length - 1 :].tolist()
+        owners.append(
+            [index.setdefault((before[j], token), len(index)) for j, token in enumerate(response)]
+        )
+    member = torch.zeros(len(responses), len(index))
+    for row, own in enumerate(owners):
+        member[row, own] = 1.0
+    pairs = torch.tensor(list(index), dtype=torch.long)
+    return Targets(pairs[:, 0], pairs[:, 1], member)
+
+
+class ResponseScorer:
+    """Reads the choices' log-likelihoods from last hidden states, at scored positions only."""
+
+    def __init__(self, lm: LanguageModel, terms: list[Targets]):
+        self.lm = lm
+        rows = torch.cat([torch.full_like(term.nodes, row) for row, term in enumerate(terms)])
+        self.rows, self.nodes = rows, torch.cat([term.nodes for term in terms])
+        self.tokens = torch.cat([term.tokens for term in terms])
+        self.member = torch.block_diag(*[term.member for term in terms])
+
+    def __call__(self, states: Tensor, change=None) -> Tensor:
+        """states: (c, Q, T, D), or (Q, T, D) with `change` from (n, D) to (c, n, D)."""
+        device = states.device
+        picked = states[..., self.rows.to(device), self.nodes.to(device), :]
+        picked = change(picked) if change else picked
+        log_probs = token_log_probs(
+            self.lm, picked.flatten(0, 1), self.tokens.to(device).repeat(len(picked))
+        )
+        return log_probs.view(len(picked), -1).cpu() @ self.member.T

@@ -1,0 +1,78 @@
+"""Manifests: all that the results of a stage depend on. A run with another one is another run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from grains import data, runs
+from grains.data import Example
+from grains.lm import LanguageModel
+from grains.settings import AblationSettings, DataSettings, GridSettings
+from grains.states import States
+
+
+def stage1(
+    lm: LanguageModel, examples: list[Example], source: DataSettings, settings: AblationSettings
+) -> dict:
+    """Of attributions and hidden states."""
+    given = dataclasses.asdict(settings)
+    return {
+        "stage": "token_ablation",
+        "model": model(lm),
+        "data": {
+            "name": source.name,
+            "path": source.path,
+            "split": source.split,
+            "num_samples": source.num_samples,
+            "fingerprint": data.fingerprint(examples),
+            "ids": [example.id for example in examples],
+            "questions": [data.question_key(example) for example in examples],
+        },
+        "settings": given.pop("attribution")
+        | {name: value for name, value in given.items() if name not in ("tops", "seed")},
+        "seed": settings.seed,
+        "versions": runs.versions(),
+    }
+
+
+def evaluation(
+    stage: str,
+    lm: LanguageModel,
+    states: States,
+    source: DataSettings,
+    settings: AblationSettings,
+    grid: GridSettings,
+    splits: dict[str, list[Example]],
+) -> dict:
+    """Of what configurations score or write, on examples by the name of their split."""
+    return {
+        "stage": stage,
+        "model": model(lm),
+        "hidden_states": {
+            "settings": states.info["settings"],
+            "seed": states.info["seed"],
+            "examples": states.info["data"]["fingerprint"],
+        },
+        "data": {
+            "name": source.name,
+            "path": source.path,
+            **{split: data.fingerprint(examples) for split, examples in splits.items()},
+        },
+        "flags": {
+            "methods": list(grid.methods),
+            "mode": list(grid.modes),
+            "layer_idxs": list(grid.layers),
+            "layer_mode": grid.layer_mode,
+            "alphas": list(grid.alphas),
+            "alpha_units": grid.units,
+            "evaluate_on": source.evaluate_on,
+            "prompt_style": settings.prompt_style,
+            "batch_tokens": settings.batch_tokens,
+            "seed": settings.seed,
+        },
+        "versions": runs.versions(),
+    }
+
+
+def model(lm: LanguageModel) -> dict:
+    return lm.identity() | {"dtype": str(lm.dtype).removeprefix("torch.")}

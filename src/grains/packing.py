@@ -1,0 +1,57 @@
+"""The answers to a prompt as a trie: what several sequences share stands, and is computed, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Token sequences laid out as one trie.
+
+    tokens: (T,) ids, every node of the trie once, a parent always before its children.
+    depth: (T,) the position of a node in the sequences it belongs to.
+    same_path: (T, T) whether one of two nodes is an ancestor of the other (or is it).
+    paths: for every sequence the (length,) nodes of its tokens.
+    """
+
+    tokens: Tensor
+    depth: Tensor
+    same_path: Tensor
+    paths: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def pack(sequences: list[list[int]]) -> Pack:
+    """Lay out sequences of token ids as a trie (their common prefixes once)."""
+    children: list[dict[int, int]] = []
+    roots: dict[int, int] = {}
+    tokens, depth, parents, paths = [], [], [], []
+    for sequence in sequences:
+        level, parent, path = roots, -1, []
+        for position, token in enumerate(sequence):
+            if token not in level:
+                level[token] = len(tokens)
+                tokens.append(token)
+                depth.append(position)
+                parents.append(parent)
+                children.append({})
+            parent = level[token]
+            level = children[parent]
+            path.append(parent)
+        paths.append(torch.tensor(path, dtype=torch.long))
+    ancestor = torch.eye(len(tokens), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            ancestor[node] |= ancestor[parent]
+    return Pack(
+        torch.tensor(tokens, dtype=torch.long),
+        torch.tensor(depth, dtype=torch.long),
+        ancestor | ancestor.T,
+        paths,
+    )

@@ -1,0 +1,228 @@
+"""Stage 1: attribute the prompt's tokens, ablate the selected ones, keep the hidden states.
+
+For every steering example (a prompt with a preferred and a dispreferred answer) the prompt's
+tokens are attributed once; for each selection the k selected tokens are ablated, and the
+last-position hidden states of all layers are kept, plain and ablated (paper, section 3.1).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from grains import ablation, data, manifests, prompts, runs, vision
+from grains.attribution import Attribution, attribute, attributed_positions
+from grains.data import Example
+from grains.errors import UserError
+from grains.lm import LanguageModel
+from grains.prompts import Encoded
+from grains.settings import AblationSettings, DataSettings
+from grains.states import NEG, NEG_ABLATED, POS, POS_ABLATED, SHARED
+
+IMAGE_COLUMNS = (
+    "positive_share_image",
+    "positive_share_text",
+    "negative_share_image",
+    "negative_share_text",
+    "image_positions",
+    "image_boxes",
+)
+Known = dict[tuple, list[Attribution]]
+
+
+def run(
+    lm: LanguageModel,
+    examples: list[Example],
+    source: DataSettings,
+    settings: AblationSettings,
+    attributions: Path,
+    states: dict[str, Path],
+    overwrite: bool = False,
+    known: Known | None = None,
+) -> bool:
+    """Do the stage for examples with two answers each, in resumable units of one example.
+
+    source: where the examples are from, for the manifest. attributions: the CSV that is written;
+    states: the file of hidden states of each selection. known: attributions that runs with other
+    selections or seeds have in common, which are added.
+    Returns False if these results were there already.
+    """
+    # What cannot be read is better known now than after days; pictures do not stay in memory.
+    state = runs.processes()
+    for example in tqdm(
+        examples[state.process_index :: state.num_processes],
+        "reading examples",
+        leave=False,
+        disable=not state.is_main_process,
+    ):
+        prompts.encode(lm, example, settings.prompt_style)
+
+    manifest = manifests.stage1(lm, examples, source, settings)
+    size = 6 * (len(lm.layers) + 1) * lm.hidden_size * 4 * len(examples) * len(settings.tops)
+
+    def make(unit: int) -> tuple[dict[str, Tensor], list[dict]]:
+        encoded = prompts.encode(lm, examples[unit], settings.prompt_style)
+        return one_example(lm, encoded, settings, unit, {} if known is None else known)
+
+    def write(units: Callable[[], Iterator[tuple[dict[str, Tensor], list[dict]]]]) -> None:
+        for top, path in states.items():
+            names = {name: name for name in SHARED}
+            names |= {name: f"{name}.{top}" for name in (POS_ABLATED, NEG_ABLATED)}
+            runs.write_stacked(
+                path,
+                names,
+                lambda: (tensors for tensors, _ in units()),
+                len(examples),
+                manifest | {"top": top},
+            )
+        runs.write_rows(attributions, (rows for _, rows in units()))
+
+    return runs.resume(
+        [attributions, *states.values()],
+        manifest | {"top": list(settings.tops)},
+        len(examples),
+        make,
+        write,
+        "token ablation",
+        overwrite,
+        2 * size,
+    )
+
+
+def one_example(
+    lm: LanguageModel, encoded: Encoded, settings: AblationSettings, unit: int, known: Known
+) -> tuple[dict[str, Tensor], list[dict]]:
+    """Attribute, ablate and read one example: its tensors, and a row for each selection.
+
+    unit: its number, which seeds what is random about it.
+    """
+    attribution, tops = settings.attribution, settings.tops
+    seed = settings.seed * 1_000_003 + unit
+    noise, generator = (torch.Generator().manual_seed(seed) for _ in range(2))
+    key = (
+        data.question_key(encoded.example),
+        data.fingerprint([encoded.example]),
+        attribution,
+        settings.prompt_style,
+        settings.batch_tokens,
+        attribution.grad_method == "smoothgrad" and seed,
+    )
+    if key not in known:
+        known[key] = attribute(lm, encoded, attribution, settings.batch_tokens, noise)
+    attributions = known[key]
+    kinds = {"all": encoded.words | encoded.image, "image": encoded.image, "text": encoded.words}
+    candidates = attributed_positions(encoded, attribution.attribute) & kinds[settings.ablate]
+    if not candidates.any():
+        raise UserError(
+            f"example {encoded.example.id}: no position is left to ablate with "
+            f"attribute {attribution.attribute} and ablate {settings.ablate}"
+        )
+
+    # Contrastive: one selection for both responses. Normal: one for each.
+    chosen = {
+        top: [
+            ablation.select(
+                torch.from_numpy(item.scores), candidates, settings.top_k, top, generator
+            )
+            for item in attributions
+        ]
+        for top in tops
+    }
+    variants = [positions for top in tops for positions in chosen[top]]
+    states = ablation.hidden_states(
+        lm,
+        encoded,
+        variants,
+        settings.batch_tokens,
+        settings.replacement,
+        settings.image_replacement,
+    )
+    if not torch.isfinite(states.log_likelihoods).all() or not torch.isfinite(states.last).all():
+        raise UserError(
+            f"example {encoded.example.id}: {lm.name} gives NaN or infinite hidden "
+            f"states in {lm.dtype}; use dtype float32 or bfloat16"
+        )
+
+    tensors = {
+        POS: states.last[0, 0],
+        NEG: states.last[0, 1],
+        "norms": states.norms,
+        "gradients": states.gradients,
+    }
+    rows = []
+    tokens = lm.tokenizer.convert_ids_to_tokens(encoded.prompt_ids)
+    plain = states.log_likelihoods[0].tolist()
+    for index, top in enumerate(tops):
+        first = 1 + index * len(attributions)
+        last = first + len(attributions) - 1  # the same variant if contrastive
+        tensors[f"{POS_ABLATED}.{top}"] = states.last[first, 0]
+        tensors[f"{NEG_ABLATED}.{top}"] = states.last[last, 1]
+        pos = states.log_likelihoods[first, 0].item()
+        neg = states.log_likelihoods[last, 1].item()
+        rows.append(
+            {
+                "id": encoded.example.id,
+                "top": top,
+                "question": encoded.example.question,
+                "chosen": encoded.example.chosen,
+                "rejected": encoded.example.rejected,
+                "f": plain[0] - plain[1],
+                "f_ablated": pos - neg,
+                "log_likelihood_pos": plain[0],
+                "log_likelihood_neg": plain[1],
+                "log_likelihood_pos_ablated": pos,
+                "log_likelihood_neg_ablated": neg,
+                "k": len(chosen[top][0]),
+                "selected_positions": json.dumps(chosen[top]),
+                "selected_tokens": json.dumps(
+                    [[tokens[i] for i in positions] for positions in chosen[top]],
+                    ensure_ascii=False,
+                ),
+                "f_change_along_path": attributions[0].difference,
+                "completeness_error": attributions[0].completeness_error,
+                "completeness_error_relative": attributions[0].relative_error,
+                "completeness_error_relative_worst": max(a.relative_error for a in attributions),
+                "gradients_computed": sum(item.points for item in attributions),
+                **image_columns(lm, encoded, attributions[0].scores),
+                "tokens": json.dumps(tokens, ensure_ascii=False),
+                "attributions": json.dumps(
+                    [np.round(item.scores, 6).tolist() for item in attributions]
+                ),
+            }
+        )
+    return tensors, rows
+
+
+def image_columns(lm: LanguageModel, encoded: Encoded, scores: np.ndarray) -> dict:
+    """The picture's share of the attribution, and where its tokens lie in it.
+
+    scores: (P,) attributions.
+    """
+    if lm.processor is None:
+        return {}
+    image = encoded.image.numpy()
+    if not image.any():
+        return dict.fromkeys(IMAGE_COLUMNS)
+    positive, negative = np.clip(scores, 0, None), np.clip(-scores, 0, None)
+    size = vision.open_image(encoded.example).size
+    boxes = vision.token_boxes(lm, encoded.inputs, size, int(image.sum()))
+    return dict(
+        zip(
+            IMAGE_COLUMNS,
+            (
+                positive[image].sum() / max(positive.sum(), 1e-12),
+                positive[~image].sum() / max(positive.sum(), 1e-12),
+                negative[image].sum() / max(negative.sum(), 1e-12),
+                negative[~image].sum() / max(negative.sum(), 1e-12),
+                json.dumps(np.flatnonzero(image).tolist()),
+                json.dumps([box and [round(x, 2) for x in box] for box in boxes]),
+            ),
+            strict=True,
+        )
+    )

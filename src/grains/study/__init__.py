@@ -1,0 +1,1 @@
+"""The experiment: what steering gains on held-out questions, and what it costs."""
