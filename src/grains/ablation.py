@@ -12,7 +12,7 @@ from grains.lm import LanguageModel
 from grains.logprobs import Targets, targets, token_log_probs
 from grains.packing import pack
 from grains.prompts import Encoded
-from grains.replay import capture_pack, gradient_rows, replay
+from grains.replay import Capture, capture_pack, gradient_rows, replay
 from grains.settings import TOPS
 
 
@@ -92,12 +92,19 @@ def hidden_states(
     return States(torch.cat(last), torch.cat(log_likelihoods), plain.norms, plain.gradients)
 
 
-def _plain(lm, encoded, captured, terms, ends, with_gradients) -> States:
+def _plain(
+    lm: LanguageModel,
+    encoded: Encoded,
+    captured: Capture,
+    terms: Targets,
+    ends: Tensor,
+    with_gradients: bool,
+) -> States:
     """The plain variant, with the gradient of the objective at every layer if it is wanted."""
     reader = _Reader(ends)
     outputs: list[Tensor] = []
 
-    def after(layer, states):
+    def after(layer: int, states: Tensor) -> None:
         reader(layer, states)
         outputs.append(states)
 

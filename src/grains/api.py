@@ -145,9 +145,27 @@ def score(
 
 
 @overload
-def generate(lm: LanguageModel, prompt: str, **options: Any) -> str: ...
+def generate(
+    lm: LanguageModel,
+    prompt: str,
+    *,
+    image: Any = ...,
+    style: str | None = ...,
+    max_new_tokens: int = ...,
+    temperature: float = ...,
+    seed: int = ...,
+) -> str: ...
 @overload
-def generate(lm: LanguageModel, prompt: Sequence[str], **options: Any) -> list[str]: ...
+def generate(
+    lm: LanguageModel,
+    prompt: list[str] | tuple[str, ...],
+    *,
+    image: Any = ...,
+    style: str | None = ...,
+    max_new_tokens: int = ...,
+    temperature: float = ...,
+    seed: int = ...,
+) -> list[str]: ...
 def generate(
     lm: LanguageModel,
     prompt: str | Sequence[str],

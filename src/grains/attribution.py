@@ -12,6 +12,7 @@ enough (Sundararajan, Taly, Yan 2017).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -96,7 +97,7 @@ class StraightPath:
         self.step = function.prompt - baseline
         self.points: dict[float, tuple[float, np.ndarray]] = {}
 
-    def compute(self, alphas) -> None:
+    def compute(self, alphas: Iterable[float]) -> None:
         """Compute f and its slopes at these alphas, where they are not known yet."""
         missing = [a for a in dict.fromkeys(map(float, alphas)) if a not in self.points]
         for start in range(0, len(missing), self.function.rows):
@@ -148,7 +149,8 @@ def gauss_legendre(path: StraightPath, steps: int) -> Attribution:
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     alphas = ((1 + nodes) / 2).tolist()
     path.compute(alphas)
-    scores = sum(w / 2 * path.slope(a) for w, a in zip(weights, alphas, strict=True))
+    terms = (w / 2 * path.slope(a) for w, a in zip(weights, alphas, strict=True))
+    scores = sum(terms, start=np.zeros(len(path.step)))
     ends = path.function.values(torch.stack([path.baseline, path.function.prompt]))
     return Attribution(scores, float(ends[1] - ends[0]), steps)
 
@@ -182,7 +184,7 @@ def adaptive_simpson(path: StraightPath, tolerance: float, max_points: int) -> A
         worst = sorted(cells, key=lambda cell: -abs(miss(cell)))[:SPLIT_AT_ONCE]
         enough = abs(sum(map(miss, cells))) <= tolerance * abs(difference)
         if enough or len(path.points) + 2 * len(worst) > max_points:
-            scores = sum(cells.values())
+            scores = sum(cells.values(), start=np.zeros(len(path.step)))
             return Attribution(scores, difference, len(path.points))
         halves = []
         for low, high in worst:
@@ -256,7 +258,9 @@ def attributed_positions(encoded: Encoded, attribute: str) -> Tensor:
     }[attribute]
 
 
-def _start(function, lm, encoded, settings) -> Tensor:
+def _start(
+    function: PromptFunction, lm: LanguageModel, encoded: Encoded, settings: AttributionSettings
+) -> Tensor:
     """The baseline (P, D): the start of the path, equal to the prompt where nothing moves."""
     move = attributed_positions(encoded, settings.attribute).to(function.prompt.device)[:, None]
     nothing = baseline_embeddings(
@@ -296,6 +300,8 @@ def text_baseline(lm: LanguageModel, kind: str) -> Tensor:
             return torch.zeros(lm.hidden_size, device=lm.device)
         if kind == "mean":
             ids = torch.arange(lm.embed.weight.shape[0], device=lm.device)
-            total = sum(lm.embed(part).double().sum(0) for part in ids.split(8192))
+            total = torch.zeros(lm.hidden_size, dtype=torch.float64, device=lm.device)
+            for part in ids.split(8192):
+                total += lm.embed(part).double().sum(0)
             return (total / len(ids)).float()
         return lm.embed(torch.tensor([lm.replacement_id(kind)], device=lm.device))[0].float()

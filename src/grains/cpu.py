@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 from torch.nn import functional
+
+
+Product = Callable[..., Tensor]  # (states, weight, bias or None) -> states W^T + b
 
 
 class OneDnnLinear(nn.Linear):
@@ -36,13 +40,13 @@ def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, weight, bias):
+    def forward(ctx: FunctionCtx, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         return _onednn(states, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return _onednn(grad, weight.t(), None), None, None
 
@@ -51,7 +55,7 @@ def _onednn(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
-def product_of(module: nn.Module):
+def product_of(module: nn.Module) -> Product:
     """What multiplies a linear layer's weights: (states, weight, bias) -> the product."""
     return product if isinstance(module, OneDnnLinear) else functional.linear
 

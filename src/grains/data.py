@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from grains.errors import UserError, hub_trouble
 
 if TYPE_CHECKING:  # it takes a second to import, which a mistake in a flag need not wait for
     from datasets import Dataset
+    from PIL.Image import Image
+
+    # A path, a dict with the file's path or bytes, an open picture, or one left in its data set.
+    Picture: TypeAlias = "str | Path | dict | Image | StoredPicture"
 
 # The branch that holds the hub's own conversion of a data set to Parquet.
 CONVERTED = "refs/convert/parquet"
@@ -35,7 +39,7 @@ class Example:
     choices: tuple[str, ...]
     label: int
     context: str = ""
-    image: object = field(default=None, compare=False, repr=False)
+    image: Picture | None = field(default=None, compare=False, repr=False)
     shared_prompt: bool = False  # many examples ask the same; their answers tell them apart
     references: tuple[str, ...] = ()  # further right answers
     objects: tuple[str, ...] | None = None  # all that the picture holds, where the data set tells
@@ -223,24 +227,24 @@ def load(
     Raises UserError for an unknown name, split or column.
     """
     source = DATASETS.get(name)
-    if source is None and path is None:
+    if path:
+        rows = _local(Path(path), split)
+        source = replace(source, path=str(path)) if source else _columns_of(rows, path)
+    elif source is None:
         raise UserError(
             f"unknown data set '{name}': expected {', '.join(DATASETS)}, or any name "
             "with a dataset_path"
         )
-    if path is None and Path(source.path).is_absolute():
-        path = source.path
-        if source.make and not Path(path).exists():
-            source.make(Path(path))
-    rows = _local(Path(path), split) if path else _hub(name, source, split, revision)
-    if source is None:
-        source = _columns_of(rows, path)
-    elif path:
-        source = replace(source, path=str(path))
+    elif (file := Path(source.path)).is_absolute():
+        if source.make and not file.exists():
+            source.make(file)
+        rows = _local(file, split)
+    else:
+        rows = _hub(name, source, split, revision)
     missing = [column for column in source.columns if column not in rows.column_names]
     if missing:
         raise UserError(
-            f"{path or source.path}: column{'s' * (len(missing) > 1)} "
+            f"{source.path}: column{'s' * (len(missing) > 1)} "
             f"{', '.join(missing)} missing; expected {', '.join(source.columns)}, "
             f"found {', '.join(rows.column_names)}"
         )
@@ -383,7 +387,7 @@ def _converted(source: Source, split: str) -> Dataset:
         )
     )
     files: dict[str, list[str]] = {}
-    for file in sorted((folder / source.config).glob("*/*.parquet")):
+    for file in sorted((folder / str(source.config)).glob("*/*.parquet")):
         files.setdefault(file.parent.name, []).append(str(file))
     if split not in files:
         raise UserError(
@@ -479,16 +483,18 @@ def question_key(example: Example) -> str:
     return digest.hexdigest()[:12]
 
 
-def picture_digest(image) -> bytes:
+def picture_digest(image: Picture | bytes | None) -> bytes:
     """What tells one stored picture from another, in any form an Example keeps it; b'' for none.
 
     A file that a data set only names is told by its name.
     """
+    from PIL.Image import Image
+
     if image is None:
         return b""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or ""
-    if hasattr(image, "tobytes"):  # a PIL picture
+    if isinstance(image, Image):
         image = f"{image.mode} {image.size} ".encode() + image.tobytes()
     return hashlib.sha256(image if isinstance(image, bytes) else str(image).encode()).digest()
 

@@ -142,5 +142,6 @@ def _by_row(
                     for item in configurations
                 ),
             ]
-            gates[layer] = tuple(rows(list(parts)) for parts in zip(*one_each, strict=True))
+            weights, biases = zip(*one_each, strict=True)
+            gates[layer] = rows(list(weights)), rows(list(biases))
     return by_row, gates

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grains.errors import UserError
 
@@ -27,9 +28,9 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase
     layers: nn.ModuleList
     norm: nn.Module
-    head: nn.Module
-    embed: nn.Module
-    processor: ProcessorMixin | None = None
+    head: nn.Linear
+    embed: nn.Embedding
+    processor: Any = None
     memory: int = 4 * 2**30
 
     @property
@@ -89,10 +90,11 @@ class LanguageModel:
             f"{self.name}: its tokenizer has no pad, unk or end-of-text token to replace words with"
         )
 
-    def identity(self) -> dict:
+    def identity(self) -> dict[str, Any]:
         """What ties an artifact to this model: name, layers, hidden size, and a few weights."""
         with align_module_device(self.norm):  # brings a norm that was put off to a disk
-            mark = f"{self.norm.weight.detach().double().sum().item():.9e}"
+            weight = self.norm.get_parameter("weight")
+            mark = f"{weight.detach().double().sum().item():.9e}"
         return {
             "model": self.name,
             "num_layers": len(self.layers),

@@ -5,11 +5,13 @@ The logits of the whole vocabulary never exist at once: the head is applied to s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from grains import cpu
 from grains.lm import LanguageModel
@@ -33,7 +35,15 @@ class _TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states, targets, weight, bias, product, wants_grad):
+    def forward(
+        ctx: FunctionCtx,
+        states: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        product: cpu.Product,
+        wants_grad: bool,
+    ) -> Tensor:
         count = len(states)
         highest = torch.full((count,), -torch.inf, device=states.device)
         total = torch.zeros(count, device=states.device)
@@ -44,20 +54,22 @@ class _TokenLogProbs(torch.autograd.Function):
             scores = product(
                 states, part, None if bias is None else bias[start : start + VOCABULARY_SLICE]
             ).float()
-            here = (targets >= start) & (targets < start + len(part))
-            picked[here] = scores[here, targets[here] - start]
+            inside = (targets >= start) & (targets < start + len(part))
+            picked[inside] = scores[inside, targets[inside] - start]
             before, highest = highest, torch.maximum(highest, scores.amax(-1))
             rescale = (before - highest).exp_()
             scores.sub_(highest[:, None]).exp_()
             total.mul_(rescale).add_(scores.sum(-1))
-            if wants_grad:
+            if mean is not None:
                 mean.mul_(rescale[:, None]).add_(product(scores.to(part.dtype), part.t()).float())
-        if wants_grad:
+        if mean is not None:
             ctx.save_for_backward(weight[targets].float() - mean / total[:, None])
         return picked - highest - total.log()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(
+        ctx: BackwardCFunction, grad: Tensor
+    ) -> tuple[Tensor, None, None, None, None, None]:
         (by_states,) = ctx.saved_tensors
         return grad[:, None] * by_states, None, None, None, None, None
 
@@ -71,13 +83,13 @@ def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -
     wants_grad = torch.is_grad_enabled() and hidden_states.requires_grad
     states = lm.norm(hidden_states)
     with align_module_device(lm.head):  # brings a head that was put off to a disk
-        weight, bias = lm.head.weight, getattr(lm.head, "bias", None)
+        weight, bias = lm.head.weight, lm.head.bias
         states, targets = states.to(weight.device), targets.to(weight.device)
         product = cpu.product_of(lm.head)
         return torch.cat(
             [
-                _TokenLogProbs.apply(some, wanted, weight, bias, product, wants_grad)
-                for some, wanted in zip(
+                _TokenLogProbs.apply(rows, row_targets, weight, bias, product, wants_grad)
+                for rows, row_targets in zip(
                     states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True
                 )
             ]
@@ -125,7 +137,7 @@ class ResponseScorer:
         self.tokens = torch.cat([term.tokens for term in terms])
         self.member = torch.block_diag(*[term.member for term in terms])
 
-    def __call__(self, states: Tensor, change=None) -> Tensor:
+    def __call__(self, states: Tensor, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """states: (c, Q, T, D), or (Q, T, D) with `change` from (n, D) to (c, n, D)."""
         device = states.device
         picked = states[..., self.rows.to(device), self.nodes.to(device), :]

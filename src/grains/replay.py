@@ -12,12 +12,14 @@ sees only the tokens on its own path through the trie.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -54,11 +56,11 @@ def _rows(value: Tensor, index: Tensor) -> Tensor:
     return value if value.shape[0] == 1 else value[index.to(value.device)]
 
 
-def _map_kwargs(kwargs: list[dict], change) -> list[dict]:
+def _map_kwargs(kwargs: list[dict], change: Callable[[str, Tensor], Tensor]) -> list[dict]:
     """Apply `change(key, tensor)` to every tensor, once for each distinct object."""
-    done: dict[int, object] = {}
+    done: dict[int, Tensor] = {}
 
-    def apply(key, value):
+    def apply(key: str, value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return type(value)(apply(key, item) for item in value)
         if not isinstance(value, Tensor):
@@ -71,7 +73,7 @@ def _map_kwargs(kwargs: list[dict], change) -> list[dict]:
 
 
 @contextmanager
-def _recorded(lm: LanguageModel, run_layers: bool):
+def _recorded(lm: LanguageModel, run_layers: bool) -> Iterator[list[dict]]:
     """Record the first argument of layer 0 and the keyword arguments of every layer.
 
     With `run_layers` false the layers hand their input on unchanged and the logits are zeros, so
@@ -80,16 +82,16 @@ def _recorded(lm: LanguageModel, run_layers: bool):
     records: list[dict] = [{} for _ in lm.layers]
     handles, replaced = [], []
 
-    def unchanged(hidden_states, *args, **kwargs):
+    def unchanged(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
-    def zeros(hidden_states):
+    def zeros(hidden_states: Tensor) -> Tensor:
         return hidden_states.new_zeros(*hidden_states.shape[:-1], len(lm.head.weight))
 
     idle = {} if run_layers else {**dict.fromkeys(lm.layers, unchanged), lm.head: zeros}
 
-    def recorder(index):
-        def hook(module, args, kwargs):
+    def recorder(index: int) -> Callable[[nn.Module, tuple, dict], None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             records[index] = {"args": args, "kwargs": kwargs}
 
         return hook
@@ -167,7 +169,7 @@ def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
     return Capture(linear.embeds, _fill_masks(kwargs, causal), linear.lengths)
 
 
-def _causal(length: int, device) -> Tensor:
+def _causal(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
@@ -238,9 +240,9 @@ def collate(captures: list[Capture]) -> Capture:
         wide[..., padding, padding] = True if is_bool else 0.0
         return wide
 
-    joined: dict[tuple, object] = {}
+    joined: dict[tuple[int, ...], Tensor] = {}
 
-    def join(key: str, values: tuple):
+    def join(key: str, values: tuple) -> Any:
         first = values[0]
         if isinstance(first, (tuple, list)):
             return type(first)(join(key, items) for items in zip(*values, strict=True))
@@ -270,7 +272,7 @@ def replay(
     kwargs: list[dict],
     start: int = 0,
     stop: int | None = None,
-    after=None,
+    after: Callable[[int, Tensor], Tensor | None] | None = None,
     checkpointed: bool = False,
 ) -> Tensor:
     """Run decoder layers start to stop-1 on hidden states.

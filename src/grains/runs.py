@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -192,7 +193,7 @@ def differences(expected: dict, found: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def digest(content) -> str:
+def digest(content: Any) -> str:
     """Twelve hexadecimal digits that stand for what can be written as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -221,7 +222,7 @@ class Run:
         self.manifest_path = first.with_suffix(".manifest.json")
         self.parts = first.with_suffix(".parts")
         # The main process opens the run for all; if it cannot, all of them end.
-        outcome = [False, None]
+        outcome: list[Any] = [False, None]
         if self.state.is_main_process:
             try:
                 outcome[0] = self._open(overwrite, expected_bytes)

@@ -91,7 +91,7 @@ def score_all(
     lm: LanguageModel, encoded: list[Encoded], configurations: list[Configuration], max_tokens: int
 ) -> list[np.ndarray]:
     """`score` of any number of questions, in their order."""
-    scores = {}
+    scores: dict[int, np.ndarray] = {}
     for members in question_batches(encoded, max_tokens):
         batch = [encoded[index] for index in members]
         values = score(lm, batch, configurations, max_tokens)
@@ -114,7 +114,14 @@ def packed_batch(lm: LanguageModel, encoded: list[Encoded]) -> tuple[Capture, Re
     )
 
 
-def _steered(lm, batch, states, vectors, gate, read) -> Tensor:
+def _steered(
+    lm: LanguageModel,
+    batch: Capture,
+    states: Tensor,
+    vectors: dict[int, Tensor],
+    gate: Gate | None,
+    read: ResponseScorer,
+) -> Tensor:
     """(c, choices of all questions) for c configurations that steer the same layers.
 
     states: (Q, T, D) base output of the first steered layer; vectors: layer -> (c, D).

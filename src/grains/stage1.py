@@ -202,6 +202,7 @@ def plain_tensors(
 
 
 def _shared_tensors(states: ablation.States) -> dict[str, Tensor]:
+    assert states.gradients is not None  # `hidden_states` computes them unless told not to
     return {
         POS: states.last[0, 0],
         NEG: states.last[0, 1],

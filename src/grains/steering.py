@@ -330,9 +330,9 @@ def directions(
 ) -> list[Direction]:
     """The vectors of one method at all groups of layers of a grid, without strengths."""
     layers = parse_layers(grid.layers, len(vectors.vectors))
-    groups = {
+    groups: dict[str, list[tuple[int, ...]]] = {
         "joint": [tuple(layers)],
         "each": [(layer,) for layer in layers],
         "from": [tuple(range(layer, len(vectors.vectors))) for layer in layers],
-    }[grid.layer_mode]
-    return [Direction(method, mode, group, vectors) for group in groups]
+    }
+    return [Direction(method, mode, group, vectors) for group in groups[grid.layer_mode]]

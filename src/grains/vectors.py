@@ -20,7 +20,7 @@ from grains.steering import SteeringVectors
 
 def mean_vector(parts: Iterable[np.ndarray]) -> np.ndarray:
     """The mean (D,) of rows that come in parts (n, D)."""
-    total, count = 0.0, 0
+    total, count = np.zeros(()), 0
     for part in parts:
         total, count = total + part.sum(axis=0), count + len(part)
     return total / count

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from grains.errors import UserError
@@ -48,7 +49,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
-def _end(number, frame) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
     os.write(2, f"\n{INTERRUPTED}\n".encode())
     os._exit(130)
 

@@ -112,7 +112,7 @@ def add_model(flags: argparse.ArgumentParser) -> None:
     add_overwrite(group)
 
 
-def add_device(flags) -> None:
+def add_device(flags: argparse._ActionsContainer) -> None:
     flags.add_argument(
         "--dtype",
         default="auto",
@@ -125,7 +125,7 @@ def add_device(flags) -> None:
     )
 
 
-def add_overwrite(flags) -> None:
+def add_overwrite(flags: argparse._ActionsContainer) -> None:
     flags.add_argument(
         "--overwrite",
         action="store_true",
@@ -160,7 +160,7 @@ def add_data(flags: argparse.ArgumentParser) -> None:
     )
 
 
-def add_seed(flags: argparse.ArgumentParser) -> None:
+def add_seed(flags: argparse._ActionsContainer) -> None:
     flags.add_argument("--seed", type=int, default=0, help="of everything random")
 
 
