@@ -1,6 +1,6 @@
-"""Log-probabilities of given tokens: where they are predicted, and what they add up to.
+"""Log-probabilities of response tokens, and the responses' log-likelihoods, their sums.
 
-The logits of the whole vocabulary never exist at once: the head is applied to slices of it.
+The logits of the whole vocabulary are never held at once: the head is applied to slices of it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from grains import cpu
 from grains.lm import LanguageModel
 from grains.packing import Pack
 
-# The logits that exist at a time: 1024 x 4096 in fp32 are 16 MiB, whatever the vocabulary.
+# Logits held at a time, positions x words: in fp32 16 MiB, however large the vocabulary.
 LOGIT_ROWS, VOCABULARY_SLICE = 1024, 4096
 
 
 def logits(lm: LanguageModel, hidden_states: Tensor) -> Tensor:
-    """Final norm and vocabulary projection: (..., D) -> (..., V), in fp32."""
+    """Final norm and head: outputs of the last layer (..., D) -> logits (..., V) in fp32."""
     return lm.head(lm.norm(hidden_states)).float()
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log P of given tokens from the normed last hidden states, by slices of the vocabulary.
+    """log P of given tokens from the normed hidden states, by slices of the vocabulary.
 
-    A softmax over the vocabulary needs no more than its running maximum, sum and, for the
-    gradient, its running mean of the head's rows (the scores' rows are rescaled when the maximum
-    rises): so a (rows, slice) piece of the logits lives in the cache, used for all, and gone.
+    A log-softmax over the vocabulary needs only the running maximum and sum of the logits. Its
+    gradient needs the running mean of the head's rows, weighted by the softmax. What was summed
+    before is rescaled when the maximum rises. So each (rows, slice) piece of the logits is
+    computed once and dropped, and is small enough for the processor's cache.
     """
 
     @staticmethod
@@ -75,14 +76,16 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -> Tensor:
-    """log P(target | everything before it) from the last layer's output.
+    """log P(target | everything before it) in nats, from the last layer's output.
 
-    hidden_states: (n, D) outputs of the last layer at the positions that predict the targets.
-    targets: (n,) token ids. Returns (n,) in fp32, differentiable.
+    hidden_states: (n, D) outputs of the last layer at the positions that predict the targets: the
+        logits at position t predict the token at t+1.
+    targets: (n,) token ids.
+    Returns (n,) in fp32, differentiable with respect to hidden_states.
     """
     wants_grad = torch.is_grad_enabled() and hidden_states.requires_grad
     states = lm.norm(hidden_states)
-    with align_module_device(lm.head):  # brings a head that was put off to a disk
+    with align_module_device(lm.head):  # loads the head if accelerate keeps it on disk
         weight, bias = lm.head.weight, lm.head.bias
         states, targets = states.to(weight.device), targets.to(weight.device)
         product = cpu.product_of(lm.head)
@@ -98,11 +101,11 @@ def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -
 
 @dataclass(frozen=True)
 class Targets:
-    """The log-probabilities that make up the responses' log-likelihoods.
+    """The n log-probabilities that the log-likelihoods of C responses are sums of.
 
-    nodes, tokens: (n,) the packed position that predicts, and the token predicted; what several
-        responses share stands once.
-    member: (C, n) 1 where a log-probability belongs to a response, so that
+    nodes, tokens: (n,) the node of the trie that predicts, and the token that it predicts. A
+        log-probability that several responses share is listed once.
+    member: (C, n) 1 where a log-probability belongs to a response, else 0, so that
         member @ log_probs are the C log-likelihoods.
     """
 
@@ -112,7 +115,10 @@ class Targets:
 
 
 def targets(packed: Pack, prompt_length: int, responses: list[list[int]]) -> Targets:
-    """Where the tokens of the responses are predicted: the node before each of them."""
+    """The log-probabilities of the responses: each token is predicted by the node before it.
+
+    packed: the trie of prompt and responses; prompt_length: P tokens; responses: C lists of ids.
+    """
     index: dict[tuple[int, int], int] = {}
     owners = []
     for path, response in zip(packed.paths, responses, strict=True):
@@ -128,7 +134,11 @@ def targets(packed: Pack, prompt_length: int, responses: list[list[int]]) -> Tar
 
 
 class ResponseScorer:
-    """Reads the choices' log-likelihoods from last hidden states, at scored positions only."""
+    """Computes the choices' log-likelihoods from the last layer's output.
+
+    Only the positions that predict a token of a choice pass through the norm and the head.
+    terms: for each question of a batch, its `Targets`.
+    """
 
     def __init__(self, lm: LanguageModel, terms: list[Targets]):
         self.lm = lm
@@ -138,7 +148,11 @@ class ResponseScorer:
         self.member = torch.block_diag(*[term.member for term in terms])
 
     def __call__(self, states: Tensor, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """states: (c, Q, T, D), or (Q, T, D) with `change` from (n, D) to (c, n, D)."""
+        """The summed log-likelihoods, (c, choices of all Q questions), for c configurations.
+
+        states: (c, Q, T, D) outputs of the last layer; or (Q, T, D) if `change` turns the n scored
+        states (n, D) into those of c configurations (c, n, D).
+        """
         device = states.device
         picked = states[..., self.rows.to(device), self.nodes.to(device), :]
         picked = change(picked) if change else picked
