@@ -323,7 +323,7 @@ def test_other_flags_are_refused(stage1, stage2, done, tmp_path):
     folder = shutil.copytree(done, tmp_path / "done")
     before = contents(folder)
     message = stage1(folder, "--seed", 1).error()
-    assert "other settings" in message and "seed 0 there, 1 now" in message
+    assert "other settings" in message and "seed: 0 instead of 1" in message
     assert "--overwrite" in message and contents(folder) == before
     assert "nothing to do" in stage1(folder).ok().out and contents(folder) == before
     stage1(folder, "--seed", 1, "--overwrite").ok()
@@ -334,7 +334,7 @@ def test_other_flags_are_refused(stage1, stage2, done, tmp_path):
     stage2(tmp_path).ok()
     before = contents(tmp_path)
     message = stage2(tmp_path, "--alphas", 0.2).error()
-    assert "alphas [0.1] there, [0.2] now" in message and contents(tmp_path) == before
+    assert "alphas: [0.1] instead of [0.2]" in message and contents(tmp_path) == before
     stage2(tmp_path, "--alphas", 0.2, "--overwrite").ok()
     assert contents(tmp_path).keys() == before.keys()
 
