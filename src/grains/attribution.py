@@ -78,7 +78,7 @@ class PromptFunction:
     def values(self, prompts: Tensor) -> Tensor:
         """f (R,) in nats of R prompts (R, P, D), without gradients."""
         with torch.inference_mode():
-            return torch.cat([self._values(part) for part in prompts.split(self.rows)]).cpu()
+            return torch.cat([self._values(batch) for batch in prompts.split(self.rows)]).cpu()
 
     def values_and_grads(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
         """f (R,) in nats and its gradient (R, P, D) at R prompts (R, P, D); R is at most `rows`."""
@@ -192,8 +192,8 @@ def adaptive_simpson(path: StraightPath, tolerance: float, max_points: int) -> A
     difference = path.value(1.0) - path.value(0.0)
     while True:
         worst = sorted(cells, key=lambda cell: -abs(miss(cell)))[:SPLIT_AT_ONCE]
-        enough = abs(sum(map(miss, cells))) <= tolerance * abs(difference)
-        if enough or len(path.points) + 2 * len(worst) > max_points:
+        complete = abs(sum(map(miss, cells))) <= tolerance * abs(difference)
+        if complete or len(path.points) + 2 * len(worst) > max_points:
             scores = sum(cells.values(), start=np.zeros(len(path.step)))
             return Attribution(scores, difference, len(path.points))
         halves = []

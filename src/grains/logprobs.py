@@ -51,18 +51,18 @@ class _TokenLogProbs(torch.autograd.Function):
         picked = torch.zeros(count, device=states.device)
         mean = torch.zeros_like(states, dtype=torch.float32) if wants_grad else None
         for start in range(0, len(weight), VOCABULARY_SLICE):
-            part = weight[start : start + VOCABULARY_SLICE]
+            rows = weight[start : start + VOCABULARY_SLICE]
             scores = product(
-                states, part, None if bias is None else bias[start : start + VOCABULARY_SLICE]
+                states, rows, None if bias is None else bias[start : start + VOCABULARY_SLICE]
             ).float()
-            inside = (targets >= start) & (targets < start + len(part))
+            inside = (targets >= start) & (targets < start + len(rows))
             picked[inside] = scores[inside, targets[inside] - start]
             before, highest = highest, torch.maximum(highest, scores.amax(-1))
             rescale = (before - highest).exp_()
             scores.sub_(highest[:, None]).exp_()
             total.mul_(rescale).add_(scores.sum(-1))
             if mean is not None:
-                mean.mul_(rescale[:, None]).add_(product(scores.to(part.dtype), part.t()).float())
+                mean.mul_(rescale[:, None]).add_(product(scores.to(rows.dtype), rows.t()).float())
         if mean is not None:
             ctx.save_for_backward(weight[targets].float() - mean / total[:, None])
         return picked - highest - total.log()
@@ -127,8 +127,8 @@ def targets(packed: Pack, prompt_length: int, responses: list[list[int]]) -> Tar
             [index.setdefault((before[j], token), len(index)) for j, token in enumerate(response)]
         )
     member = torch.zeros(len(responses), len(index))
-    for row, own in enumerate(owners):
-        member[row, own] = 1.0
+    for row, columns in enumerate(owners):
+        member[row, columns] = 1.0
     pairs = torch.tensor(list(index), dtype=torch.long)
     return Targets(pairs[:, 0], pairs[:, 1], member)
 

@@ -129,7 +129,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def read_header(path: Path) -> dict:
-    """The `info` in a safetensors file's header. Raises UserError if there is none."""
+    """The `info` in the header of a safetensors file.
+
+    Raises UserError if the file is missing, cut short or has no such header.
+    """
     if not path.is_file():
         raise UserError(f"'{path}' does not exist")
     try:
