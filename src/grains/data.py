@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from grains.errors import UserError, hub_trouble
 
 if TYPE_CHECKING:  # it takes a second to import, which a mistake in a flag need not wait for
@@ -453,6 +451,8 @@ def examples(
     exclude: ids and question keys that must not occur (those the vectors were made from). A
         question that stands twice in the data is taken once.
     """
+    import numpy as np  # not needed to check a flag
+
     order = np.random.default_rng(seed).permutation(len(rows))
     chosen: list[Example] = []
     seen: set[str] = set()

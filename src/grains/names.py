@@ -190,8 +190,8 @@ class Names:
             DataSettings(""),
             {
                 "split": "split",
-                "validation_split": "validation",
-                "test_split": "test",
+                "validation_split": "validation-split",
+                "test_split": "test-split",
                 "evaluate_on": "on",
                 "num_validation": "validation",
                 "num_test": "test",
