@@ -177,6 +177,7 @@ class Names:
             f"seed{self.ablation.seed}",
             self.ablation.prompt_style,
             *_attribution(self.ablation),
+            *([f"split-{self.data.split}"] if self.data.split else []),
         ]
 
     def _evaluation(
@@ -189,7 +190,6 @@ class Names:
             self.data,
             DataSettings(""),
             {
-                "split": "split",
                 "validation_split": "validation-split",
                 "test_split": "test-split",
                 "evaluate_on": "on",
