@@ -253,7 +253,7 @@ def test_more_tokens_than_the_prompt_has(stage1, tmp_path):
 def test_layer_that_does_not_exist(stage2, tmp_path):
     message = stage2(tmp_path, "--layer_idxs", 1, LAYERS).error()
     assert f"layer {LAYERS} does not exist" in message and f"0 to {LAYERS - 1}" in message
-    assert "expected a number" in stage2(tmp_path, "--layer_idxs", "last").error()
+    assert "expected whole numbers" in stage2(tmp_path, "--layer_idxs", "last").error()
     assert not contents(tmp_path)
 
 
@@ -333,10 +333,13 @@ def test_other_flags_are_refused(stage1, stage2, done, tmp_path):
 
     stage2(tmp_path).ok()
     before = contents(tmp_path)
-    message = stage2(tmp_path, "--alphas", 0.2).error()
-    assert "alphas [0.1] there, [0.2] now" in message and contents(tmp_path) == before
-    stage2(tmp_path, "--alphas", 0.2, "--overwrite").ok()
-    assert contents(tmp_path).keys() == before.keys()
+    message = stage2(tmp_path, "--batch_tokens", 512).error()
+    assert "batch_tokens 2048 there, 512 now" in message and contents(tmp_path) == before
+    stage2(tmp_path, "--alphas", 0.2).ok()  # is in the names: a run beside the first
+    after = contents(tmp_path)
+    assert len(after) > len(before) and after.items() >= before.items()
+    stage2(tmp_path, "--batch_tokens", 512, "--overwrite").ok()
+    assert contents(tmp_path).keys() == after.keys()
 
 
 def test_files_of_somebody_else_are_kept(stage1, done, tmp_path):

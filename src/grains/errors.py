@@ -13,27 +13,28 @@ class UserError(ValueError):
     """
 
 
-HUB_TROUBLE = {
-    "gated": {"GatedRepoError"},
-    "missing": {"RepositoryNotFoundError", "RevisionNotFoundError", "DatasetNotFoundError"},
-    "network": {
-        "LocalEntryNotFoundError",
-        "OfflineModeIsEnabled",
-        "ConnectionError",
-        "TransportError",
-        "TimeoutError",
-    },
-}
-
-
 def hub_trouble(error: BaseException) -> str:
     """gated, missing, network, or '' where the hub is not the reason: from the error's causes."""
+    import httpx2
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import errors as hub
+
+    kinds = {
+        "gated": (hub.GatedRepoError,),
+        "missing": (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, DatasetNotFoundError),
+        "network": (
+            hub.LocalEntryNotFoundError,
+            hub.OfflineModeIsEnabled,
+            httpx2.TransportError,
+            ConnectionError,
+            TimeoutError,
+        ),
+    }
     if "is a gated dataset" in str(error):  # `datasets` drops the cause
         return "gated"
     for cause in _causes(error):
-        names = {kind.__name__ for kind in type(cause).__mro__}
-        for trouble, kinds in HUB_TROUBLE.items():
-            if names & kinds:
+        for trouble, classes in kinds.items():
+            if isinstance(cause, classes):
                 return trouble
     return ""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from grains.settings import LAYER_MODES, AblationSettings, DataSettings, GridSettings
 
-LONGEST = 150  # characters of a name before what its endings add; file systems take 255
+LONGEST = 200  # bytes of a name before what its endings add; file systems take 255
 
 
 def slug(name: str) -> str:
