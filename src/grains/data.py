@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-
 from grains.errors import UserError, hub_trouble
 
 if TYPE_CHECKING:  # takes a second to import, and scripts check their flags before that
@@ -480,6 +478,8 @@ def examples(
         made from.
     A question that occurs twice in the data is taken once.
     """
+    import numpy as np  # not needed to check a flag
+
     order = np.random.default_rng(seed).permutation(len(rows))
     chosen: list[Example] = []
     seen: set[str] = set()

@@ -13,31 +13,32 @@ class UserError(ValueError):
     """
 
 
-# Why the hub gave no file -> the classes of exceptions, by name: importing them takes seconds.
-HUB_TROUBLE = {
-    "gated": {"GatedRepoError"},
-    "missing": {"RepositoryNotFoundError", "RevisionNotFoundError", "DatasetNotFoundError"},
-    "network": {
-        "LocalEntryNotFoundError",
-        "OfflineModeIsEnabled",
-        "ConnectionError",
-        "TransportError",
-        "TimeoutError",
-    },
-}
-
-
 def hub_trouble(error: BaseException) -> str:
     """Why loading from the hub failed: gated, missing, network, or '' if the hub is not the reason.
 
     error: what was raised; the exceptions that caused it are looked at too.
     """
+    # Imported late: these libraries take seconds, and scripts check their flags before that.
+    import httpx2
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import errors as hub
+
+    kinds = {
+        "gated": (hub.GatedRepoError,),
+        "missing": (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, DatasetNotFoundError),
+        "network": (
+            hub.LocalEntryNotFoundError,
+            hub.OfflineModeIsEnabled,
+            httpx2.TransportError,
+            ConnectionError,
+            TimeoutError,
+        ),
+    }
     if "is a gated dataset" in str(error):  # `datasets` does not chain the hub's exception
         return "gated"
     for cause in _causes(error):
-        names = {kind.__name__ for kind in type(cause).__mro__}
-        for trouble, kinds in HUB_TROUBLE.items():
-            if names & kinds:
+        for trouble, classes in kinds.items():
+            if isinstance(cause, classes):
                 return trouble
     return ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from grains import vision
 from grains.lm import LanguageModel
@@ -100,15 +101,10 @@ def generate(
 
 def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:
     """Inputs of B text prompts as one batch (B, P), padded on the left; padding is masked."""
-    longest = max(item["input_ids"].shape[1] for item in inputs)
 
     def pad(key: str, value: int) -> Tensor:
-        return torch.cat(
-            [
-                torch.nn.functional.pad(item[key], (longest - item[key].shape[1], 0), value=value)
-                for item in inputs
-            ]
-        )
+        rows = [item[key][0] for item in inputs]
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
 
     return {
         "input_ids": pad("input_ids", lm.replacement_id("pad")),

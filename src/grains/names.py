@@ -15,7 +15,7 @@ from typing import Any
 
 from grains.settings import LAYER_MODES, AblationSettings, DataSettings, GridSettings
 
-LONGEST = 150  # bytes of a name without its endings; file systems allow 255 with them
+LONGEST = 200  # bytes of a name without its endings; file systems allow 255 with them
 
 
 def slug(name: str) -> str:
@@ -187,6 +187,7 @@ class Names:
             f"seed{self.ablation.seed}",
             self.ablation.prompt_style,
             *_attribution(self.ablation),
+            *([f"split-{self.data.split}"] if self.data.split else []),
         ]
 
     def _evaluation(
@@ -199,9 +200,8 @@ class Names:
             self.data,
             DataSettings(""),
             {
-                "split": "split",
-                "validation_split": "validation",
-                "test_split": "test",
+                "validation_split": "validation-split",
+                "test_split": "test-split",
                 "evaluate_on": "on",
                 "num_validation": "validation",
                 "num_test": "test",
