@@ -213,7 +213,7 @@ def test_bad_row(stage1, tmp_path, row, expected):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [good[0], good[1] | row, good[2]])
     message = stage1(tmp_path, "--dataset_path", path).error()
     assert expected in message
-    assert "row 1" in message or "example " in message
+    assert "row 2" in message or "example " in message
     assert not (tmp_path / "tokens.csv").exists()
 
 
