@@ -348,7 +348,9 @@ def test_unknown_names_and_files(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         data.load("x", "train", str(tmp_path / "none.jsonl"))
     (tmp_path / "x.txt").write_text("a")
-    with pytest.raises(UserError, match=r"expected a \.jsonl, \.json, \.csv, \.tsv .* or \.parquet file"):
+    with pytest.raises(
+        UserError, match=r"expected a \.jsonl, \.json, \.csv, \.tsv .* or \.parquet file"
+    ):
         data.load("x", "train", str(tmp_path / "x.txt"))
     with pytest.raises(UserError):
         data.load("x", "train", jsonl(tmp_path / "empty.jsonl", []))

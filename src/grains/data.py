@@ -231,7 +231,7 @@ def load(
             f"found {', '.join(rows.column_names)}"
         )
     if source.rows:
-        made = source.rows(rows)
+        made: Any = source.rows(rows)
         rows = made if hasattr(made, "place") else files.Listed(made, source.path)
     return rows, source
 

@@ -75,7 +75,7 @@ class Part(Protocol):
 class Listed:
     """Rows in memory, or of a `datasets.Dataset`."""
 
-    def __init__(self, rows: Sequence[dict] | Any, name: str, columns: Sequence[str] | None = None):
+    def __init__(self, rows: Any, name: str, columns: Sequence[str] | None = None):
         self._rows, self._name = rows, name
         self.column_names = list(columns or (rows[0] if len(rows) else ()))
         self._repeated: frozenset[int] | None = None
@@ -259,7 +259,7 @@ def _open(path: Path) -> IO[bytes]:
     if compression:
         import pyarrow
 
-        file = tempfile.TemporaryFile()  # noqa: SIM115 (stays open as long as its rows)
+        file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (stays open as long as its rows)
         with pyarrow.input_stream(str(path), compression=compression) as stream:
             while block := stream.read(MEBIBYTE):
                 file.write(block)

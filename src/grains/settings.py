@@ -45,6 +45,7 @@ MODES = ("pos", "both")
 LAYER_MODES = ("joint", "each", "from")
 UNITS = ("relative", "absolute")
 SCORES = ("token", "sum")  # an answer's log-likelihood per token, or summed over its tokens
+TARGET_SCORES = ("mc1", "mc2")  # TruthfulQA's own, for data that says which choices are right
 
 
 @dataclass(frozen=True)
