@@ -240,13 +240,13 @@ def part(path: Path) -> Part:
     except UserError:
         raise
     except (OSError, ValueError, csv.Error, NotImplementedError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(f"'{path}'", error) from error
 
 
-def _unreadable(path: Path, error: BaseException) -> UserError:
+def _unreadable(place: str, error: BaseException) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(
-        f"'{path}' could not be read: {reason}; is it whole, and of the kind its name says?"
+        f"{place} could not be read: {reason}; is it whole, and of the kind its name says?"
     )
 
 
@@ -499,7 +499,7 @@ class ParquetPart:
         except UnicodeDecodeError as error:
             raise _undecodable(error, f"{self.path}, row {index + 1}") from error
         except (OSError, ValueError, NotImplementedError) as error:
-            raise _unreadable(self.path, error) from error
+            raise _unreadable(f"{self.path}, row {index + 1}", error) from error
 
     def picture(self, group: int, place: int) -> dict[str, Any] | None:
         if group not in self._pictures:

@@ -176,11 +176,11 @@ def target_scores(encoded: list[Encoded], scores: list[np.ndarray]) -> dict[str,
     asked = [(item.example.label, item.example.targets) for item in encoded]
     margins: list[list[float]] = []
     masses: list[list[float]] = []
-    for (label, targets), rows in zip(asked, scores, strict=True):
-        if targets is None:
+    for (label, known), rows in zip(asked, scores, strict=True):
+        if known is None:
             return {}
-        margins.append([mc1(row, label, targets) for row in rows])
-        masses.append([mc2(row, targets) for row in rows])
+        margins.append([mc1(row, label, known) for row in rows])
+        masses.append([mc2(row, known) for row in rows])
     return {"mc1": np.array(margins), "mc2": np.array(masses)} if asked else {}
 
 
