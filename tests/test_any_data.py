@@ -110,9 +110,7 @@ messages = st.lists(
 )
 values = st.recursive(
     st.one_of(scalars, messages),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=3)
-    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=3)),
     max_leaves=6,
 )
 names = ["prompt", "question", "chosen", "rejected", "choices", "label", "context", "image", "id"]

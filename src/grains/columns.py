@@ -173,7 +173,8 @@ def names(objects: Any) -> tuple[str, ...] | None:
     """Names from a list, from a JSON list as text, or from a text with commas."""
     if objects is None:
         return None
-    if isinstance(objects, str) and objects[:1] != "[":
+    is_text = isinstance(objects, str) and not isinstance(objects, files.Number)
+    if is_text and objects[:1] != "[":
         objects = objects.split(",")
     return tuple(text_of(name, "object").strip() for name in listed(objects, "objects"))
 

@@ -457,7 +457,7 @@ def picture_of(row: dict) -> Any:
         picture = several[0]
     if isinstance(picture, bytes):
         picture = {"bytes": picture}
-    if isinstance(picture, str):
+    if isinstance(picture, str) and not isinstance(picture, files.Number):
         return text_of(picture, "image") or None
     if isinstance(picture, dict):
         stored, path = picture.get("bytes"), picture.get("path")

@@ -378,7 +378,7 @@ class CsvPart(_TextPart):
     def __init__(self, path: Path, file: IO[bytes], delimiter: str | None):
         self.path = path
         start = file.tell()
-        header = decoded(file.readline(), f"'{path}', header")
+        header = decoded(file.readline(), f"'{path}', header").split("\r")[0]
         file.seek(start)
         self._delimiter = delimiter or max(
             DELIMITERS, key=lambda sign: len(next(csv.reader([header], delimiter=sign), ()))
