@@ -30,7 +30,9 @@ def content(form: str, rows: list[dict]) -> bytes:
     """The bytes of a file; lists are written as JSON in tables."""
     if form == "parquet":
         buffer = io.BytesIO()
-        parquet.write_table(pa.Table.from_pylist(rows), buffer, row_group_size=3)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        parquet.write_table(pa.table(columns), buffer, row_group_size=3)
         return buffer.getvalue()
     kind, _, compression = form.partition(".")
     if kind in DELIMITERS:
