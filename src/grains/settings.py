@@ -45,7 +45,8 @@ LAYER_MODES = ("joint", "each", "from")
 UNITS = ("relative", "absolute")
 SCORES = ("token", "sum")  # log-likelihoods per token, or summed
 
-# The experiment: how LoRA is trained beside the vectors.
+# The experiment: the selections that its methods need, and how LoRA is trained beside them.
+STUDY_TOPS = ("pos", "neg", "rand")
 LORA_OBJECTIVES = ("dpo", "sft")
 
 
@@ -156,7 +157,7 @@ class StudySettings:
 
     sources: the data sets; with several, the vectors of each are also tested on the others.
     seeds: each draws its own steering, validation and test questions.
-    ablation: stage 1; each seed takes the place of its own.
+    ablation: stage 1 with the selections STUDY_TOPS; each of the seeds takes its seed's place.
     grid: where it has no alphas, strengths are searched that cost `strengths_at`.
     budgets: how much the perplexity of neutral text may rise, 0.1 for 10 %.
     strengths_at: rises of perplexity that the search aims at (none: every second budget).

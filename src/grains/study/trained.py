@@ -103,8 +103,8 @@ def trainer(
     remaining = replace(lm, memory=lm.memory - sum(_kept_bytes(lm, items) for items in kinds))
     fits = [fitting(remaining, items, max_tokens) for items in kinds]
     width, checkpointed = min(width for width, _ in fits), any(flag for _, flag in fits)
-    parts = [
-        _Part(lm, min(layers), width, *settings)
+    terms = [
+        _Term(lm, min(layers), width, *settings)
         for settings in (
             (pairs, PAIRS, PAIR_WEIGHT, 1.0, pair_losses),
             (texts, TEXTS, TEXT_WEIGHT, HELD_AT, text_losses),
@@ -114,7 +114,7 @@ def trainer(
     ]
     generator = torch.Generator().manual_seed(seed)
     plans = [
-        _plan(parts, len(layers), epochs * len(parts[0].groups), generator) for _ in range(RUNS)
+        _plan(terms, len(layers), epochs * len(terms[0].groups), generator) for _ in range(RUNS)
     ]
     row = {layer: index for index, layer in enumerate(layers)}
 
@@ -136,8 +136,8 @@ def trainer(
         for step, (kept, groups) in enumerate(bar):
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / len(plan))
             total = sum(
-                part.backward(group, checkpointed, vectors, partial(after, part.stretch * kept))
-                for part, group in zip(parts, groups, strict=True)
+                term.backward(group, checkpointed, vectors, partial(after, term.stretch * kept))
+                for term, group in zip(terms, groups, strict=True)
             )
             if not math.isfinite(total):
                 raise UserError(
@@ -153,10 +153,10 @@ def trainer(
 
 
 def _plan(
-    parts: list[_Part], layers: int, steps: int, generator: torch.Generator
+    terms: list[_Term], layers: int, steps: int, generator: torch.Generator
 ) -> list[tuple[Tensor, list[_Group]]]:
-    """For every step of a run: the factor of each layer, and a group of each part."""
-    queues = [part.queue(generator) for part in parts]
+    """For every step of a run: the factor of each layer, and a group of items for each term."""
+    queues = [term.queue(generator) for term in terms]
     return [(dropout(layers, generator), [next(queue) for queue in queues]) for _ in range(steps)]
 
 
@@ -230,8 +230,8 @@ def _kept_bytes(lm: LanguageModel, items: list[Encoded]) -> int:
     return sum(item.length * (position + item.length) for item in items)
 
 
-class _Part:
-    """One kind of items to train on, in groups of similar length, with its loss.
+class _Term:
+    """A term of the loss: the items it is computed on, in groups of similar length.
 
     The base model computes every item once; a step replays the layers above `first`.
     first: the first steered layer. width: positions computed at a time. size: items of a group.
