@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import (
+from helpers.reference import (
     embeds,
     encoded,
     example,
@@ -14,8 +14,9 @@ from reference import (
 )
 
 from grains import prompts
-from grains.ablation import TOPS, hidden_states, select
-from grains.attribution import moved
+from grains.ablation import hidden_states, select
+from grains.attribution import attributed_positions
+from grains.settings import TOPS
 
 SCORES = torch.tensor([0.5, -2.0, 9.0, 0.1, 1.0, -0.4, 1.0, -3.0])
 CANDIDATES = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1]).bool()  # the largest is no candidate
@@ -73,7 +74,7 @@ def test_special_tokens_are_never_selected(make_tiny, style, scope):
     ids = torch.tensor(item.prompt_ids)
     special = torch.isin(ids, torch.tensor(lm.tokenizer.all_special_ids))
     assert bool(special.any()) == (style == "chat")
-    candidates = item.words & moved(item, scope)
+    candidates = item.words & attributed_positions(item, scope)
     assert candidates.any() and not (candidates & special).any()
     scores = torch.where(special, 100.0, torch.randn(len(ids)))
     scores[special.nonzero()[::2]] = -100.0

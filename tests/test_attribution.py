@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import IntegratedGradients
-from reference import embeds, encoded, example, log_likelihood, relative, words
+from helpers.reference import embeds, encoded, example, log_likelihood, relative, words
 from torch.autograd.graph import saved_tensors_hooks
 
 from grains import prompts
 from grains.attribution import (
-    BASELINES,
     PromptFunction,
-    Settings,
     StraightPath,
     adaptive_simpson,
     attribute,
     gauss_legendre,
-    targets,
     text_baseline,
 )
 from grains.errors import UserError
-from grains.replay import pack, replay
+from grains.logprobs import targets
+from grains.packing import pack
+from grains.replay import replay
+from grains.settings import BASELINES, AttributionSettings
 
 W = words(60, seed=1)
 PROMPT = W[:11]  # longer than the sliding window
@@ -88,7 +88,7 @@ def captum_scores(lm, item, kind, scope, steps, weights=(1.0, -1.0)):
 @pytest.mark.parametrize("kind", BASELINES)
 def test_gauss_legendre_is_captums(tiny, kind, scope):
     item = encoded(tiny, PROMPT, PAIRS["common beginning"], CONTENT)
-    settings = Settings(baseline=kind, attribute=scope, ig_steps=7)
+    settings = AttributionSettings(baseline=kind, attribute=scope, ig_steps=7)
     (found,) = attribute(tiny, item, settings, MAX_TOKENS, generator())
     expected = captum_scores(tiny, item, kind, scope, 7)
     assert relative(found.scores, expected) <= 1e-3
@@ -100,21 +100,21 @@ def test_gauss_legendre_is_captums(tiny, kind, scope):
 @pytest.mark.parametrize("pair", PAIRS)
 def test_gauss_legendre_is_captums_for_any_two_answers(family, pair):
     item = encoded(family, PROMPT, PAIRS[pair])
-    settings = Settings(baseline="mean", attribute="all", ig_steps=5)
+    settings = AttributionSettings(baseline="mean", attribute="all", ig_steps=5)
     (found,) = attribute(family, item, settings, MAX_TOKENS, generator())
     assert relative(found.scores, captum_scores(family, item, "mean", "all", 5)) <= 1e-3
 
 
 def test_two_equal_answers_have_no_attribution(family):
     item = encoded(family, PROMPT, [W[20:23], W[20:23]])
-    settings = Settings(baseline="mean", attribute="all", ig_steps=3)
+    settings = AttributionSettings(baseline="mean", attribute="all", ig_steps=3)
     (found,) = attribute(family, item, settings, MAX_TOKENS, generator())
     assert found.difference == 0 and not found.scores.any()
 
 
 def test_the_normal_objective_is_each_response_on_its_own(family):
     item = encoded(family, PROMPT, PAIRS["common beginning"], CONTENT)
-    settings = Settings("normal", baseline="mean", ig_steps=6)
+    settings = AttributionSettings("normal", baseline="mean", ig_steps=6)
     found = attribute(family, item, settings, MAX_TOKENS, generator())
     assert len(found) == 2
     for result, weights in zip(found, [(1.0, 0.0), (0.0, 1.0)], strict=True):
@@ -131,7 +131,7 @@ def test_the_normal_objective_is_each_response_on_its_own(family):
 @pytest.mark.parametrize("rule", [3, 60, None])
 def test_completeness_error_is_what_it_says(family, rule, scope):
     item = encoded(family, PROMPT, PAIRS["common beginning"], CONTENT)
-    settings = Settings(baseline="pad", attribute=scope, ig_steps=rule, max_points=400)
+    settings = AttributionSettings(baseline="pad", attribute=scope, ig_steps=rule, max_points=400)
     (found,) = attribute(family, item, settings, MAX_TOKENS, generator())
     f = objective(family, item)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_completeness_error_is_what_it_says(family, rule, scope):
 def test_the_size_of_micro_batches_changes_nothing(family, max_tokens):
     item = encoded(family, PROMPT, PAIRS["different"])
     for method in ("integrated_gradients", "smoothgrad"):
-        settings = Settings(
+        settings = AttributionSettings(
             grad_method=method, baseline="mean", attribute="all", ig_steps=6, smooth_samples=6
         )
         found, expected = (
@@ -184,7 +184,7 @@ def test_micro_batches_fit_the_memory(tiny):
     item = encoded(tiny, PROMPT, PAIRS["different"])
     prompts = embeds(tiny, PROMPT).expand(8, -1, -1)
     a_row = held_for_backward(tiny, item, prompts) / 8
-    settings = Settings(baseline="mean", attribute="all", ig_steps=6)
+    settings = AttributionSettings(baseline="mean", attribute="all", ig_steps=6)
     expected = attribute(tiny, item, settings, MAX_TOKENS, generator())[0].scores
     for rows in (0.4, 3, 7):
         small = replace(tiny, memory=int(LOGITS + rows * 1.3 * a_row))
@@ -208,7 +208,9 @@ def direct_gradient(lm, item, prompts, weights=(1.0, -1.0)):
 @pytest.mark.parametrize("pair", PAIRS)
 def test_vanilla_is_gradient_times_input(tiny, pair):
     item = encoded(tiny, PROMPT, PAIRS[pair])
-    (found,) = attribute(tiny, item, Settings(grad_method="vanilla"), MAX_TOKENS, generator())
+    (found,) = attribute(
+        tiny, item, AttributionSettings(grad_method="vanilla"), MAX_TOKENS, generator()
+    )
     prompt = embeds(tiny, PROMPT)
     expected = (direct_gradient(tiny, item, prompt) * prompt).sum(-1)
     assert relative(found.scores, expected) <= 1e-4
@@ -219,7 +221,7 @@ def test_vanilla_is_gradient_times_input(tiny, pair):
 def test_smoothgrad_is_the_mean_gradient_under_noise_times_input(family, kind):
     """Of each response's own objective, with noise as wide as its setting says."""
     item = encoded(family, PROMPT, PAIRS["common beginning"])
-    settings = Settings(kind, "smoothgrad", smooth_samples=9, smooth_noise=0.3)
+    settings = AttributionSettings(kind, "smoothgrad", smooth_samples=9, smooth_noise=0.3)
     found = attribute(family, item, settings, MAX_TOKENS, generator(5))
     prompt, noise = embeds(family, PROMPT), generator(5)
     terms = [(1.0, -1.0)] if kind == "contrastive" else [(1.0, 0.0), (0.0, 1.0)]
@@ -233,7 +235,7 @@ def test_smoothgrad_is_the_mean_gradient_under_noise_times_input(family, kind):
 
 def test_smoothgrad_takes_its_noise_from_the_generator(family):
     item = encoded(family, PROMPT, PAIRS["different"])
-    settings = Settings(grad_method="smoothgrad", smooth_samples=4)
+    settings = AttributionSettings(grad_method="smoothgrad", smooth_samples=4)
     one, same, other = (
         attribute(family, item, settings, MAX_TOKENS, generator(seed))[0].scores
         for seed in (1, 1, 2)
@@ -248,7 +250,7 @@ def test_baselines(family, kind):
 
 def test_no_weight_gets_a_gradient(family):
     item = encoded(family, PROMPT, PAIRS["different"])
-    attribute(family, item, Settings(ig_steps=2), MAX_TOKENS, generator())
+    attribute(family, item, AttributionSettings(ig_steps=2), MAX_TOKENS, generator())
     assert all(
         weight.grad is None and not weight.requires_grad for weight in family.model.parameters()
     )
@@ -384,13 +386,15 @@ def question(smollm2):
 
 @pytest.mark.parametrize(("kind", "scope"), [("zeros", "all"), ("mean", "content")])
 def test_smollm2_gauss_legendre_is_captums(smollm2, question, kind, scope):
-    settings = Settings(baseline=kind, attribute=scope, ig_steps=6)
+    settings = AttributionSettings(baseline=kind, attribute=scope, ig_steps=6)
     (found,) = attribute(smollm2, question, settings, 128, generator())
     assert relative(found.scores, captum_scores(smollm2, question, kind, scope, 6)) <= 1e-3
 
 
 def test_smollm2_vanilla_and_completeness(smollm2, question):
-    (found,) = attribute(smollm2, question, Settings(grad_method="vanilla"), 128, generator())
+    (found,) = attribute(
+        smollm2, question, AttributionSettings(grad_method="vanilla"), 128, generator()
+    )
     prompt = embeds(smollm2, question.prompt_ids)
     expected = (direct_gradient(smollm2, question, prompt) * prompt).sum(-1)
     assert relative(found.scores, expected) <= 1e-4
@@ -424,7 +428,7 @@ def test_smollm2_adaptive_converges_to_many_points(smollm2, question):
 
 
 def test_smollm2_attribute_keeps_its_budget(smollm2, question):
-    settings = Settings("normal", tolerance=1e-6, max_points=12)
+    settings = AttributionSettings("normal", tolerance=1e-6, max_points=12)
     found = attribute(smollm2, question, settings, 512, generator())
     assert [9 <= item.points <= 12 for item in found] == [True, True]
 
@@ -432,7 +436,7 @@ def test_smollm2_attribute_keeps_its_budget(smollm2, question):
 def test_a_path_from_zeros_everywhere_has_finite_scores(smollm2):
     """There the slope of the first point overflows; the rest of the path is still integrated."""
     item = prompts.encode(smollm2, example("Is it?", "Yes", "No"))
-    settings = Settings(baseline="zeros", attribute="all", max_points=33)
+    settings = AttributionSettings(baseline="zeros", attribute="all", max_points=33)
     (found,) = attribute(smollm2, item, settings, MAX_TOKENS, generator())
     assert np.isfinite(found.scores).all() and np.isfinite(found.difference)
     assert found.scores.any() and found.points <= 33

@@ -9,11 +9,11 @@ import time
 
 import pandas as pd
 import pytest
-import tiny
 import torch
-from conftest import mounted_disk
+from helpers import tiny
+from helpers.families import mounted_disk
 
-pytest_plugins = ("command_line",)
+pytest_plugins = ("helpers.command_line",)
 
 SAMPLES, LAYERS = 4, 3
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
-from reference import embeds, encoded, example, log_likelihood, relative, words
+from helpers.families import tiny_model
+from helpers.reference import embeds, encoded, example, log_likelihood, relative, words
 from torch import nn
 
-from grains import cpu, lora, models, prompts
+from grains import cpu, models, prompts
 from grains.attribution import PromptFunction
 from grains.cpu import OneDnnLinear, is_faster, use_onednn
 from grains.scoring import score
+from grains.study import lora
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"

@@ -44,7 +44,7 @@ def test_truthfulqa(tmp_path):
     pigs = found["Do pigs fly?"]
     assert (pigs.choices, pigs.label, pigs.context) == (("They do", "They do not"), 1, "")
     assert (pigs.chosen, pigs.rejected) == ("They do not", "They do")
-    assert data.default_split("truthfulqa", 0) == data.default_split("truthfulqa", 2)
+    assert data.default_split("truthfulqa", "steering") == data.default_split("truthfulqa", "test")
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
@@ -241,8 +241,8 @@ def test_misconceptions(tmp_path):
 
 def test_the_packaged_misconceptions_keep_their_splits_apart():
     ids, keys = [], []
-    for part in range(3):
-        rows, source = data.load("misconceptions", data.default_split("misconceptions", part))
+    for role in data.ROLES:
+        rows, source = data.load("misconceptions", data.default_split("misconceptions", role))
         items = data.examples(rows, source, 0)
         ids.append({item.id for item in items})
         keys.append({data.question_key(item) for item in items})

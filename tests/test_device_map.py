@@ -7,22 +7,24 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from reference import relative
+from helpers import tiny
+from helpers.reference import relative
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from grains import models, prompts
 from grains.ablation import hidden_states
-from grains.attribution import Settings, attribute
+from grains.attribution import attribute
 from grains.data import Example
 from grains.generation import generate
-from grains.scoring import Configuration, score
+from grains.scoring import score
+from grains.settings import AttributionSettings
+from grains.steering import Configuration
 
-pytest_plugins = ("command_line",)
+pytest_plugins = ("helpers.command_line",)
 
 LAYERS, TOKENS = 4, 512
 QUESTIONS = [
@@ -43,9 +45,9 @@ def everything(lm: models.LanguageModel) -> list:
     ]
     results = []
     for settings in (
-        Settings(max_points=24),
-        Settings(objective="normal", ig_steps=3, baseline="pad"),
-        Settings(grad_method="smoothgrad", baseline="zeros"),
+        AttributionSettings(max_points=24),
+        AttributionSettings(objective="normal", ig_steps=3, baseline="pad"),
+        AttributionSettings(grad_method="smoothgrad", baseline="zeros"),
     ):
         results += [
             item.scores

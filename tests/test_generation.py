@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from reference import encoded, example, no_hooks, words
+from helpers.reference import encoded, example, no_hooks, words
 
 from grains import prompts
 from grains.generation import generate, pad_left
-from grains.scoring import Configuration
-from grains.vectors import steered
+from grains.steering import Configuration, steered
 
 NEW = 12
 PROMPTS = [

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from grains import cli
 from grains.runs import write_tensors
-from grains.vectors import StatesFile
+from grains.settings import GridSettings
+from grains.states import StatesFile
+from grains.steering import directions
+from grains.vectors import make_all
 
 EXAMPLES = 3
 NAMES = (
@@ -33,12 +35,15 @@ def states(make_tiny, tmp_path):
     return lm, files
 
 
-def grid(states, *words):
-    parser = cli.parser("", cli.LLM)
-    cli.add_vector_flags(parser)
-    cli.add_grid_flags(parser)
-    parser.add_argument("--seed", type=int, default=0)
-    return cli.configurations(parser.parse_args(words), *states)[0]
+def grid(states, methods, layers, alphas, **options):
+    _, files = states
+    settings = GridSettings(methods, layers=layers, alphas=alphas, **options)
+    return [
+        direction.at(alpha, settings.units)
+        for method, mode, made in make_all(files, settings, seed=0)
+        for direction in directions(made, method, mode, settings)
+        for alpha in settings.alphas
+    ]
 
 
 @pytest.mark.parametrize(
@@ -51,17 +56,7 @@ def grid(states, *words):
     ],
 )
 def test_layers_that_are_steered_together(states, mode, layers, expected):
-    found = grid(
-        states,
-        "--methods",
-        "mean",
-        "--layer_idxs",
-        *layers,
-        "--layer_mode",
-        mode,
-        "--alphas",
-        "0.1",
-    )
+    found = grid(states, ("mean",), tuple(layers), (0.1,), layer_mode=mode)
     assert [item.layers for item in found] == expected
     assert [tuple(item.vectors) for item in found] == expected
 
@@ -69,20 +64,11 @@ def test_layers_that_are_steered_together(states, mode, layers, expected):
 def test_the_grid_is_methods_modes_layers_and_strengths(states):
     found = grid(
         states,
-        "--methods",
-        "mean",
-        "gradient",
-        "--mode",
-        "pos",
-        "both",
-        "--layer_idxs",
-        "1",
-        "2",
-        "--layer_mode",
-        "each",
-        "--alphas",
-        "0.1",
-        "0.2",
+        ("mean", "gradient"),
+        ("1", "2"),
+        (0.1, 0.2),
+        modes=("pos", "both"),
+        layer_mode="each",
     )
     assert len(set(found)) == len(found) == (2 + 1) * 2 * 2
     files = states[1]

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import tiny
-from hub_stub import Hub
+from helpers import tiny
+from helpers.hub_stub import Hub
 from safetensors import safe_open
 
-pytest_plugins = ("command_line",)
+pytest_plugins = ("helpers.command_line",)
 
 SRC = Path(__file__).parents[1].absolute() / "src"
 STEM = "truthfulqa_llama-3.1-8b-instruct_n4_seed0_contrastive_integrated_gradients_k10_joint_all"

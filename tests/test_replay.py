@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import SIZES, SLIDING_WINDOW, randomise, tiny_config
-from reference import embeds, encoded, layer_outputs, no_hooks, own_logits, relative, words
+from helpers.families import SIZES, SLIDING_WINDOW, randomise, tiny_config
+from helpers.reference import embeds, encoded, layer_outputs, no_hooks, own_logits, relative, words
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -14,9 +14,11 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from grains import models, replay
+from grains import logprobs, models, replay
 from grains.errors import UserError
-from grains.replay import capture, capture_pack, collate, extend, logits, pack, token_log_probs
+from grains.logprobs import logits, token_log_probs
+from grains.packing import pack
+from grains.replay import capture, capture_pack, collate, extend
 
 W = words(60)
 LONG = W[: 2 * SLIDING_WINDOW]
@@ -226,8 +228,8 @@ def test_pack_by_hand():
 @pytest.mark.parametrize("vocabulary_slice", [1000, 4096, 10**6])
 @pytest.mark.parametrize("bias", [False, True])
 def test_token_log_probs_with_gradients_in_pieces(tiny, monkeypatch, vocabulary_slice, bias):
-    monkeypatch.setattr(replay, "LOGIT_ROWS", 3)
-    monkeypatch.setattr(replay, "VOCABULARY_SLICE", vocabulary_slice)
+    monkeypatch.setattr(logprobs, "LOGIT_ROWS", 3)
+    monkeypatch.setattr(logprobs, "VOCABULARY_SLICE", vocabulary_slice)
     generator = torch.Generator().manual_seed(0)
     if bias:  # as wide as the logits, so that the maximum rises from slice to slice
         monkeypatch.setattr(

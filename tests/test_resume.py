@@ -14,9 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import tiny
+from helpers import tiny
 
-pytest_plugins = ("command_line",)
+pytest_plugins = ("helpers.command_line",)
 
 SRC = Path(__file__).parents[1].absolute() / "src"
 SAMPLES = 4

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from reference import embeds, encoded, example, own_loss_log_likelihood, relative, words
+from helpers.reference import embeds, encoded, example, own_loss_log_likelihood, relative, words
 
 from grains import prompts, scoring
 from grains.errors import UserError
-from grains.scoring import Configuration, batches, correct, layer_ranges, question_batches, score
-from grains.vectors import steered
+from grains.scoring import batches, correct, question_batches, score
+from grains.steering import Configuration, layer_ranges, steered
 
 W = words(80, seed=3)
 QUESTIONS = [

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import mounted_disk
+from helpers.families import mounted_disk
 
 from grains import runs
 
-pytest_plugins = ("command_line",)
+pytest_plugins = ("helpers.command_line",)
 
 SRC = Path(__file__).parents[1].absolute() / "src"
 

@@ -5,22 +5,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from reference import layer_outputs, no_hooks, own_logits, relative, words
+from helpers.reference import layer_outputs, no_hooks, own_logits, relative, words
 
-from grains import vectors
+from grains import states as states_module
 from grains.errors import UserError
 from grains.runs import write_tensors
-from grains.vectors import (
-    METHODS,
-    MODES,
-    StatesFile,
-    SteeringVectors,
-    make,
-    mean_vector,
-    pca_vector,
-    steer,
-    steered,
-)
+from grains.settings import METHODS, MODES
+from grains.states import StatesFile
+from grains.steering import SteeringVectors, parse_layers, steer, steered
+from grains.vectors import make, mean_vector, pca_vector
 
 W = words(40, seed=4)
 N, L, D = 5, 4, 48
@@ -177,7 +170,7 @@ def test_rows_that_come_in_parts_reduce_as_all_at_once(count, at_a_time):
 
 def test_a_file_read_in_parts_gives_the_same_vectors(files, monkeypatch):
     whole = {method: make(files[1], method, "both", 0).vectors for method in METHODS}
-    monkeypatch.setattr(vectors, "EXAMPLES_AT_A_TIME", 2)
+    monkeypatch.setattr(states_module, "EXAMPLES_AT_A_TIME", 2)
     for method in METHODS:
         assert relative(make(files[1], method, "both", 0).vectors, whole[method]) <= 1e-6
 
@@ -230,8 +223,8 @@ def test_states_of_another_model_are_refused(files, make_tiny, tmp_path):
 
 def test_scaled(files):
     made = make(files[1], "mean", "pos", 0)
-    relative_units = made.scaled(0.3, [2, 0])
-    assert list(relative_units) == [2, 0]
+    relative_units = made.scaled(0.3, (layer for layer in (2, -4)))
+    assert list(relative_units) == [0, 2]
     for layer, vector in relative_units.items():
         assert vector.norm().item() == pytest.approx(0.3 * made.norms[layer].item(), rel=1e-5)
         cosine = torch.cosine_similarity(vector, made.vectors[layer], dim=0)
@@ -239,7 +232,7 @@ def test_scaled(files):
     assert torch.equal(made.scaled(-4.0, [1], "absolute")[1], -4.0 * made.vectors[1])
 
 
-@pytest.mark.parametrize("layer", [-1, 4, 100])
+@pytest.mark.parametrize("layer", [-5, 4, 100])
 def test_a_layer_that_does_not_exist_is_refused(files, make_tiny, layer):
     made, lm = make(files[1], "mean", "pos", 0), make_tiny("llama")
     with pytest.raises(UserError, match="decoder layers 0 to 3"):
@@ -370,3 +363,69 @@ def test_smollm2(smollm2):
     assert ((kept - norms).abs() / norms).max() <= 1e-4
     assert ((changed[15] - outputs[15]).norm(dim=-1) / norms).min() > 1e-4
     assert torch.equal(own_logits(smollm2, ids), plain)
+
+
+@pytest.mark.parametrize(
+    "layers, expected",
+    [
+        (None, [0, 1, 2, 3]),
+        (["all"], [0, 1, 2, 3]),
+        (["1-2", -1], [1, 2, 3]),
+        ((layer for layer in (3, 0)), [0, 3]),
+        (range(1, 3), [1, 2]),
+        ("2-3", [2, 3]),
+    ],
+)
+def test_layers_as_a_user_gives_them(layers, expected):
+    assert parse_layers(layers, 4) == expected
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        ([1.5], "whole numbers"),
+        ([True], "whole numbers"),
+        (["first"], "whole numbers"),
+        (["3-1"], "runs backwards"),
+        (["0-99999999999"], "does not exist"),
+        (iter(()), "no layers are given"),
+    ],
+)
+def test_what_is_no_layer_is_refused(layers, message):
+    with pytest.raises(ValueError, match=message):
+        parse_layers(layers, 4)
+
+
+@pytest.mark.parametrize(
+    "alpha, units, message",
+    [
+        (float("nan"), "relative", "finite number"),
+        (float("inf"), "absolute", "finite number"),
+        (1e20, "relative", "leaves nothing of them"),
+        (3e38, "absolute", "leaves nothing of them"),
+        (0.1, "relativ", "unknown units"),
+    ],
+)
+def test_a_strength_that_would_erase_the_states_is_refused(files, alpha, units, message):
+    made = make(files[1], "mean", "pos", 0)
+    with pytest.raises(ValueError, match=message):
+        made.scaled(alpha, None, units)
+
+
+@pytest.mark.parametrize("broken", ["vectors", "norms"])
+def test_vectors_that_are_no_numbers_are_refused(files, broken):
+    made = make(files[1], "mean", "pos", 0)
+    values = {"vectors": made.vectors.clone(), "norms": made.norms.clone()}
+    values[broken][1] = torch.nan
+    with pytest.raises(ValueError, match=f"the {broken} hold NaN"):
+        SteeringVectors(**values, info={})
+
+
+def test_vectors_of_another_model_are_refused(files, make_tiny):
+    made = make(files[1], "mean", "pos", 0)
+    lm, other = make_tiny("llama"), make_tiny("llama", seed=1)
+    own = SteeringVectors(made.vectors, made.norms, {"model": lm.identity()})
+    with own.apply(lm, 0.1):
+        pass
+    with pytest.raises(ValueError, match="of another model"):
+        own.apply(other, 0.1)

@@ -6,10 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import vlm_models
+from helpers import vlm_models
+from helpers.vlm_models import (
+    FAMILIES,
+    GRID,
+    MERGED,
+    PATCH,
+    TILE,
+    asked,
+    picture,
+    rotated,
+    saved,
+    with_object,
+)
 from PIL import Image
-from test_vlm_families import rotated, saved
-from vlm_models import FAMILIES, GRID, MERGED, PATCH, TILE, asked, picture, with_object
 
 from grains import data, prompts, vision
 from grains.errors import UserError

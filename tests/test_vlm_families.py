@@ -5,26 +5,26 @@ What is expected comes from the model's own forward, on one example and one answ
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 import torch
-import vlm_models
 from captum.attr import IntegratedGradients
-from conftest import SIZES as DECODER
-from conftest import randomise
+from helpers import vlm_models
+from helpers.families import SIZES as DECODER
+from helpers.families import randomise
+from helpers.reference import layer_outputs, relative
+from helpers.vlm_models import FAMILIES, asked, picture, rotated, saved
 from PIL import Image
-from reference import layer_outputs, relative
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
-from vlm_models import FAMILIES, asked, picture
 
-from grains import ablation, attribution, generation, models, prompts, replay, vision
-from grains.attribution import Settings, attribute
+from grains import ablation, generation, logprobs, models, prompts, replay, settings, vision
+from grains.attribution import attribute
 from grains.errors import UserError
-from grains.replay import capture, capture_pack, pack
-from grains.scoring import Configuration, score
-from grains.vectors import steered
+from grains.packing import pack
+from grains.replay import capture, capture_pack
+from grains.scoring import score
+from grains.settings import AttributionSettings
+from grains.steering import Configuration, steered
 
 SIZES = [(64, 64), (90, 30), (30, 90), (200, 77), (19, 33)]
 ANSWERS = {
@@ -251,7 +251,7 @@ def test_a_replay_is_the_models_own_forward(either, size):
             with torch.no_grad():
                 final = replay.replay(either, states[start][None], captured.kwargs, start=start)
             assert (
-                difference(replay.logits(either, final)[0], own_logits(either, item, response))
+                difference(logprobs.logits(either, final)[0], own_logits(either, item, response))
                 <= 1e-4
             )
 
@@ -262,7 +262,7 @@ def test_packed_answers_are_separate_sequences(either, answers):
     packed = pack(item.sequences())
     captured = capture_pack(either, item.inputs, packed)
     with torch.no_grad():
-        found = replay.logits(either, replay.replay(either, captured.embeds, captured.kwargs))[0]
+        found = logprobs.logits(either, replay.replay(either, captured.embeds, captured.kwargs))[0]
     for path, response in zip(packed.paths, item.responses, strict=True):
         assert difference(found[path], own_logits(either, item, response)) <= 1e-4
 
@@ -349,7 +349,7 @@ def rows_of_tiles(lm, item):
 )
 def test_integrated_gradients_are_captums(either, text, image, scope):
     item = encode(either, answers="common beginning")
-    settings = Settings(baseline=text, image_baseline=image, attribute=scope, ig_steps=5)
+    settings = AttributionSettings(baseline=text, image_baseline=image, attribute=scope, ig_steps=5)
     (found,) = attribute(either, item, settings, MAX_TOKENS, generator())
     start = start_of_path(either, item, text, image, scope)
     f, prompt = objective(either, item), merged(either, item)
@@ -381,7 +381,7 @@ def test_integrated_gradients_are_captums(either, text, image, scope):
 def test_scores_of_image_and_words_add_up(vlm, size):
     """Completeness over the merged sequence: every image token and every word has its share."""
     item = encode(vlm, size)
-    (found,) = attribute(vlm, item, Settings(max_points=800), MAX_TOKENS, generator())
+    (found,) = attribute(vlm, item, AttributionSettings(max_points=800), MAX_TOKENS, generator())
     start = start_of_path(vlm, item, "mean", "blank", "content")
     f = objective(vlm, item)
     with torch.no_grad():
@@ -395,7 +395,9 @@ def test_scores_of_image_and_words_add_up(vlm, size):
 
 def test_vanilla_is_gradient_times_input(vlm):
     item = encode(vlm)
-    (found,) = attribute(vlm, item, Settings(grad_method="vanilla"), MAX_TOKENS, generator())
+    (found,) = attribute(
+        vlm, item, AttributionSettings(grad_method="vanilla"), MAX_TOKENS, generator()
+    )
     prompt = merged(vlm, item).requires_grad_()
     (gradient,) = torch.autograd.grad(objective(vlm, item)(prompt[None]).sum(), prompt)
     assert relative(found.scores, (gradient * prompt).sum(-1).detach()) <= 1e-4
@@ -405,7 +407,7 @@ def test_vanilla_is_gradient_times_input(vlm):
 # -- ablation and hidden states --
 
 
-@pytest.mark.parametrize("image", attribution.IMAGE_BASELINES)
+@pytest.mark.parametrize("image", settings.IMAGE_BASELINES)
 def test_hidden_states_plain_and_ablated(vlm, image):
     item = encode(vlm)
     places = item.image.nonzero()[:, 0].tolist()
@@ -515,19 +517,6 @@ def test_generation_with_and_without_pictures_in_one_batch(vlm):
 # -- pictures of all kinds --
 
 
-def saved(image, form="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return {"bytes": file.getvalue(), "path": None}
-
-
-def rotated(image):
-    """Stored on its side, with the note that says so."""
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn clockwise
-    return saved(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
-
-
 def kinds_of_pictures():
     """name -> what a data set stores, the RGB picture it shows."""
     base = picture(61, 40)
@@ -604,7 +593,7 @@ def test_another_picture_changes_everything(vlm, other):
     changed = {"another": picture(90, 30, seed=1), "blank": vision.blank_like(shown)}[other]
     one, two = (prompts.encode(vlm, asked(image), "chat") for image in (shown, changed))
     assert one.prompt_ids == two.prompt_ids  # only pixels tell the two apart
-    settings = Settings(baseline="mean", image_baseline="mean", ig_steps=4)
+    settings = AttributionSettings(baseline="mean", image_baseline="mean", ig_steps=4)
     scores = [
         attribute(vlm, item, settings, MAX_TOKENS, generator())[0].scores for item in (one, two)
     ]

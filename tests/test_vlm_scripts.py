@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import vlm_models
-from conftest import SIZES
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
-from hub_stub import Hub
+from helpers import vlm_models
+from helpers.families import SIZES
+from helpers.hub_stub import Hub
 from PIL import Image
 from safetensors import safe_open
 
@@ -27,7 +27,7 @@ from grains import models, prompts, vision
 from grains.data import Example
 
 SRC = Path(__file__).parents[1].absolute() / "src"
-pytest_plugins = ("command_line",)
+pytest_plugins = ("helpers.command_line",)
 
 STEERING, VALIDATION, TEST = 4, 5, 6
 LAYERS, SIZE = SIZES["num_hidden_layers"], SIZES["hidden_size"]

@@ -1,3 +1,28 @@
-"""GrAInS: gradient-based attribution for inference-time steering (arXiv 2507.18043)."""
+"""GrAInS: gradient-based attribution for inference-time steering (arXiv 2507.18043).
 
-__version__ = "0.2.0"
+lm = grains.load("smollm2-135m-instruct")
+vectors = grains.fit(lm, pairs, method="gradient")
+with vectors.apply(lm, 0.01):
+    print(grains.generate(lm, "What colour is a polar bear's skin?"))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from grains.version import __version__
+
+if TYPE_CHECKING:
+    from grains.api import attribute, fit, generate, load, score
+    from grains.steering import SteeringVectors
+
+__all__ = ["SteeringVectors", "__version__", "attribute", "fit", "generate", "load", "score"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the library when it is first used: `--help` need not wait the seconds it takes."""
+    if name not in __all__:
+        raise AttributeError(f"module 'grains' has no attribute '{name}'")
+    module = "grains.steering" if name == "SteeringVectors" else "grains.api"
+    return getattr(import_module(module), name)

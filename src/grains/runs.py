@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from grains import __version__
 from grains.errors import UserError
+from grains.version import __version__
 
 HEADER = "grains"
 

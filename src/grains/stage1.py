@@ -149,12 +149,7 @@ def one_example(
             f"states in {lm.dtype}; use dtype float32 or bfloat16"
         )
 
-    tensors = {
-        POS: states.last[0, 0],
-        NEG: states.last[0, 1],
-        "norms": states.norms,
-        "gradients": states.gradients,
-    }
+    tensors = _shared_tensors(states)
     rows = []
     tokens = lm.tokenizer.convert_ids_to_tokens(encoded.prompt_ids)
     plain = states.log_likelihoods[0].tolist()
@@ -197,6 +192,22 @@ def one_example(
             }
         )
     return tensors, rows
+
+
+def plain_tensors(
+    lm: LanguageModel, encoded: Encoded, settings: AblationSettings
+) -> dict[str, Tensor]:
+    """The tensors of an example that methods without attribution are made of."""
+    return _shared_tensors(ablation.hidden_states(lm, encoded, [], settings.batch_tokens))
+
+
+def _shared_tensors(states: ablation.States) -> dict[str, Tensor]:
+    return {
+        POS: states.last[0, 0],
+        NEG: states.last[0, 1],
+        "norms": states.norms,
+        "gradients": states.gradients,
+    }
 
 
 def image_columns(lm: LanguageModel, encoded: Encoded, scores: np.ndarray) -> dict:

@@ -80,6 +80,7 @@ class StatesInMemory(States):
         self._arrays = {
             name: torch.stack([item[source] for item in tensors]).numpy()
             for name, source in names.items()
+            if source in tensors[0]  # methods that ablate nothing have no ablated states
         }
         self.layers = self._arrays["gradients"].shape[1] - 1
 

@@ -88,13 +88,13 @@ def steered(
             handle.remove()
 
 
-def check_layers(layers: Iterable[int], count: int) -> None:
-    """Raise UserError for a layer that does not exist."""
+def check_layers(layers: Iterable[int], count: int, hint: str = "") -> None:
+    """Raise UserError for a layer that does not exist. hint: what else would be taken."""
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong:
         raise UserError(
             f"layer {', '.join(map(str, wrong))} does not exist: the model has decoder "
-            f"layers 0 to {count - 1} (or -{count} to -1)"
+            f"layers 0 to {count - 1}{hint}"
         )
 
 
@@ -107,6 +107,7 @@ def parse_layers(items: Iterable[int | str] | None, count: int) -> list[int]:
         return list(range(count))
     if isinstance(items, str):
         items = [items]
+    hint = f" (or -{count} to -1)"
     layers: set[int] = set()
     for item in items:
         if item == "all":
@@ -115,12 +116,12 @@ def parse_layers(items: Iterable[int | str] | None, count: int) -> list[int]:
             first, last = int(match[1]), int(match[2])
             if first > last:
                 raise UserError(f"layers '{item}': the range runs backwards")
-            check_layers((first, last), count)  # before a range of any length is written out
+            check_layers((first, last), count, hint)  # before a range of any length is written out
             layers |= set(range(first, last + 1))
         else:
             layer = _whole_number(item)
             layers.add(layer + count if -count <= layer < 0 else layer)
-    check_layers(sorted(layers), count)
+    check_layers(sorted(layers), count, hint)
     if not layers:
         raise UserError(
             "no layers are given, so nothing would be steered: give numbers, ranges "

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-SRC = Path(__file__).parents[1].absolute() / "src"
+SRC = Path(__file__).parents[2].absolute() / "src"
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,8 @@ def child_environment(**changes: str) -> dict[str, str]:
             "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
             "NO_PROXY": "127.0.0.1,localhost",
             "PYTHONDONTWRITEBYTECODE": "1",
+            "DATASETS_VERBOSITY": "critical",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }
         | changes
     )
@@ -227,9 +229,10 @@ def _serve() -> None:
     import transformers.generation.utils
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import grains.cli
+    import grains.cli.stages
     import grains.generation
-    import grains.scoring  # noqa: F401
+    import grains.stage1
+    import grains.tables  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

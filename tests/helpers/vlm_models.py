@@ -8,8 +8,9 @@ Gemma-3's image tokens see each other both ways, in layers with a sliding window
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
-from conftest import SIZES, randomise, tiny_config
 from PIL import Image, ImageDraw
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -35,6 +36,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from grains import models
 from grains.data import Example
+from helpers.families import SIZES, randomise, tiny_config
 
 FAMILIES = ("llava-next", "qwen2.5-vl", "gemma-3")
 TILE, PATCH = 28, 7  # LLaVA-NeXT: pixels of a tile, of a patch
@@ -270,3 +272,16 @@ def asked(
 ) -> Example:
     """An example with a picture; the first choice is the preferred one."""
     return Example(id, question, tuple(choices), label, image=image)
+
+
+def saved(image, form="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def rotated(image):
+    """Stored on its side, with the note that says so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    return saved(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
