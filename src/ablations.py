@@ -55,7 +55,7 @@ def change(text: str) -> str:
     return text
 
 
-def value_of(text: str) -> tuple[str, str | int]:
+def value_of(text: str) -> tuple[str, Any]:
     """'top_k=5' -> ('top_k', 5)."""
     name, _, value = text.partition("=")
     choices = {"grad_method": GRAD_METHODS, "attribution": OBJECTIVES}.get(name)
@@ -96,6 +96,7 @@ def main(kind: Kind = LLM) -> None:
 
     from grains import runs
     from grains.cli.documents import print_tables
+    from grains.stage1 import Known
     from grains.study import protocol
 
     names = {
@@ -110,7 +111,8 @@ def main(kind: Kind = LLM) -> None:
         for text in tried
     }
     lm = entry.load_model(args)
-    fronts, attributed = [], {}  # an example is attributed once for all settings that agree on it
+    attributed: Known = {}  # an example is attributed once for all settings that agree on it
+    fronts = []
     for text in tried:
         entry.say(f"\n{text}")
         tables = protocol.run(lm, tried[text], names[text], args.overwrite, attributed, entry.say)

@@ -63,7 +63,8 @@ def parser(kind: Kind, description: str | None = __doc__) -> argparse.ArgumentPa
         nargs="+",
         type=flags.positive_float,
         help="without --alphas: the rises of perplexity whose strengths are searched (default: "
-        "every second budget); what is learnt is tried at fixed multiples of its length instead",
+        "every second budget); trained vectors and LoRA are tried at fixed multiples of their "
+        "length instead",
     )
     group.add_argument(
         "--max_unrelated_loss",

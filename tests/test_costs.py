@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import encoded, example, own_loss_log_likelihood
+from helpers.reference import encoded, example, own_loss_log_likelihood
 from scipy.stats import ttest_1samp
 from tokenizers.processors import TemplateProcessing
 

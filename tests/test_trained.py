@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import embeds, encoded, log_likelihood, no_hooks, relative, words
+from helpers.reference import embeds, encoded, log_likelihood, no_hooks, relative, words
 
 from grains.errors import UserError
 from grains.steering import Gate

@@ -87,7 +87,8 @@ def perplexity(
 
 def perplexity_of(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:
     """(1 + C,) perplexities of texts (see `continuation`) from what `score` gives of them."""
-    return np.exp(-sum(scores)[:, 0] / sum(len(item.responses[0]) for item in encoded))
+    total = sum(scores, np.zeros_like(scores[0]))
+    return np.exp(-total[:, 0] / sum(len(item.responses[0]) for item in encoded))
 
 
 def capability(

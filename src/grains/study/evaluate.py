@@ -48,7 +48,8 @@ def evaluate(
     examples = target.splits[split]
     if split == "test":
         examples = study.tested(examples)
-    encoded = encode_questions(lm, examples, study.ablation.prompt_style)
+    style = study.ablation.prompt_style
+    encoded = [prompts.encode(lm, example, style) for example in examples]
     scores = scores_of(lm, study, encoded, configurations, f"{split}_{target.source.name}")
     leads = margins(encoded, scores)
     grid = grid_rows(study, target.source.name, split, configurations, leads)
@@ -91,13 +92,6 @@ def costs_of(
         columns["varied_increase"] = increase(costs.passages(lm, split, costs.VARIED), "varied")
     examples = [item.example for item in unrelated]
     return columns, question_rows(study, UNRELATED, configurations, examples, leads)
-
-
-def encode_questions(lm: LanguageModel, examples: Sequence[Example], style: str) -> list[Encoded]:
-    """Questions with all their answers. Raises UserError for one with a single answer."""
-    if single := next((example for example in examples if len(example.choices) < 2), None):
-        raise UserError(f"example {single.id} has a single answer: the experiment compares answers")
-    return [prompts.encode(lm, example, style) for example in examples]
 
 
 def grid_rows(
@@ -158,8 +152,8 @@ def scores_of(
 ) -> list[np.ndarray]:
     """(1 + C, choices) log-likelihoods of every item, base and steered, kept in files.
 
-    A configuration that was scored on these items before, for whatever purpose, is not scored
-    again. name: of the items, in the names of the files.
+    A configuration that was scored on these items before is not scored again. name: of the items,
+    in the names of the files.
     """
     manifest = study.manifest | {"items": data.fingerprint([item.example for item in items])}
     wanted = [BASE.label, *map(identity, configurations)]
@@ -204,7 +198,7 @@ def scores_of(
 
 
 def kept_scores(study: Study, name: str, manifest: dict) -> dict[str, Place]:
-    """Where the scores of a manifest are that earlier runs kept, by the configurations' identity."""
+    """Where earlier runs kept scores of this manifest, by the configurations' identity."""
     kept: dict[str, Place] = {}
     for path in study.names.all_scores(name):
         if study.overwrite or not path.with_suffix(".manifest.json").is_file():
@@ -258,7 +252,9 @@ def identity(configuration: Configuration) -> str:
             for name, tensor in zip("wb", configuration.gate.at(layer), strict=True)
         }
     digests = {
-        name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+        name: hashlib.sha256(
+            tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
         for name, tensor in tensors.items()
     }
     return f"{configuration.label} {runs.digest(digests)}"

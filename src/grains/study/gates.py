@@ -101,7 +101,7 @@ def _states(
             torch.rand(count, length, generator=generator) < share
         )
 
-        def keep(layer: int, states: Tensor, read=read) -> None:
+        def keep(layer: int, states: Tensor, read: Tensor = read) -> None:
             if layer in states_of:
                 states_of[layer].append(
                     normalize(states[read.to(states.device)].float(), dim=-1).cpu()

@@ -1,6 +1,6 @@
-"""What is learnt from the steering examples of a study: the gate, trained vectors, LoRA.
+"""Trained on the steering examples of a study: the gate, vectors, LoRA.
 
-Each is learnt once and kept in a file; killed trainings go on after their last whole run.
+Each is trained once and kept in a file; a killed training goes on after its last finished run.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from grains.study.lora import LoraDirection
 from grains.study.study import Study
 
 METHODS = ("trained", "trained_random", "lora")
-SCALES = (0.35, 0.7, 1.0, 1.5, 2.5)  # strengths that these are tried at
+SCALES = (0.35, 0.7, 1.0, 1.5, 2.5)  # the strengths that they are tried at
 Pairs = Callable[[], list[Encoded]]
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedDirection(Direction):
-    """Trained vectors, whose lengths are learnt: a strength of 1 is the length as trained."""
+    """Trained vectors: a strength of 1 is their length as trained."""
 
     def at(self, alpha: float, units: str = "relative") -> Configuration:
-        """The vectors at a multiple of their length, whatever the units of other directions."""
+        """The vectors at a multiple of their length; the units of a grid do not apply."""
         return super().at(alpha, "absolute")
 
 
 def learn(lm: LanguageModel, study: Study) -> list[Direction | LoraDirection]:
-    """The directions of a study that are learnt: gated ones, trained vectors, LoRA."""
+    """The directions that need training: methods behind a gate, trained vectors, LoRA."""
 
-    @cache  # encoded only where something is left to learn
+    @cache  # encoded only where something is left to train
     def pairs() -> list[Encoded]:
         return [
             prompts.encode(lm, example, study.ablation.prompt_style)
@@ -49,7 +49,7 @@ def learn(lm: LanguageModel, study: Study) -> list[Direction | LoraDirection]:
         ]
 
     settings = study.settings
-    learnt: list[Direction | LoraDirection] = []
+    added: list[Direction | LoraDirection] = []
     gated = [
         direction
         for direction in study.directions
@@ -59,14 +59,14 @@ def learn(lm: LanguageModel, study: Study) -> list[Direction | LoraDirection]:
         layers = {layer for direction in gated for layer in direction.layers}
         layers |= {*parse_layers(settings.grid.layers, len(lm.layers))}
         gate, manifest = fitted_gate(lm, study, pairs, sorted(layers))
-        learnt += [
+        added += [
             replace(direction, vectors=replace(direction.vectors, gate=gate)) for direction in gated
         ]
         if settings.train_vectors:
-            learnt += trained_vectors(lm, study, pairs, gate, manifest)
+            added += trained_vectors(lm, study, pairs, gate, manifest)
     if settings.lora != "none":
-        learnt.append(trained_lora(lm, study, pairs))
-    return learnt
+        added.append(trained_lora(lm, study, pairs))
+    return added
 
 
 def fitted_gate(
@@ -103,7 +103,7 @@ def trained_vectors(
     layers = later_layers(settings.grid.layers, len(lm.layers))
     answers = own_answers(lm, study, "training")
     manifest = manifest | {
-        "trained": {**trained.DEFAULTS, **trained.RECIPE, "layers": layers},
+        "trained": {**trained.RECIPE, "layers": layers},
         "answers": data.fingerprint(answers),
         "max_new_tokens": settings.max_new_tokens,
     }
@@ -174,7 +174,7 @@ def trained_lora(lm: LanguageModel, study: Study, pairs: Pairs) -> LoraDirection
     objective = study.settings.lora
     path, max_tokens = study.names.lora(objective), study.ablation.batch_tokens
     manifest = study.manifest | {
-        "lora": {"objective": objective, **lora.DEFAULTS},
+        "lora": {"objective": objective, **lora.RECIPE},
         "peft": version("peft"),
     }
     compute_once(

@@ -43,7 +43,8 @@ from grains.steering import Configuration
 
 BETA = 0.1
 PAIRS_PER_STEP = 8
-DEFAULTS = {"rank": 16, "learning_rate": 1e-4, "epochs": 3}
+RANK, LEARNING_RATE, EPOCHS = 16, 1e-4, 3
+RECIPE = {"rank": RANK, "learning_rate": LEARNING_RATE, "epochs": EPOCHS}
 ADAPTER = "default"  # peft's name for a single adapter
 
 
@@ -66,7 +67,7 @@ class LoraDirection:
     method: str = "lora"
 
     def at(self, alpha: float, units: str = "relative") -> LoraConfiguration:
-        """The adapter at a scale; its units are its own, whatever those of vectors are."""
+        """The adapter at a scale; the units of a grid do not apply."""
         return LoraConfiguration(self.method, "", (), alpha, adapter=self.adapter)
 
 
@@ -74,9 +75,9 @@ def train(
     lm: LanguageModel,
     pairs: list[Encoded],
     objective: str = "dpo",
-    rank: int = DEFAULTS["rank"],
-    learning_rate: float = DEFAULTS["learning_rate"],
-    epochs: int = DEFAULTS["epochs"],
+    rank: int = RANK,
+    learning_rate: float = LEARNING_RATE,
+    epochs: int = EPOCHS,
     seed: int = 0,
     max_tokens: int = 2048,
 ) -> dict[str, Tensor]:

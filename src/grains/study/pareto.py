@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from grains import stats
@@ -107,6 +109,15 @@ def front(chosen_and_tested: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.
                     }
                 )
             )
+
+    @cache  # budgets and constraints often choose the same configuration
+    def interval(values: bytes) -> tuple[float, float]:
+        return stats.bootstrap_interval(np.frombuffer(values))
+
+    @cache
+    def p_value(values: bytes) -> float:
+        return stats.sign_flip_p_value(np.frombuffer(values))
+
     every = pd.concat(scored).reset_index()
     keys = ["dataset", "evaluated_on", "method", "mode", "score", "max_ppl_increase", "limit"]
     rows = []
@@ -115,8 +126,8 @@ def front(chosen_and_tested: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.
         gains = (by_question.right - by_question.was).to_numpy()
         by_seed = table.groupby("seed")[["right", "was"]].mean()
         row = dict(zip(keys, names, strict=True))
-        accuracy_low, accuracy_high = stats.bootstrap_interval(by_question.right.to_numpy())
-        gain_low, gain_high = stats.bootstrap_interval(gains)
+        accuracy_low, accuracy_high = interval(by_question.right.to_numpy().tobytes())
+        gain_low, gain_high = interval(gains.tobytes())
         seeds = table.drop_duplicates("seed")
         rows.append(
             row
@@ -135,7 +146,7 @@ def front(chosen_and_tested: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.
                 "gain_seed_sd": (by_seed.right - by_seed.was).std(ddof=1)
                 if len(seeds) > 1
                 else 0.0,
-                "p_value": stats.sign_flip_p_value(gains),
+                "p_value": p_value(gains.tobytes()),
                 **seeds[[*COSTS]].mean(),
             }
         )

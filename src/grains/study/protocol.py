@@ -89,7 +89,7 @@ def write(tables: dict[str, pd.DataFrame], names: ExperimentNames) -> None:
 def with_strengths(lm: LanguageModel, current: Study) -> list[Configuration]:
     """Every direction at the strengths of the grid, or else at those with certain costs.
 
-    What is learnt has a length of its own, and is tried at `learned.SCALES` of it.
+    Trained vectors and LoRA have a length of their own and are tried at `learned.SCALES` of it.
     """
     settings, units = current.settings, current.settings.grid.units
     alphas: dict[Direction | LoraDirection, Sequence[float]] = {
@@ -98,7 +98,7 @@ def with_strengths(lm: LanguageModel, current: Study) -> list[Configuration]:
     }
     passages = costs.passages(lm, "validation")
 
-    def rises(points: list[tuple[Direction, float]]) -> np.ndarray:
+    def rises(points: list[tuple[Direction | LoraDirection, float]]) -> np.ndarray:
         """Upper bounds of the rise of the loss of directions at some strengths."""
         configurations = [direction.at(alpha, units) for direction, alpha in points]
         scores = scores_of(lm, current, passages, configurations, "validation_texts")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from itertools import takewhile
+from typing import TypeVar
 
 import numpy as np
 
+Key = TypeVar("Key", bound=Hashable)
 # The measurements of one direction: (strength, rise of the loss), by strength, from (0, 0) on.
 Curve = list[tuple[float, float]]
 
@@ -20,18 +22,18 @@ REFINEMENTS, NEAR = 3, 0.85
 
 
 def search(
-    directions: list[Hashable],
-    rises: Callable[[list[tuple[Hashable, float]]], Iterable[float]],
+    directions: list[Key],
+    rises: Callable[[list[tuple[Key, float]]], Iterable[float]],
     targets: np.ndarray,
-) -> dict[Hashable, list[float]]:
+) -> dict[Key, list[float]]:
     """For each direction, the largest strength measured within each target.
 
     rises: measures the rise of the loss for each of a list of (direction, strength).
     targets: rises of the loss, ascending.
     """
-    curves: dict[Hashable, Curve] = {direction: [(0.0, 0.0)] for direction in directions}
+    curves: dict[Key, Curve] = {direction: [(0.0, 0.0)] for direction in directions}
 
-    def measure(points: list[tuple[Hashable, float]]) -> None:
+    def measure(points: list[tuple[Key, float]]) -> None:
         if not points:
             return
         for (direction, alpha), rise in zip(points, rises(points), strict=True):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from grains import data, manifests, runs, splits, stage1, vectors
 from grains.data import Example
+from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.names import StudyNames
 from grains.settings import AblationSettings, DataSettings, StudySettings
@@ -64,6 +65,8 @@ def begin(
 ) -> Study:
     """Draw the examples, do stage 1 and make the vectors of every method of the grid.
 
+    Raises UserError for questions with a single answer, and where none are left to evaluate on.
+
     attributed: attributions that studies have in common, to which this one's are added.
     say: takes a line that says what is being done.
     """
@@ -71,6 +74,16 @@ def begin(
     pairs = [example.pair() for example in splits.steering_examples(source, seed)]
     if len(pairs) < source.num_samples:
         say(f"note: {source.num_samples} steering examples asked for, {len(pairs)} available")
+    steering = {
+        "ids": [example.id for example in pairs],
+        "questions": [data.question_key(example) for example in pairs],
+    }
+    evaluated = splits.evaluation_examples(source, seed, steering)
+    for example in (example for examples in evaluated.values() for example in examples):
+        if len(example.choices) < 2:  # better said now than after the training
+            raise UserError(
+                f"example {example.id} has a single answer: the experiment compares answers"
+            )
     say(f"\n{source.name}, seed {seed}: attribution and hidden states")
     files = names.states(ablation.tops)
     stage1.run(
@@ -82,7 +95,6 @@ def begin(
         if runs.processes().is_main_process:
             steering_vectors.save(names.vectors(method, mode))
         made += directions(steering_vectors, method, mode, settings.grid)
-    evaluated = splits.evaluation_examples(source, seed, states["pos"].info["data"])
     manifest = manifests.evaluation(
         "experiment", lm, states["pos"], source, ablation, settings.grid, evaluated
     )

@@ -39,7 +39,7 @@ from grains.scoring import batches, packed_batch
 from grains.steering import Gate, steer
 from grains.study.lora import fitting
 
-DEFAULTS = {"epochs": 5, "learning_rate": 4e-4}
+EPOCHS, LEARNING_RATE = 5, 4e-4
 PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT = 2.2, 3.0, 1.0, 1.0
 PAIRS, TEXTS, QUESTIONS, ANSWERS = 10, 3, 12, 10  # of a step
 # Units of the margins, five times their standard deviation over a small model's questions: with
@@ -50,7 +50,10 @@ ALLOWED = 1.2  # nats per token that an answer may lose for free: answers are me
 DROPPED = 0.5  # probability that a layer is left out in a step, where there are many layers
 RUNS = 4  # averaged; each has its own order of examples and its own dropout
 HELD_AT = 1.5  # scale of the vectors in the text and question penalties, a margin of safety
+# All that trained vectors depend on beside their examples.
 RECIPE = {
+    "epochs": EPOCHS,
+    "learning_rate": LEARNING_RATE,
     "weights": [PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT],
     "sizes": [PAIRS, TEXTS, QUESTIONS, ANSWERS],
     "units": [TOKEN_UNIT, SUM_UNIT, CHOICE_UNIT],
@@ -70,8 +73,8 @@ def trainer(
     norms: Tensor,
     gate: Gate,
     layers: list[int],
-    epochs: int = DEFAULTS["epochs"],
-    learning_rate: float = DEFAULTS["learning_rate"],
+    epochs: int = EPOCHS,
+    learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     max_tokens: int = 2048,
 ) -> Callable[[int], Tensor]:
