@@ -44,10 +44,12 @@ test: lint
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 ## Every stage against plain code, peers and the machine's limit; writes benchmarks/RESULTS.md.
 bench: $(READY_DEV) $(READY_PEERS)
 	$(BIN)/python benchmarks/bench.py --peers $(PEERS)/bin/python
 
+## Remove all results; the READMEs that say what belongs there stay.
 clean:
-	rm -rf src/results src/data/llm src/data/vlm
+	find src/results src/data/llm src/data/vlm -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

@@ -10,19 +10,18 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 from helpers import tiny
+from helpers.command_line import SRC
 from helpers.hub_stub import Hub
 from safetensors import safe_open
 
 pytest_plugins = ("helpers.command_line",)
 
-SRC = Path(__file__).parents[1].absolute() / "src"
-STEM = "truthfulqa_llama-3.1-8b-instruct_n4_seed0_contrastive_integrated_gradients_k10_joint_all"
-GENERATIONS = STEM.replace("_all", "_0-2.csv")
+STAGE1 = "truthfulqa_llama-3.1-8b-instruct_n4_seed0_qa_contrastive_integrated_gradients_k10"
+STEM = f"{STAGE1}_joint_all_mode-pos+both_validation-6"
 STEERING, VALIDATION, TEST = 4, 6, 14
 LAYERS, SIZE = 3, 32
 
@@ -168,6 +167,11 @@ def test_stage_1(finished, out):
     assert [truth[question] for question in table.question] == table.chosen.tolist()
 
 
+def generations(out):
+    (path,) = (out / "results").glob(f"{STAGE1}_joint_0-2_*prompts-3_tokens-6.csv")
+    return path
+
+
 def test_stage_2(finished, out):
     grid = pd.read_csv(out / "results" / f"{STEM}_grid.csv", keep_default_na=False)
     questions = pd.read_csv(out / "results" / f"{STEM}_questions.csv")
@@ -184,7 +188,7 @@ def test_no_steering_example_is_evaluated(finished, out):
     steering = set(pd.read_csv(out / "tokens.csv").id)
     questions = pd.read_csv(out / "results" / f"{STEM}_questions.csv")
     parts = {part: set(rows.id) for part, rows in questions.groupby("part")}
-    generated = set(pd.read_csv(out / "results" / GENERATIONS).id)
+    generated = set(pd.read_csv(generations(out)).id)
     assert len(steering) == STEERING
     assert {part: len(ids) for part, ids in parts.items()} == {
         "validation": VALIDATION,
@@ -196,7 +200,7 @@ def test_no_steering_example_is_evaluated(finished, out):
 
 
 def test_stage_3(finished, out):
-    table = pd.read_csv(out / "results" / GENERATIONS, keep_default_na=False)
+    table = pd.read_csv(generations(out), keep_default_na=False)
     chosen = json.loads((out / "results" / f"{STEM}_chosen.json").read_text())
     assert len(table) == 2 * 3  # the chosen configuration and the random control
     assert set(table.method) == {chosen["method"], "random"}
@@ -257,17 +261,17 @@ def test_missing_model(finished, hub, commands, out, name, status):
 def test_gated_data(finished, commands, out):
     message = commands.run("token_ablation.py", "--dataset_name", "toxigen").error()
     assert "https://huggingface.co/datasets/toxigen/toxigen-data" in message
-    assert "hf auth login" in message and "--dataset_path" in message
+    assert "hf auth login" in message and "dataset_path" in message
 
 
 def test_missing_data(finished, commands):
     message = commands.run("token_ablation.py", "--dataset_name", "faitheval").error()
-    assert "doesn't exist" in message and "--dataset_path" in message
+    assert "doesn't exist" in message and "dataset_path" in message
 
 
 def test_wrong_split(finished, commands):
     message = commands.run("token_ablation.py", "--split", "training").error()
-    assert "training" in message and "validation" in message and "--split" in message
+    assert "training" in message and "validation" in message and "split" in message
 
 
 def test_cache_is_enough(finished, commands, flags):
@@ -298,6 +302,6 @@ def test_without_network(finished, hub, commands, tmp_path):
         "misconceptions",
     )
     message = commands.run("token_ablation.py", "--dataset_name", "faitheval").error()
-    assert "network" in message and "--dataset_path" in message
+    assert "network" in message and "dataset_path" in message
     message = model.wait().error()
     assert "network" in message and "local folder" in message

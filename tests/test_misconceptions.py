@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from data.measure_surface import load_questions, measure
+from measure_surface import load_questions, measure
 
 FIELDS = ["id", "category", "split", "question", "best_answer"]
 LISTS = ["correct_answers", "incorrect_answers"]

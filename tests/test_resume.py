@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny
+from helpers.command_line import SRC
 
 pytest_plugins = ("helpers.command_line",)
 
-SRC = Path(__file__).parents[1].absolute() / "src"
 SAMPLES = 4
 STAGES = {"token_ablation": SAMPLES, "steering_mc": 4, "steering_generation": 3}  # their units
 

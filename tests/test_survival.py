@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers.command_line import SRC, interruptible
 from helpers.families import mounted_disk
 
 from grains import runs
 
 pytest_plugins = ("helpers.command_line",)
-
-SRC = Path(__file__).parents[1].absolute() / "src"
 
 # A run of three units of 16 KiB without a model. content: what it writes; space: what it says it
 # needs; dies: before which of its file operations the process kills itself (0: before none).
@@ -29,7 +28,8 @@ RUN = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from grains import cli, runs
+from grains import runs
+from grains.cli import entry
 
 folder, (content, space, dies) = Path(sys.argv[1]), map(int, sys.argv[2:5])
 table, states = folder / "table.csv", folder / "states.safetensors"
@@ -58,7 +58,7 @@ def before_each(event, arguments):
 
 
 sys.addaudithook(before_each)
-cli.main(main)
+entry.run(main)
 """
 
 
@@ -205,13 +205,15 @@ def test_space_for_one_run_is_enough_to_go_on(run, whole, disk):
     [
         ("token_ablation.py", "_multiarray_umath"),
         ("steering_mc_vlm.py", "libtorch_cpu"),
-        ("steering_generation.py", "sklearn"),
+        ("steering_generation.py", "libtorch_python"),
     ],
 )  # numpy's, among the first; ...; among the last
-def test_interrupted_while_it_imports(commands, script, library):
+def test_interrupted_while_it_imports(commands, tmp_path, script, library):
     process = subprocess.Popen(
-        [sys.executable, SRC / script, "--help"],
+        [sys.executable, SRC / script, "--model_name", "/nowhere"],
         env=commands.environment,
+        cwd=tmp_path,
+        preexec_fn=interruptible,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

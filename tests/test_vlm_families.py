@@ -233,7 +233,9 @@ def test_text_that_holds_the_placeholder_is_refused(vlm):
 
 
 def test_a_text_model_refuses_a_picture(make_tiny):
-    with pytest.raises(UserError, match="example one has a picture, tiny-llama reads text only"):
+    with pytest.raises(
+        UserError, match="example one has a picture, but tiny-llama reads text only"
+    ):
         prompts.encode(make_tiny("llama"), asked(picture(30, 30)))
 
 

@@ -10,7 +10,6 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from helpers import vlm_models
+from helpers.command_line import SRC
 from helpers.families import SIZES
 from helpers.hub_stub import Hub
 from PIL import Image
@@ -26,12 +26,12 @@ from safetensors import safe_open
 from grains import models, prompts, vision
 from grains.data import Example
 
-SRC = Path(__file__).parents[1].absolute() / "src"
 pytest_plugins = ("helpers.command_line",)
 
 STEERING, VALIDATION, TEST = 4, 5, 6
 LAYERS, SIZE = SIZES["num_hidden_layers"], SIZES["hidden_size"]
-STEM = f"spa-vl_llava-1.6-7b_n{STEERING}_seed0_contrastive_integrated_gradients_k50_joint_all"
+STAGE1 = f"spa-vl_llava-1.6-7b_n{STEERING}_seed0_chat_contrastive_integrated_gradients_k50"
+STEM = f"{STAGE1}_joint_all_mode-pos+both_validation-{VALIDATION}_test-{TEST}"
 CARD = """---
 configs:
 - config_name: default

@@ -1,9 +1,11 @@
 """GrAInS: gradient-based attribution for inference-time steering (arXiv 2507.18043).
 
-lm = grains.load("smollm2-135m-instruct")
-vectors = grains.fit(lm, pairs, method="gradient")
-with vectors.apply(lm, 0.01):
-    print(grains.generate(lm, "What colour is a polar bear's skin?"))
+The whole method from Python:
+
+    lm = grains.load("smollm2-135m-instruct")
+    vectors = grains.fit(lm, pairs, method="gradient")
+    with vectors.apply(lm, 0.01):
+        print(grains.generate(lm, "What colour is a polar bear's skin?"))
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ __all__ = ["SteeringVectors", "__version__", "attribute", "fit", "generate", "lo
 
 
 def __getattr__(name: str) -> Any:
-    """Load the library when it is first used: `--help` need not wait the seconds it takes."""
+    """Import the library at its first use: it takes seconds, which `--help` need not wait for."""
     if name not in __all__:
         raise AttributeError(f"module 'grains' has no attribute '{name}'")
     module = "grains.steering" if name == "SteeringVectors" else "grains.api"

@@ -1,4 +1,4 @@
-"""Top-k selection, token ablation and the hidden states it shifts (paper, section 3.1)."""
+"""Top-k selection, token ablation, and hidden states with and without it (paper, section 3.1)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from grains.lm import LanguageModel
 from grains.logprobs import Targets, targets, token_log_probs
 from grains.packing import pack
 from grains.prompts import Encoded
-from grains.replay import capture_pack, gradient_rows, replay
+from grains.replay import Capture, capture_pack, gradient_rows, replay
 from grains.settings import TOPS
 
 
 def select(
     scores: Tensor, candidates: Tensor, k: int, top: str, generator: torch.Generator
 ) -> list[int]:
-    """The k candidate positions with the largest signed score, best first.
+    """The k candidate positions that `top` ranks highest, in that order.
 
-    scores: (P,) attributions; candidates: (P,) bool.
-    top: pos (largest), neg (smallest), abs (largest magnitude), rand (the control: any).
-    Fewer than k positions come back where there are fewer candidates.
+    scores: (P,) attributions. candidates: (P,) bool.
+    top: pos (largest score), neg (smallest score), abs (largest magnitude) or rand (random ones
+        from the generator: the control).
+    Returns fewer than k positions if there are fewer candidates. Raises ValueError for another
+    value of `top`.
     """
     if top not in TOPS:
         raise ValueError(f"unknown selection '{top}': expected {', '.join(TOPS)}")
@@ -38,14 +40,14 @@ def select(
 
 @dataclass(frozen=True)
 class States:
-    """What one pass over an example's prompt and its two responses yields, per variant.
+    """The hidden states of R variants of an example with two responses; the first is unablated.
 
-    last: (R, 2, L+1, D) hidden states at the last position of x y+ and of x y-, where index 0 is
-        the embedding and l+1 the output of decoder layer l, before the final norm.
-    log_likelihoods: (R, 2) summed log P of each response.
-    norms: (L+1,) median over the positions of ||h|| of the first variant.
-    gradients: (L+1, D) of the length-normalised objective with respect to the hidden states,
-        summed over the prompt's positions (None if not asked for).
+    last: (R, 2, L+1, D) hidden states at the last position of x y+ and of x y-; index 0 is the
+        embedding, index l+1 the output of decoder layer l, before the final norm.
+    log_likelihoods: (R, 2) log P of each response in nats, summed over its tokens.
+    norms: (L+1,) median of ||h|| over all positions, unablated.
+    gradients: (L+1, D) gradient of log P(y+)/|y+| - log P(y-)/|y-| with respect to the hidden
+        states, summed over the prompt's positions, unablated; None if not wanted.
     """
 
     last: Tensor
@@ -63,12 +65,13 @@ def hidden_states(
     image: str = "mean",
     gradients: bool = True,
 ) -> States:
-    """Replay an example as it is, and once for every set of ablated prompt positions.
+    """Replay an example as it is, and with each set of prompt positions ablated.
 
-    ablated: for each further variant the prompt positions whose embeddings are replaced.
-    text, image: what an ablated word or image token is replaced by (see `baseline_embeddings`).
-    gradients: whether the objective's gradients at every layer are wanted.
-    Returns `States` with R = 1 + len(ablated) variants, the plain one first.
+    ablated: for each ablated variant, the prompt positions whose embeddings are replaced.
+    max_tokens: the number of positions computed at a time.
+    text, image: what replaces an ablated text or image token (see `baseline_embeddings`).
+    gradients: whether the gradients at every layer are wanted.
+    Returns `States` with R = 1 + len(ablated) variants, the unablated one first.
     """
     packed = pack(encoded.sequences())
     captured = capture_pack(lm, encoded.inputs, packed)
@@ -83,21 +86,28 @@ def hidden_states(
         rows[row, positions] = replacement[positions]
     last, log_likelihoods = [plain.last], [plain.log_likelihoods]
     with torch.inference_mode():
-        for part in rows.split(max(1, max_tokens // rows.shape[1])) if ablated else ():
-            states = _Reader(ends)
-            states(-1, part)
-            final = replay(lm, part, captured.kwargs, after=states)
-            last.append(states.stacked())
+        for batch in rows.split(max(1, max_tokens // rows.shape[1])) if ablated else ():
+            reader = _Reader(ends)
+            reader(-1, batch)
+            final = replay(lm, batch, captured.kwargs, after=reader)
+            last.append(reader.stacked())
             log_likelihoods.append(_log_likelihoods(lm, final, terms).cpu())
     return States(torch.cat(last), torch.cat(log_likelihoods), plain.norms, plain.gradients)
 
 
-def _plain(lm, encoded, captured, terms, ends, with_gradients) -> States:
-    """The plain variant, with the gradient of the objective at every layer if it is wanted."""
+def _plain(
+    lm: LanguageModel,
+    encoded: Encoded,
+    captured: Capture,
+    terms: Targets,
+    ends: Tensor,
+    with_gradients: bool,
+) -> States:
+    """The unablated variant, with the gradients at every layer if they are wanted."""
     reader = _Reader(ends)
     outputs: list[Tensor] = []
 
-    def after(layer, states):
+    def after(layer: int, states: Tensor) -> None:
         reader(layer, states)
         outputs.append(states)
 
@@ -133,7 +143,7 @@ def _plain(lm, encoded, captured, terms, ends, with_gradients) -> States:
 
 
 class _Reader:
-    """Collects the hidden states at a few positions after every layer."""
+    """Keeps the hidden states at some positions (n,) after every layer; an `after` of `replay`."""
 
     def __init__(self, positions: Tensor):
         self.positions = positions
@@ -143,12 +153,12 @@ class _Reader:
         self.read.append(states.detach()[:, self.positions.to(states.device)].float().cpu())
 
     def stacked(self) -> Tensor:
-        """(R, positions, L+1, D)."""
+        """The states that were kept, (R, n, L+1, D)."""
         return torch.stack(self.read, dim=2)
 
 
 def _log_likelihoods(lm: LanguageModel, final: Tensor, terms: Targets) -> Tensor:
-    """(R, C) summed log P of each response from the last layer's output (R, T, D)."""
+    """(R, C) log P of each response, summed over its tokens, from the last output (R, T, D)."""
     device = final.device
     log_probs = token_log_probs(
         lm,

@@ -1,6 +1,6 @@
-"""The method in a few calls, without a file in between: attribute, fit, score, generate.
+"""The method in a few function calls, without files: attribute, fit, score, generate.
 
-Inside `with vectors.apply(lm, alpha):` all of them see the steered model.
+Inside a `with vectors.apply(lm, alpha):` block all of them use the steered model. See docs/api.md.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ Pair = Example | tuple[str, str, str]
 
 @dataclass(frozen=True)
 class TokenAttribution:
-    """How far each token of a prompt pushes the model to the preferred answer.
+    """How much each token of a prompt pushes the model to the preferred answer.
 
-    tokens: the P tokens; scores: (P,), positive towards the preferred answer.
-    completeness_error: |sum of the scores - (f(x) - f(b))| as a share of |f(x) - f(b)|; NaN for a
-    method that is not complete. image: (P,) bool, which tokens are a picture's.
+    tokens: the P tokens, as the tokenizer writes them.
+    scores: (P,) in nats, positive towards the preferred answer.
+    completeness_error: |sum of the scores - (f(x) - f(b))| as a share of |f(x) - f(b)|; NaN for
+        smoothgrad and vanilla, which have no completeness.
+    image: (P,) bool, which tokens are of the picture.
     """
 
     tokens: list[str]
@@ -64,16 +66,20 @@ def attribute(
 ) -> TokenAttribution:
     """Attribute log P(chosen) - log P(rejected) to the prompt's tokens (paper, section 3.1).
 
-    image: a PIL picture or the path of one, for an image-text model. style: qa, chat or plain.
-    settings: how; by default Integrated Gradients, refined until they are complete to 5 %.
-    batch_tokens: positions computed at a time. seed: of smoothgrad's noise.
-    Raises UserError for an empty text, or one longer than the model's context.
+    image: a PIL image or a path, for an image-text model.
+    style: qa, chat or plain (see `grains.prompts.render`).
+    settings: by default Integrated Gradients, refined until the completeness error is at most 5 %
+        or 200 gradients are computed.
+    batch_tokens: the number of positions computed at a time.
+    seed: of smoothgrad's noise.
+    Raises UserError for another objective than contrastive, an empty text, a text longer than the
+    model's context, and a picture that the model cannot take.
     """
     settings = settings or AttributionSettings()
     if settings.objective != "contrastive":
         raise UserError(
-            f"objective '{settings.objective}' gives scores for each answer: attribute compares "
-            "two answers, so give 'contrastive'"
+            f"objective '{settings.objective}' scores each answer on its own, but attribute "
+            "compares two: give 'contrastive'"
         )
     encoded = prompts.encode(lm, _example(0, (prompt, chosen, rejected), image), style)
     noise = torch.Generator().manual_seed(seed)
@@ -94,14 +100,14 @@ def fit(
     mode: str = "pos",
     settings: AblationSettings | None = None,
 ) -> SteeringVectors:
-    """One steering vector a layer from preference pairs (paper, section 3.2).
+    """One steering vector per layer from preference pairs (paper, sections 3.1 and 3.2).
 
-    pairs: (prompt, preferred answer, dispreferred answer), or `Example`s with their choices.
-    method: mean or pca of the shifts that ablating the top tokens makes; gradient, caa, repe and
-        the controls random, shuffled and rand_tokens (see `grains.vectors.make`).
-    mode: of mean and pca: pos, or both = pos - neg.
-    settings: how tokens are attributed and ablated, the prompt style, the seed.
-    Raises UserError for no pairs, an unknown method, or a text that the model cannot take.
+    pairs: N times (prompt, preferred answer, dispreferred answer), or `Example`s.
+    method: mean or pca (the paper's), gradient, caa, repe, or a control: random, rand_tokens,
+        shuffled (see `grains.vectors.make`).
+    mode: for mean and pca: pos, or both (pos minus neg).
+    settings: attribution, ablation, prompt style and seed. `tops` is set by method and mode.
+    Raises UserError for an unknown method or mode, no pairs, and a pair that the model cannot take.
     """
     if method not in METHODS:
         raise UserError(f"unknown method '{method}': expected {', '.join(METHODS)}")
@@ -109,7 +115,7 @@ def fit(
         raise UserError(f"unknown mode '{mode}': expected {' or '.join(MODES)}")
     examples = [_example(number, pair) for number, pair in enumerate(pairs)]
     if not examples:
-        raise UserError("vectors are made from preference pairs, found none")
+        raise UserError("no pairs are given: vectors are made from preference pairs")
     tops = ("pos", "neg") if mode == "both" and method in ABLATION_METHODS else ("pos",)
     tops = ("rand",) if method == "rand_tokens" else tops
     settings = replace(settings or AblationSettings(), tops=tops)
@@ -125,7 +131,7 @@ def fit(
         )
     info = manifests.stage1(lm, examples, DataSettings("in memory", None, len(examples)), settings)
     states = {top: StatesInMemory(tensors, top, info) for top in tops}
-    states.setdefault("pos", states[tops[0]])  # what selections have alike is read of this one
+    states.setdefault("pos", states[tops[0]])  # for what all selections have in common
     return vectors.make(states, method, mode, settings.seed)
 
 
@@ -138,16 +144,38 @@ def score(
     style: str = "qa",
     batch_tokens: int = AblationSettings.batch_tokens,
 ) -> np.ndarray:
-    """(answers,) log P of each answer to a prompt, in nats, summed over its tokens."""
+    """log P of each answer to a prompt, in nats, summed over its tokens: (answers,).
+
+    image, style, batch_tokens: see `attribute`.
+    Raises UserError for an empty text, and as `attribute` for texts and pictures.
+    """
     example = replace(_example(0, (prompt, "", ""), image), choices=tuple(answers))
     encoded = prompts.encode(lm, example, style)
     return scoring.score(lm, [encoded], [], batch_tokens)[0][0]
 
 
 @overload
-def generate(lm: LanguageModel, prompt: str, **options: Any) -> str: ...
+def generate(
+    lm: LanguageModel,
+    prompt: str,
+    *,
+    image: Any = ...,
+    style: str | None = ...,
+    max_new_tokens: int = ...,
+    temperature: float = ...,
+    seed: int = ...,
+) -> str: ...
 @overload
-def generate(lm: LanguageModel, prompt: Sequence[str], **options: Any) -> list[str]: ...
+def generate(
+    lm: LanguageModel,
+    prompt: list[str] | tuple[str, ...],
+    *,
+    image: Any = ...,
+    style: str | None = ...,
+    max_new_tokens: int = ...,
+    temperature: float = ...,
+    seed: int = ...,
+) -> list[str]: ...
 def generate(
     lm: LanguageModel,
     prompt: str | Sequence[str],
@@ -158,9 +186,13 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str | list[str]:
-    """What the model answers to a prompt, or to each of several.
+    """The model's answer to a prompt, or a list of its answers to several.
 
-    style: by default chat where the model has a chat template, else qa. temperature: 0 is greedy.
+    image: a PIL image or a path, shown with every prompt.
+    style: qa, chat or plain; by default chat if the model has a chat template, else qa.
+    max_new_tokens: the length of an answer at most. temperature: 0 decodes greedily.
+    seed: of the sampling.
+    Raises UserError as `attribute` for texts and pictures.
     """
     style = style or ("chat" if lm.tokenizer.chat_template else "qa")
     texts = [prompt] if isinstance(prompt, str) else list(prompt)

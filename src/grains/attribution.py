@@ -1,17 +1,19 @@
-"""Which prompt tokens push the model to the preferred answer: gradient attribution.
+"""Gradient attribution: which prompt tokens push the model to the preferred answer.
 
 Objective (paper, section 3.1): f(x) = log P(y+ | x) - log P(y- | x), a weighted sum of the
-log-probabilities of the responses' tokens. Integrated Gradients moves the prompt's embeddings
-along a straight path from a baseline b to the input x, the responses held fixed:
+log-probabilities of the responses' tokens. Integrated Gradients (Sundararajan, Taly, Yan 2017)
+moves the prompt's embeddings along a straight path from a baseline b to the input x, while the
+responses keep their embeddings:
 
     a_i = sum_d (x_i - b_i)_d * integral_0^1 df/dx_{i,d} (b + alpha (x - b)) dalpha
 
-and completeness, sum_i a_i = f(x) - f(b), is what tells whether the integral was computed well
-enough (Sundararajan, Taly, Yan 2017).
+Completeness, sum_i a_i = f(x) - f(b), holds for the exact integral. How far the scores are from it
+tells how well the integral was computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,15 +34,17 @@ from grains.settings import AttributionSettings
 class PromptFunction:
     """A weighted sum of response log-likelihoods as a function of the prompt's embeddings.
 
-    f(x) = sum_c weights[c] * log P(response_c | x), for the P prompt embeddings x.
-    Log-probabilities that cancel (a common beginning of two answers) are never computed.
+    f(x) = sum_c weights[c] * log P(response_c | x), for prompt embeddings x (P, D).
+    Log-probabilities that cancel, of words with which two answers begin, are never computed.
+
+    prompt: (P, D) the embeddings of the prompt as it is.
+    rows: how many prompts fit in memory, and into max_tokens positions, at a time.
     """
 
     def __init__(self, lm: LanguageModel, encoded: Encoded, weights: list[float], max_tokens: int):
         self.lm = lm
         packed = pack(encoded.sequences(without_last=True))
         self.captured: Capture = capture_pack(lm, encoded.inputs, packed)
-        # How many prompts are computed at a time.
         fitting, self.checkpointed = gradient_rows(lm, self.captured)
         self.rows = min(fitting, max(1, max_tokens // self.captured.embeds.shape[1]))
         length = len(encoded.prompt_ids)
@@ -56,7 +60,7 @@ class PromptFunction:
 
     def _values(self, prompts: Tensor) -> Tensor:
         rows = len(prompts)
-        if not len(self.nodes):  # all cancels: two answers that are the same
+        if not len(self.nodes):  # the two answers are the same: f is 0
             return 0 * prompts.flatten(1).sum(dim=1)
         states = torch.cat([prompts, self.fixed.expand(rows, -1, -1)], dim=1)
         states = replay(
@@ -65,19 +69,19 @@ class PromptFunction:
             self.captured.kwargs,
             checkpointed=self.checkpointed and torch.is_grad_enabled(),
         )
-        at = self.nodes.to(states.device)
+        nodes = self.nodes.to(states.device)
         log_probs = token_log_probs(
-            self.lm, states[:, at].flatten(0, 1), self.tokens.to(states.device).repeat(rows)
+            self.lm, states[:, nodes].flatten(0, 1), self.tokens.to(states.device).repeat(rows)
         )
         return log_probs.view(rows, -1) @ self.weight.to(log_probs.device)
 
     def values(self, prompts: Tensor) -> Tensor:
-        """f (R,) of R prompts (R, P, D)."""
+        """f (R,) in nats of R prompts (R, P, D), without gradients."""
         with torch.inference_mode():
-            return torch.cat([self._values(part) for part in prompts.split(self.rows)]).cpu()
+            return torch.cat([self._values(batch) for batch in prompts.split(self.rows)]).cpu()
 
     def values_and_grads(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """f (R,) and its gradient (R, P, D); R at most `rows`."""
+        """f (R,) in nats and its gradient (R, P, D) at R prompts (R, P, D); R is at most `rows`."""
         prompts = prompts.detach().requires_grad_()
         values = self._values(prompts)
         (grads,) = torch.autograd.grad(values.sum(), prompts)
@@ -85,10 +89,11 @@ class PromptFunction:
 
 
 class StraightPath:
-    """f along x(alpha) = b + alpha (x - b), with every computed point kept.
+    """f along x(alpha) = b + alpha (x - b); every computed point is kept.
 
-    points: alpha -> f there and the (P,) slopes <df/dx_i, x_i - b_i>, the contribution of each
-    prompt position to df/dalpha.
+    baseline: (P, D) b.
+    points: alpha -> f at x(alpha), and the slopes (P,) <df/dx_i, x_i - b_i>: how much each prompt
+        position contributes to df/dalpha.
     """
 
     def __init__(self, function: PromptFunction, baseline: Tensor):
@@ -96,36 +101,41 @@ class StraightPath:
         self.step = function.prompt - baseline
         self.points: dict[float, tuple[float, np.ndarray]] = {}
 
-    def compute(self, alphas) -> None:
-        """Compute f and its slopes at these alphas, where they are not known yet."""
+    def compute(self, alphas: Iterable[float]) -> None:
+        """Compute f and its slopes at those of these alphas that are not known yet."""
         missing = [a for a in dict.fromkeys(map(float, alphas)) if a not in self.points]
         for start in range(0, len(missing), self.function.rows):
-            part = missing[start : start + self.function.rows]
-            alpha = torch.tensor(part, dtype=self.step.dtype, device=self.step.device)
+            batch = missing[start : start + self.function.rows]
+            alpha = torch.tensor(batch, dtype=self.step.dtype, device=self.step.device)
             prompts = self.baseline + alpha[:, None, None] * self.step
             values, grads = self.function.values_and_grads(prompts)
             slopes = (grads.float() * self.step.float()).sum(-1).double().cpu().numpy()
-            if 0.0 in part:
-                # At embeddings that are all zero the slope overflows: every RMSNorm multiplies it
-                # by 1 / sqrt(eps). One point has no width; what it hides shows as incompleteness.
-                first = slopes[part.index(0.0)]
+            if 0.0 in batch:
+                # At all-zero embeddings the slope overflows: every RMSNorm multiplies it by
+                # 1 / sqrt(eps). A single point has no width, so it counts as zero; if the integral
+                # suffers from that, the completeness error shows it.
+                first = slopes[batch.index(0.0)]
                 first[~np.isfinite(first)] = 0.0
-            for a, value, slope in zip(part, values.tolist(), slopes, strict=True):
+            for a, value, slope in zip(batch, values.tolist(), slopes, strict=True):
                 self.points[a] = (value, slope)
 
     def value(self, alpha: float) -> float:
+        """f at a computed point."""
         return self.points[alpha][0]
 
     def slope(self, alpha: float) -> np.ndarray:
+        """The slopes (P,) at a computed point."""
         return self.points[alpha][1]
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """The scores of a prompt's positions and how far they can be trusted.
+    """The scores of a prompt's positions, and what their completeness is measured by.
 
-    scores: (P,). difference: f(x) - f(b), which the scores of Integrated Gradients should sum to.
-    points: gradients computed. A gradient method without completeness has difference NaN.
+    scores: (P,) in nats, positive towards the preferred answer.
+    difference: f(x) - f(b) in nats, the sum of exact Integrated Gradients; NaN for smoothgrad and
+        vanilla, which have no completeness.
+    points: the number of gradients computed.
     """
 
     scores: np.ndarray
@@ -134,7 +144,7 @@ class Attribution:
 
     @property
     def completeness_error(self) -> float:
-        """|sum_i a_i - (f(x) - f(b))|."""
+        """|sum_i a_i - (f(x) - f(b))| in nats."""
         return abs(float(self.scores.sum()) - self.difference)
 
     @property
@@ -144,32 +154,34 @@ class Attribution:
 
 
 def gauss_legendre(path: StraightPath, steps: int) -> Attribution:
-    """Integrated Gradients by the Gauss-Legendre rule of `steps` points (the paper's)."""
+    """Integrated Gradients by the Gauss-Legendre rule with `steps` points, as in the paper."""
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     alphas = ((1 + nodes) / 2).tolist()
     path.compute(alphas)
-    scores = sum(w / 2 * path.slope(a) for w, a in zip(weights, alphas, strict=True))
+    terms = (w / 2 * path.slope(a) for w, a in zip(weights, alphas, strict=True))
+    scores = sum(terms, start=np.zeros(len(path.step)))
     ends = path.function.values(torch.stack([path.baseline, path.function.prompt]))
     return Attribution(scores, float(ends[1] - ends[0]), steps)
 
 
-START_CELLS = 4
-SPLIT_AT_ONCE = 4
+START_CELLS = 4  # cells of the adaptive rule at first
+SPLIT_AT_ONCE = 4  # cells that are halved in one step
 
 
 def adaptive_simpson(path: StraightPath, tolerance: float, max_points: int) -> Attribution:
-    """Integrated Gradients with Simpson cells, halved where they fail completeness most.
+    """Integrated Gradients by Simpson's rule on cells of the path; the worst cells are halved.
 
-    f is known at the ends of every cell, so what Simpson's rule misses there is known exactly, and
-    not only estimated: |f(b) - f(a) - sum_i integral|. The worst cells are halved, which keeps all
-    their points, until the whole path is complete to `tolerance` (a share of |f(x) - f(b)|) or
-    `max_points` are spent.
+    f is known at both ends of every cell, so the error of Simpson's rule on it is known exactly:
+    |f(end) - f(start) - sum_i integral_i|. Halving a cell reuses all its points. It goes on until
+    the completeness error of the whole path is at most `tolerance` (a share of |f(x) - f(b)|), or
+    until `max_points` gradients are computed.
+    Raises UserError if max_points is less than the first cells need.
     """
     edges = [i / (2 * START_CELLS) for i in range(2 * START_CELLS + 1)]
     if max_points < len(edges):
         raise UserError(
-            f"ig_max_points {max_points}: the adaptive rule begins with "
-            f"{len(edges)} points; give as many at least, or use ig_steps"
+            f"ig_max_points {max_points}: the adaptive rule begins with {len(edges)} points; give "
+            "at least as many, or use ig_steps"
         )
     path.compute(edges)
     cells = {cell: _simpson(path, *cell) for cell in zip(edges[:-1:2], edges[2::2], strict=True)}
@@ -180,9 +192,9 @@ def adaptive_simpson(path: StraightPath, tolerance: float, max_points: int) -> A
     difference = path.value(1.0) - path.value(0.0)
     while True:
         worst = sorted(cells, key=lambda cell: -abs(miss(cell)))[:SPLIT_AT_ONCE]
-        enough = abs(sum(map(miss, cells))) <= tolerance * abs(difference)
-        if enough or len(path.points) + 2 * len(worst) > max_points:
-            scores = sum(cells.values())
+        complete = abs(sum(map(miss, cells))) <= tolerance * abs(difference)
+        if complete or len(path.points) + 2 * len(worst) > max_points:
+            scores = sum(cells.values(), start=np.zeros(len(path.step)))
             return Attribution(scores, difference, len(path.points))
         halves = []
         for low, high in worst:
@@ -205,9 +217,11 @@ def attribute(
     max_tokens: int,
     generator: torch.Generator,
 ) -> list[Attribution]:
-    """Attribute an example with two responses: one result if contrastive, two (y+, y-) if normal.
+    """Attribute an example with two responses (paper, section 3.1).
 
-    max_tokens: positions computed at a time. generator: of smoothgrad's noise.
+    max_tokens: the number of positions computed at a time.
+    generator: draws smoothgrad's noise.
+    Returns one result for the contrastive objective, two (of y+ and of y-) for the normal one.
     """
     terms = [[1.0, -1.0]] if settings.objective == "contrastive" else [[1.0, 0.0], [0.0, 1.0]]
     return [
@@ -230,7 +244,7 @@ def _attribute(
         if settings.ig_steps:
             return gauss_legendre(path, settings.ig_steps)
         return adaptive_simpson(path, settings.tolerance, settings.max_points)
-    # gradient x input: of the prompt itself, or the mean gradient under Gaussian noise
+    # Gradient times input: the gradient at the prompt, or its mean under Gaussian noise.
     prompt = function.prompt[None]
     if settings.grad_method == "smoothgrad":
         scale = settings.smooth_noise * prompt.float().std()
@@ -240,14 +254,17 @@ def _attribute(
     else:
         inputs = prompt
     total = torch.zeros_like(prompt[0], dtype=torch.float32)
-    for part in inputs.split(function.rows):
-        total += function.values_and_grads(part)[1].float().sum(0)
+    for batch in inputs.split(function.rows):
+        total += function.values_and_grads(batch)[1].float().sum(0)
     scores = (total / len(inputs) * prompt[0].float()).sum(-1).double().cpu().numpy()
     return Attribution(scores, float("nan"), len(inputs))
 
 
 def attributed_positions(encoded: Encoded, attribute: str) -> Tensor:
-    """(P,) bool: the prompt positions that leave their embedding along the path."""
+    """(P,) bool: the prompt positions whose embeddings change along the path.
+
+    attribute: content, all, image or text (see `AttributionSettings`).
+    """
     return {
         "content": encoded.content | encoded.image,
         "all": torch.ones_like(encoded.content),
@@ -256,46 +273,53 @@ def attributed_positions(encoded: Encoded, attribute: str) -> Tensor:
     }[attribute]
 
 
-def _start(function, lm, encoded, settings) -> Tensor:
-    """The baseline (P, D): the start of the path, equal to the prompt where nothing moves."""
-    move = attributed_positions(encoded, settings.attribute).to(function.prompt.device)[:, None]
-    nothing = baseline_embeddings(
+def _start(
+    function: PromptFunction, lm: LanguageModel, encoded: Encoded, settings: AttributionSettings
+) -> Tensor:
+    """The start of the path (P, D): the baseline, or the prompt at positions that do not move."""
+    moves = attributed_positions(encoded, settings.attribute).to(function.prompt.device)[:, None]
+    baseline = baseline_embeddings(
         lm, encoded, function.prompt, settings.baseline, settings.image_baseline
     )
-    return torch.where(move, nothing, function.prompt)
+    return torch.where(moves, baseline, function.prompt)
 
 
 def baseline_embeddings(
     lm: LanguageModel, encoded: Encoded, prompt: Tensor, text: str, image: str
 ) -> Tensor:
-    """(P, D): what stands at each position of the prompt if nothing is said or shown there.
+    """(P, D): for each position of the prompt an embedding that carries no information.
 
-    prompt: (P, D) embeddings and image features. text: mean, pad, unk or zeros, as
-    `text_baseline`. image: blank (the features of a blank picture of the same size), mean (of
-    the picture's own features) or zeros.
+    The baseline of attribution, and what replaces ablated tokens.
+
+    prompt: (P, D) embeddings of text and features of the picture.
+    text: mean, pad, unk or zeros (see `text_baseline`).
+    image: blank (the features of a blank picture of the same size), mean (over the features of
+        this picture) or zeros.
     """
-    nothing = text_baseline(lm, text).to(prompt).expand_as(prompt).clone()
-    where = encoded.image.to(prompt.device)
-    if where.any():
+    baseline = text_baseline(lm, text).to(prompt).expand_as(prompt).clone()
+    is_image = encoded.image.to(prompt.device)
+    if is_image.any():
         if image == "blank":
             picture = vision.blank_like(vision.open_image(encoded.example))
             inputs = vision.model_inputs(lm, [encoded.text], [picture])
-            nothing[where] = capture(lm, inputs).embeds[0, where].to(prompt)
+            baseline[is_image] = capture(lm, inputs).embeds[0, is_image].to(prompt)
         elif image == "mean":
-            nothing[where] = prompt[where].mean(dim=0)
+            baseline[is_image] = prompt[is_image].mean(dim=0)
         else:
-            nothing[where] = 0
-    return nothing
+            baseline[is_image] = 0
+    return baseline
 
 
 @lru_cache(maxsize=4)
 def text_baseline(lm: LanguageModel, kind: str) -> Tensor:
-    """The (D,) embedding that stands for 'no word': zeros, mean, or the pad or unk token's."""
+    """An embedding (D,) that stands for no word: zeros, mean (of the matrix), pad or unk."""
     with torch.no_grad():
         if kind == "zeros":
             return torch.zeros(lm.hidden_size, device=lm.device)
         if kind == "mean":
             ids = torch.arange(lm.embed.weight.shape[0], device=lm.device)
-            total = sum(lm.embed(part).double().sum(0) for part in ids.split(8192))
+            total = torch.zeros(lm.hidden_size, dtype=torch.float64, device=lm.device)
+            for batch in ids.split(8192):
+                total += lm.embed(batch).double().sum(0)
             return (total / len(ids)).float()
         return lm.embed(torch.tensor([lm.replacement_id(kind)], device=lm.device))[0].float()

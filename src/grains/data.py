@@ -1,4 +1,4 @@
-"""Data sets: short names, loading from the hub or from files, and splits that never overlap."""
+"""Data sets: short names, loading from the hub or from files, and rows as `Example`s."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeAlias
 
 from grains.errors import UserError, hub_trouble
 
-if TYPE_CHECKING:  # it takes a second to import, which a mistake in a flag need not wait for
+if TYPE_CHECKING:  # takes a second to import, and scripts check their flags before that
     from datasets import Dataset
+    from PIL.Image import Image
 
-# The branch that holds the hub's own conversion of a data set to Parquet.
+    # A path, a dict with the file's path or bytes, a PIL image, or one left in the data set's file.
+    Picture: TypeAlias = "str | Path | dict | Image | StoredPicture"
+
+# The branch that holds the hub's own conversion of a data set to Parquet: `datasets` 5 runs no
+# loading scripts, and some data sets have nothing else on their main branch.
 CONVERTED = "refs/convert/parquet"
 TOXIC_ABOVE = 5.5  # toxicity_ai + toxicity_human, each 1 to 5 (ToxiGen's own threshold)
 
@@ -25,9 +28,14 @@ TOXIC_ABOVE = 5.5  # toxicity_ai + toxicity_human, each 1 to 5 (ToxiGen's own th
 class Example:
     """A question with its choices, or a prompt with a chosen and a rejected response.
 
-    choices[label] is the preferred answer. id is stable over runs and machines. image is what
-    the data set stores (a path, or a dict with the file's bytes), or where it stores it
-    (`StoredPicture`); it is opened when it is needed.
+    id: the same in every run and on every machine.
+    choices: the answers; choices[label] is the preferred one.
+    context: a text to answer from; empty if there is none.
+    image: the picture as the data set stores it (a path, a dict with the file's bytes, a PIL
+        image), or where it is stored (`StoredPicture`). It is opened when it is needed.
+    shared_prompt: many examples have this prompt, and only their answers differ.
+    references: further right answers.
+    objects: the names of everything in the picture, if the data set gives them.
     """
 
     id: str
@@ -35,32 +43,36 @@ class Example:
     choices: tuple[str, ...]
     label: int
     context: str = ""
-    image: object = field(default=None, compare=False, repr=False)
-    shared_prompt: bool = False  # many examples ask the same; their answers tell them apart
-    references: tuple[str, ...] = ()  # further right answers
-    objects: tuple[str, ...] | None = None  # all that the picture holds, where the data set tells
+    image: Picture | None = field(default=None, compare=False, repr=False)
+    shared_prompt: bool = False
+    references: tuple[str, ...] = ()
+    objects: tuple[str, ...] | None = None
     question_type: str = ""
 
     @property
     def chosen(self) -> str:
+        """The preferred response, y+."""
         return self.choices[self.label]
 
     @property
     def rejected(self) -> str:
-        """The dispreferred response: the first choice that is not the preferred one."""
+        """The dispreferred response, y-: the first choice that is not the preferred one.
+
+        Raises UserError if there is a single choice.
+        """
         for index, choice in enumerate(self.choices):
             if index != self.label:
                 return choice
         raise UserError(f"example {self.id} has a single answer: no pair to attribute")
 
     def pair(self) -> Example:
-        """The same question with the chosen and the rejected response alone."""
+        """The same question with only two choices: the preferred and the dispreferred response."""
         return replace(self, choices=(self.chosen, self.rejected), label=0)
 
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """A picture left where it is, in the data set's file: 100,000 of them do not fit in memory."""
+    """A picture that is read from the data set's file when needed: 100,000 exceed the memory."""
 
     rows: Dataset
     index: int
@@ -71,14 +83,18 @@ class StoredPicture:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set lies and how its rows are read.
+    """Where a data set is stored and how its rows are read.
 
-    splits: the splits that steering, validation and test examples come from; where they name the
-        same split it is cut by the seed.
-    config: the hub's configuration that a split lies in, by split if they differ.
-    read: a row -> question, choices, label (and context, references, objects).
-    rows: what is done to a split first.
-    make: writes the data set to its path where it is not there yet.
+    path: a hub id, or an absolute local path.
+    columns: the columns that must be present.
+    read: a row -> question, choices, label (and context, references, objects, if it has them).
+    splits: the splits that steering, validation and test examples come from. If they name the same
+        split, the seed divides it.
+    config: the hub's configuration that holds the splits; a dict if it differs between splits.
+    revision: the branch or commit on the hub; None: the main branch.
+    rows: applied to a split before its rows are read.
+    note: added to the error if the data set cannot be loaded.
+    make: writes the data set to its path if it does not exist there.
     shared_prompts: whether many examples have the same prompt.
     """
 
@@ -107,6 +123,7 @@ def _questions(row: dict) -> dict:
 
 
 def pairs(row: dict) -> dict:
+    """Read a row with the columns prompt (or question), chosen and rejected (see `Source`)."""
     prompt = row["prompt"] if "prompt" in row else row["question"]
     return {"question": prompt, "choices": [row["chosen"], row["rejected"]], "label": 0}
 
@@ -135,7 +152,7 @@ def _mmhal(row: dict) -> dict:
 
 
 def _names(objects: list[str] | str | None) -> tuple[str, ...] | None:
-    """Names from a list, which may be written as JSON or with commas."""
+    """Names from a list, from a JSON list as text, or from a text with commas."""
     if isinstance(objects, str):
         objects = json.loads(objects) if objects.startswith("[") else objects.split(",")
     return None if objects is None else tuple(name.strip() for name in objects)
@@ -148,8 +165,9 @@ def _toxigen_pairs(rows: Dataset) -> Dataset:
     table = rows.to_pandas()
     toxic = table.toxicity_ai + table.toxicity_human > TOXIC_ABOVE
     pairs = []
-    for group, part in table.groupby("target_group", sort=True):
-        benign, harmful = part.text[~toxic[part.index]], part.text[toxic[part.index]]
+    for group, statements in table.groupby("target_group", sort=True):
+        is_toxic = toxic[statements.index]
+        benign, harmful = statements.text[~is_toxic], statements.text[is_toxic]
         pairs += [
             {"prompt": f"Say something about this group: {group}.", "chosen": good, "rejected": bad}
             for good, bad in zip(benign, harmful, strict=False)
@@ -157,7 +175,7 @@ def _toxigen_pairs(rows: Dataset) -> Dataset:
     return Dataset.from_list(pairs)
 
 
-# The texts and questions of this repository: src/data in a checkout, grains/texts once installed.
+# This repository's texts and questions: grains/texts in an installed package, src/data in a clone.
 PACKAGED = next(
     folder
     for folder in (Path(__file__).parent / "texts", Path(__file__).resolve().parents[1] / "data")
@@ -208,39 +226,40 @@ DATASETS = {
 
 
 def register(name: str, source: Source) -> None:
-    """Make a data set known by a short name, beside those of this module."""
+    """Add a data set under a short name, for `load` and the scripts."""
     DATASETS[name] = source
 
 
 def load(
     name: str, split: str, path: str | None = None, revision: str | None = None
 ) -> tuple[Dataset, Source]:
-    """One split of a data set and how to read it.
+    """One split of a data set, and how its rows are read.
 
     name: a short name, or any label for a user's own file.
-    path: a local file (JSON Lines, CSV, Parquet) or folder (of such files, or written by
-        `datasets`) that takes the hub's place.
-    Raises UserError for an unknown name, split or column.
+    path: a local file (JSON Lines, CSV, Parquet) or folder (of Parquet files, or written by
+        `datasets`) to read instead of the hub.
+    revision: a branch or commit on the hub.
+    Raises UserError for an unknown name, split or column, and for data that cannot be loaded.
     """
     source = DATASETS.get(name)
-    if source is None and path is None:
+    if path:
+        rows = _local(Path(path), split)
+        source = replace(source, path=str(path)) if source else _columns_of(rows, path)
+    elif source is None:
         raise UserError(
             f"unknown data set '{name}': expected {', '.join(DATASETS)}, or any name "
             "with a dataset_path"
         )
-    if path is None and Path(source.path).is_absolute():
-        path = source.path
-        if source.make and not Path(path).exists():
-            source.make(Path(path))
-    rows = _local(Path(path), split) if path else _hub(name, source, split, revision)
-    if source is None:
-        source = _columns_of(rows, path)
-    elif path:
-        source = replace(source, path=str(path))
+    elif (file := Path(source.path)).is_absolute():
+        if source.make and not file.exists():
+            source.make(file)
+        rows = _local(file, split)
+    else:
+        rows = _hub(name, source, split, revision)
     missing = [column for column in source.columns if column not in rows.column_names]
     if missing:
         raise UserError(
-            f"{path or source.path}: column{'s' * (len(missing) > 1)} "
+            f"{source.path}: column{'s' * (len(missing) > 1)} "
             f"{', '.join(missing)} missing; expected {', '.join(source.columns)}, "
             f"found {', '.join(rows.column_names)}"
         )
@@ -257,12 +276,13 @@ ROLES = ("steering", "validation", "test")
 
 
 def default_split(name: str, role: str) -> str:
-    """The split that a data set's steering, validation or test examples come from."""
+    """The split that examples with a role in `ROLES` come from, unless the user names one."""
     return DATASETS[name].splits[ROLES.index(role)] if name in DATASETS else "train"
 
 
 def _columns_of(rows: Dataset, path: str) -> Source:
-    """A user's own columns: prompt/chosen/rejected, or question/choices/label."""
+    """How to read a user's own columns: prompt (or question), chosen, rejected, or question,
+    choices, label. Raises UserError for other columns."""
     forms = {
         ("prompt", "chosen", "rejected"): pairs,
         ("question", "chosen", "rejected"): pairs,
@@ -281,6 +301,7 @@ def _columns_of(rows: Dataset, path: str) -> Source:
 
 
 def _local(path: Path, split: str) -> Dataset:
+    """A split from a file or folder; a file has splits if it has a column 'split'."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -288,9 +309,9 @@ def _local(path: Path, split: str) -> Dataset:
         raise UserError(f"data file '{path}' does not exist")
     try:
         if path.is_dir():
-            found = load_from_disk(str(path)) if list(path.glob("*.json")) else _folder(path, split)
+            rows = load_from_disk(str(path)) if list(path.glob("*.json")) else _folder(path, split)
         elif path.suffix in formats:
-            found = load_dataset(formats[path.suffix], data_files=str(path), split="train")
+            rows = load_dataset(formats[path.suffix], data_files=str(path), split="train")
         else:
             raise UserError(f"'{path}': expected a .jsonl, .csv or .parquet file, or a folder")
     except UserError:
@@ -298,24 +319,25 @@ def _local(path: Path, split: str) -> Dataset:
     except Exception as error:
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"'{path}' could not be read: {reason}; is it whole, and of the kind its name says?"
+            f"'{path}' could not be read: {reason}; is it whole, and does its ending name its "
+            "format?"
         ) from error
-    if isinstance(found, DatasetDict):
-        if split not in found:
-            raise UserError(f"'{path}' has no split '{split}': found {', '.join(found)}")
-        found = found[split]
-    if "split" in found.column_names:
-        splits = list(dict.fromkeys(found["split"]))
+    if isinstance(rows, DatasetDict):
+        if split not in rows:
+            raise UserError(f"'{path}' has no split '{split}': found {', '.join(rows)}")
+        rows = rows[split]
+    if "split" in rows.column_names:
+        splits = list(dict.fromkeys(rows["split"]))
         if split not in splits:
             raise UserError(f"'{path}' has no split '{split}': found {', '.join(splits)}")
-        found = found.select([i for i, value in enumerate(found["split"]) if value == split])
-    if not len(found):
+        rows = rows.select([i for i, value in enumerate(rows["split"]) if value == split])
+    if not len(rows):
         raise UserError(f"'{path}' has no rows")
-    return found
+    return rows
 
 
 def _folder(path: Path, split: str) -> Dataset:
-    """A split from a folder of Parquet files named as the hub's are (train-00000-of-00001...)."""
+    """A split from a folder of Parquet files with the hub's names (train-00000-of-00001...)."""
     from datasets import load_dataset
 
     files: dict[str, list[str]] = {}
@@ -354,12 +376,12 @@ def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset
         todo = {
             "gated": f"ask for access at {page} and log in with 'hf auth login', or give a copy "
             "as dataset_path",
-            "missing": f"see whether {page} is still there, or give a copy as dataset_path",
+            "missing": f"check that {page} still exists, or give a copy as dataset_path",
             "network": "check the network, or give a local copy as dataset_path",
             "": "give a local copy as dataset_path",
         }[hub_trouble(error)]
         if "split" in reason.lower():
-            todo = "give a split that exists as split"
+            todo = "give the name of an existing split as split"
         note = f" ({source.note})" if source.note else ""
         raise UserError(
             f"data set '{name}' ({source.path}) could not be loaded: {reason}; {todo}{note}"
@@ -367,9 +389,10 @@ def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset
 
 
 def _converted(source: Source, split: str) -> Dataset:
-    """A split of the hub's conversion: the files {config}/{split}/0000.parquet and so on.
+    """A split of the hub's conversion: the files {config}/{split}/0000.parquet, 0001.parquet, ...
 
-    They are read as files: that branch has no card, so `datasets` knows of no configurations.
+    They are read as plain files: that branch has no card, in which `datasets` would look for the
+    configurations.
     """
     from datasets import load_dataset
     from huggingface_hub import snapshot_download
@@ -383,7 +406,7 @@ def _converted(source: Source, split: str) -> Dataset:
         )
     )
     files: dict[str, list[str]] = {}
-    for file in sorted((folder / source.config).glob("*/*.parquet")):
+    for file in sorted((folder / str(source.config)).glob("*/*.parquet")):
         files.setdefault(file.parent.name, []).append(str(file))
     if split not in files:
         raise UserError(
@@ -396,6 +419,7 @@ def _converted(source: Source, split: str) -> Dataset:
 def read(rows: Dataset, source: Source, index: int) -> Example:
     """Row `index` as an Example.
 
+    Without an id of its own, an example's id is a digest of its content.
     Raises UserError, naming the row, for an empty question or answer and a label out of range.
     """
     row = rows[int(index)]
@@ -421,12 +445,12 @@ def read(rows: Dataset, source: Source, index: int) -> Example:
     if identity in (None, ""):
         text = json.dumps([content["question"], content.get("context", ""), *choices, label])
         identity = hashlib.sha256(text.encode() + picture_digest(row.get("image"))).hexdigest()[:12]
-    where = f"{source.path}, row {index} (id {identity})"
-    for what, text in [("question", content["question"]), *(("answer", c) for c in choices)]:
+    row_name = f"{source.path}, row {index} (id {identity})"
+    for kind, text in [("question", content["question"]), *(("answer", c) for c in choices)]:
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: an empty {what}; fill it in or take the row out")
+            raise UserError(f"{row_name}: an empty {kind}; fill it in or take the row out")
     if not 0 <= label < len(choices):
-        raise UserError(f"{where}: label {label} does not name one of {len(choices)} choices")
+        raise UserError(f"{row_name}: label {label} does not name one of {len(choices)} choices")
     return Example(
         str(identity),
         content["question"].strip(),
@@ -448,11 +472,14 @@ def examples(
     limit: int | None = None,
     exclude: frozenset[str] = frozenset(),
 ) -> list[Example]:
-    """Examples of a split in an order shuffled by the seed, the first `limit` of them.
+    """Examples of a split, shuffled by the seed; at most `limit`, or all if it is None.
 
-    exclude: ids and question keys that must not occur (those the vectors were made from). A
-        question that stands twice in the data is taken once.
+    exclude: ids and question keys of examples to leave out, such as those that the vectors were
+        made from.
+    A question that occurs twice in the data is taken once.
     """
+    import numpy as np  # not needed to check a flag
+
     order = np.random.default_rng(seed).permutation(len(rows))
     chosen: list[Example] = []
     seen: set[str] = set()
@@ -471,7 +498,10 @@ def examples(
 
 
 def question_key(example: Example) -> str:
-    """What two rows share that ask the same: a digest of context, question and picture."""
+    """A digest of context, question and picture: equal for two rows that ask the same.
+
+    If many examples share a prompt, the answers are part of it.
+    """
     digest = hashlib.sha256(f"{example.context}\n{example.question}".lower().encode())
     digest.update(picture_digest(example.image))
     if example.shared_prompt:
@@ -479,21 +509,23 @@ def question_key(example: Example) -> str:
     return digest.hexdigest()[:12]
 
 
-def picture_digest(image) -> bytes:
-    """What tells one stored picture from another, in any form an Example keeps it; b'' for none.
+def picture_digest(image: Picture | bytes | None) -> bytes:
+    """A digest of a picture, in any form in which an `Example` keeps it; b'' for None.
 
-    A file that a data set only names is told by its name.
+    For a picture that is given by its path, the digest is of the path.
     """
+    from PIL.Image import Image
+
     if image is None:
         return b""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or ""
-    if hasattr(image, "tobytes"):  # a PIL picture
+    if isinstance(image, Image):
         image = f"{image.mode} {image.size} ".encode() + image.tobytes()
     return hashlib.sha256(image if isinstance(image, bytes) else str(image).encode()).digest()
 
 
 def fingerprint(chosen: list[Example]) -> str:
-    """A digest of the examples' ids and texts, for the manifest."""
+    """A digest of the ids and texts of examples, for the manifest."""
     text = json.dumps([[e.id, e.context, e.question, *e.choices, e.label] for e in chosen])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake, and what the hub's exceptions mean."""
+"""`UserError`, the exception for a user's mistake, and what the hub's exceptions mean."""
 
 from __future__ import annotations
 
@@ -6,40 +6,45 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """A mistake in the input: the message says what was expected, what was found, what to do.
+    """A mistake in the input: the message says what was expected, what was found and what to do.
 
-    The scripts print it as one line and exit with a status that is not zero; every other
+    Scripts print the message as one line and exit with a status that is not zero. Any other
     exception is a bug and keeps its traceback.
     """
 
 
-HUB_TROUBLE = {
-    "gated": {"GatedRepoError"},
-    "missing": {"RepositoryNotFoundError", "RevisionNotFoundError", "DatasetNotFoundError"},
-    "network": {
-        "LocalEntryNotFoundError",
-        "OfflineModeIsEnabled",
-        "ConnectionError",
-        "TransportError",
-        "TimeoutError",
-    },
-}
-
-
 def hub_trouble(error: BaseException) -> str:
-    """gated, missing, network, or '' where the hub is not the reason: from the error's causes."""
-    if "is a gated dataset" in str(error):  # `datasets` drops the cause
+    """Why loading from the hub failed: gated, missing, network, or '' if the hub is not the reason.
+
+    error: what was raised; the exceptions that caused it are looked at too.
+    """
+    # Imported late: these libraries take seconds, and scripts check their flags before that.
+    import httpx2
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import errors as hub
+
+    kinds = {
+        "gated": (hub.GatedRepoError,),
+        "missing": (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, DatasetNotFoundError),
+        "network": (
+            hub.LocalEntryNotFoundError,
+            hub.OfflineModeIsEnabled,
+            httpx2.TransportError,
+            ConnectionError,
+            TimeoutError,
+        ),
+    }
+    if "is a gated dataset" in str(error):  # `datasets` does not chain the hub's exception
         return "gated"
     for cause in _causes(error):
-        names = {kind.__name__ for kind in type(cause).__mro__}
-        for trouble, kinds in HUB_TROUBLE.items():
-            if names & kinds:
+        for trouble, classes in kinds.items():
+            if isinstance(cause, classes):
                 return trouble
     return ""
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from, the innermost first."""
+    """The error and the exceptions that it was raised from, the innermost first."""
     inner = error.__cause__ or error.__context__
     if inner is not None:
         yield from _causes(inner)

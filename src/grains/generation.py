@@ -1,9 +1,10 @@
-"""Batched decoding, base and steered configurations as rows of one batch."""
+"""Decoding in batches: each row is a prompt under the base model or a configuration."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from grains import vision
 from grains.lm import LanguageModel
@@ -11,8 +12,8 @@ from grains.prompts import Encoded
 from grains.scoring import batches
 from grains.steering import Configuration, steered
 
-# Decoding keeps keys and values only, far less than the activations of a whole forward, and is
-# bound by reading the weights: so that many times more positions go into a batch.
+# Decoding keeps only keys and values, much less than the activations of a whole forward, and its
+# time is spent on reading the weights. So its batches hold this many times more positions.
 WIDTH = 8
 
 
@@ -22,9 +23,9 @@ def decoding_batches(
     max_new_tokens: int,
     max_tokens: int,
 ) -> list[list[int]]:
-    """Indices of prompts that are continued together, unsteered and under each configuration.
+    """Indices of prompts that are continued together, by the base and all configurations.
 
-    max_tokens: positions of a batch in a whole forward (see `batches`).
+    max_tokens: the number of positions in a batch of a whole forward (see `scoring.batches`).
     """
     rows = 1 + len(configurations)
     return batches(
@@ -41,32 +42,34 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[list[str]]:
-    """Continue every prompt, unsteered and under each configuration.
+    """Continue every prompt, by the base model and under each configuration.
 
-    The prompts are padded on the left; each (configuration, prompt) is a row of one batch with
-    its own steering vectors, zero for the base. temperature 0 is greedy.
-    Prompts with a picture and prompts without make batches of their own.
-    Returns 1 + C lists of texts, the base first.
+    The prompts are padded on the left. Each pair of configuration and prompt is a row of one batch
+    with its own steering vectors, zero for the base. Prompts with and without a picture are
+    continued in separate batches.
+
+    temperature: 0 decodes greedily. seed: of the sampling.
+    Returns 1 + len(configurations) lists of texts, the base first.
     """
     rows = 1 + len(configurations)
-    shown = [bool(item.image.any()) for item in encoded]
-    if any(shown) and not all(shown):
-        parts = [
+    has_image = [bool(item.image.any()) for item in encoded]
+    if any(has_image) and not all(has_image):
+        without_and_with = [
             generate(
                 lm,
-                [item for item, here in zip(encoded, shown, strict=True) if here == part],
+                [item for item, image in zip(encoded, has_image, strict=True) if image == wanted],
                 configurations,
                 max_new_tokens,
                 temperature,
                 seed,
             )
-            for part in (False, True)
+            for wanted in (False, True)
         ]
         return [
-            [next(texts[here]) for here in shown]
-            for texts in (tuple(map(iter, pair)) for pair in zip(*parts, strict=True))
+            [next(texts[image]) for image in has_image]  # False is 0, True is 1
+            for texts in (tuple(map(iter, pair)) for pair in zip(*without_and_with, strict=True))
         ]
-    if any(shown):
+    if any(has_image):
         inputs = vision.model_inputs(
             lm,
             [item.text for item in encoded],
@@ -97,16 +100,11 @@ def generate(
 
 
 def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:
-    """Text prompts of one row each as one batch; padding is masked."""
-    longest = max(item["input_ids"].shape[1] for item in inputs)
+    """Inputs of B text prompts as one batch (B, P), padded on the left; padding is masked."""
 
     def pad(key: str, value: int) -> Tensor:
-        return torch.cat(
-            [
-                torch.nn.functional.pad(item[key], (longest - item[key].shape[1], 0), value=value)
-                for item in inputs
-            ]
-        )
+        rows = [item[key][0] for item in inputs]
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
 
     return {
         "input_ids": pad("input_ids", lm.replacement_id("pad")),
@@ -117,15 +115,17 @@ def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:
 def _by_row(
     configurations: list[Configuration], prompts: int
 ) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:
-    """layer -> (rows, 1, D): zero for the base and where a configuration leaves a layer alone.
+    """Vectors and gates of R rows: base and configurations, `prompts` rows each.
 
-    And layer -> the gates (rows, 1, D), (rows, 1, 1), where there are any; without one, it is open.
+    Returns layer -> vectors (R, 1, D), zero for the base and for a configuration that does not
+    steer the layer; and layer -> gates, (R, 1, D) and (R, 1, 1), empty if no configuration is
+    gated. A row without a gate has an open one: a bias of infinity.
     """
     layers = sorted({layer for item in configurations for layer in item.layers})
     is_gated = any(item.gate for item in configurations)
 
-    def rows(parts: list[Tensor]) -> Tensor:
-        return torch.stack(parts).view(len(parts), 1, -1).repeat_interleave(prompts, 0)
+    def rows(values: list[Tensor]) -> Tensor:
+        return torch.stack(values).view(len(values), 1, -1).repeat_interleave(prompts, 0)
 
     by_row, gates = {}, {}
     for layer in layers:
@@ -134,13 +134,14 @@ def _by_row(
         )
         by_row[layer] = rows([zero, *(item.vectors.get(layer, zero) for item in configurations)])
         if is_gated:
-            open_wide = zero, torch.tensor(torch.inf)
-            one_each = [
-                open_wide,
+            open_gate = zero, torch.tensor(torch.inf)
+            pairs = [
+                open_gate,
                 *(
-                    item.gate.at(layer) if item.gate and layer in item.vectors else open_wide
+                    item.gate.at(layer) if item.gate and layer in item.vectors else open_gate
                     for item in configurations
                 ),
             ]
-            gates[layer] = tuple(rows(list(parts)) for parts in zip(*one_each, strict=True))
+            weights, biases = zip(*pairs, strict=True)
+            gates[layer] = rows(list(weights)), rows(list(biases))
     return by_row, gates

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grains.errors import UserError
 
@@ -16,10 +17,12 @@ from grains.errors import UserError
 class LanguageModel:
     """A causal or image-text language model and where its decoder's parts are.
 
-    layers: the L decoder layers; norm: the final norm; head: hidden states -> logits.
-    embed: token ids -> the embeddings that enter layer 0.
-    processor: the image-text processor, or None for a text-only model.
-    memory: bytes that activations kept for a gradient may take.
+    name: the name it was loaded by. model, tokenizer: as transformers gives them.
+    layers: the L decoder layers. norm: the final norm.
+    head: final hidden states (..., D) -> logits (..., V).
+    embed: token ids (...) -> the embeddings (..., D) that enter layer 0.
+    processor: transformers' image-text processor, or None for a text-only model.
+    memory: how many bytes the activations that are kept for a gradient may take.
     """
 
     name: str
@@ -27,40 +30,43 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase
     layers: nn.ModuleList
     norm: nn.Module
-    head: nn.Module
-    embed: nn.Module
-    processor: ProcessorMixin | None = None
+    head: nn.Linear
+    embed: nn.Embedding
+    processor: Any = None
     memory: int = 4 * 2**30
 
     @property
     def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
         return self.embed.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the embeddings."""
+        """The device that inputs go to: that of the embeddings."""
+        # accelerate may keep the weights elsewhere and move them for the computation.
         hook = getattr(self.embed, "_hf_hook", None)
-        where = getattr(hook, "execution_device", None)
-        return torch.device(where) if where is not None else self.embed.weight.device
+        device = getattr(hook, "execution_device", None)
+        return torch.device(device) if device is not None else self.embed.weight.device
 
     @property
     def hidden_size(self) -> int:
+        """D."""
         return self.model.config.get_text_config().hidden_size
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence the model was made for, None where its config does not say."""
+        """The length of context in tokens; None if the model's config does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def image_token_id(self) -> int | None:
-        """The placeholder that stands in the token ids for each image feature."""
+        """The token that holds the place of each image feature in a prompt, None without one."""
         config = self.model.config
         token = getattr(config, "image_token_id", None)
         return token if token is not None else getattr(config, "image_token_index", None)
 
     def image_ids(self) -> set[int]:
-        """Token ids that stand for an image: placeholders that the image features replace."""
+        """The ids of all tokens that mark an image or video, or hold the place of its features."""
         config = self.model.config
         names = (
             "image_token_id",
@@ -76,11 +82,15 @@ class LanguageModel:
         }
 
     def special_ids(self) -> set[int]:
-        """Token ids that are no words of the prompt: BOS, chat-template markers, padding."""
+        """The ids of tokens that are no words: BOS, chat-template markers, padding."""
         return set(self.tokenizer.all_special_ids)
 
     def replacement_id(self, kind: str = "pad") -> int:
-        """The token that stands for 'no word here': pad or unk, the other where one is missing."""
+        """The id of the token that replaces an ablated word.
+
+        kind: pad or unk. If the tokenizer lacks it, the other one is used, then end-of-text.
+        Raises UserError if the tokenizer has none of them.
+        """
         for name in (kind, "unk" if kind == "pad" else "pad", "eos"):
             token = getattr(self.tokenizer, f"{name}_token_id")
             if token is not None:
@@ -89,10 +99,11 @@ class LanguageModel:
             f"{self.name}: its tokenizer has no pad, unk or end-of-text token to replace words with"
         )
 
-    def identity(self) -> dict:
-        """What ties an artifact to this model: name, layers, hidden size, and a few weights."""
-        with align_module_device(self.norm):  # brings a norm that was put off to a disk
-            mark = f"{self.norm.weight.detach().double().sum().item():.9e}"
+    def identity(self) -> dict[str, Any]:
+        """What a file records of the model it was made with: name, sizes, a sum of weights."""
+        with align_module_device(self.norm):  # loads the norm if accelerate keeps it on disk
+            weight = self.norm.get_parameter("weight")
+            mark = f"{weight.detach().double().sum().item():.9e}"
         return {
             "model": self.name,
             "num_layers": len(self.layers),

@@ -1,83 +1,98 @@
-"""Log-probabilities of given tokens: where they are predicted, and what they add up to.
+"""Log-probabilities of response tokens, and the responses' log-likelihoods, their sums.
 
-The logits of the whole vocabulary never exist at once: the head is applied to slices of it.
+The logits of the whole vocabulary are never held at once: the head is applied to slices of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from grains import cpu
 from grains.lm import LanguageModel
 from grains.packing import Pack
 
-# The logits that exist at a time: 1024 x 4096 in fp32 are 16 MiB, whatever the vocabulary.
+# Logits held at a time, positions x words: in fp32 16 MiB, however large the vocabulary.
 LOGIT_ROWS, VOCABULARY_SLICE = 1024, 4096
 
 
 def logits(lm: LanguageModel, hidden_states: Tensor) -> Tensor:
-    """Final norm and vocabulary projection: (..., D) -> (..., V), in fp32."""
+    """Final norm and head: outputs of the last layer (..., D) -> logits (..., V) in fp32."""
     return lm.head(lm.norm(hidden_states)).float()
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log P of given tokens from the normed last hidden states, by slices of the vocabulary.
+    """log P of given tokens from the normed hidden states, by slices of the vocabulary.
 
-    A softmax over the vocabulary needs no more than its running maximum, sum and, for the
-    gradient, its running mean of the head's rows (the scores' rows are rescaled when the maximum
-    rises): so a (rows, slice) piece of the logits lives in the cache, used for all, and gone.
+    A log-softmax over the vocabulary needs only the running maximum and sum of the logits. Its
+    gradient needs the running mean of the head's rows, weighted by the softmax. What was summed
+    before is rescaled when the maximum rises. So each (rows, slice) piece of the logits is
+    computed once and dropped, and is small enough for the processor's cache.
     """
 
     @staticmethod
-    def forward(ctx, states, targets, weight, bias, product, wants_grad):
+    def forward(
+        ctx: FunctionCtx,
+        states: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        product: cpu.Product,
+        wants_grad: bool,
+    ) -> Tensor:
         count = len(states)
         highest = torch.full((count,), -torch.inf, device=states.device)
         total = torch.zeros(count, device=states.device)
         picked = torch.zeros(count, device=states.device)
         mean = torch.zeros_like(states, dtype=torch.float32) if wants_grad else None
         for start in range(0, len(weight), VOCABULARY_SLICE):
-            part = weight[start : start + VOCABULARY_SLICE]
+            rows = weight[start : start + VOCABULARY_SLICE]
             scores = product(
-                states, part, None if bias is None else bias[start : start + VOCABULARY_SLICE]
+                states, rows, None if bias is None else bias[start : start + VOCABULARY_SLICE]
             ).float()
-            here = (targets >= start) & (targets < start + len(part))
-            picked[here] = scores[here, targets[here] - start]
+            inside = (targets >= start) & (targets < start + len(rows))
+            picked[inside] = scores[inside, targets[inside] - start]
             before, highest = highest, torch.maximum(highest, scores.amax(-1))
             rescale = (before - highest).exp_()
             scores.sub_(highest[:, None]).exp_()
             total.mul_(rescale).add_(scores.sum(-1))
-            if wants_grad:
-                mean.mul_(rescale[:, None]).add_(product(scores.to(part.dtype), part.t()).float())
-        if wants_grad:
+            if mean is not None:
+                mean.mul_(rescale[:, None]).add_(product(scores.to(rows.dtype), rows.t()).float())
+        if mean is not None:
             ctx.save_for_backward(weight[targets].float() - mean / total[:, None])
         return picked - highest - total.log()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(
+        ctx: BackwardCFunction, grad: Tensor
+    ) -> tuple[Tensor, None, None, None, None, None]:
         (by_states,) = ctx.saved_tensors
         return grad[:, None] * by_states, None, None, None, None, None
 
 
 def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -> Tensor:
-    """log P(target | everything before it) from the last layer's output.
+    """log P(target | everything before it) in nats, from the last layer's output.
 
-    hidden_states: (n, D) outputs of the last layer at the positions that predict the targets.
-    targets: (n,) token ids. Returns (n,) in fp32, differentiable.
+    hidden_states: (n, D) outputs of the last layer at the positions that predict the targets: the
+        logits at position t predict the token at t+1.
+    targets: (n,) token ids.
+    Returns (n,) in fp32, differentiable with respect to hidden_states.
     """
     wants_grad = torch.is_grad_enabled() and hidden_states.requires_grad
     states = lm.norm(hidden_states)
-    with align_module_device(lm.head):  # brings a head that was put off to a disk
-        weight, bias = lm.head.weight, getattr(lm.head, "bias", None)
+    with align_module_device(lm.head):  # loads the head if accelerate keeps it on disk
+        weight, bias = lm.head.weight, lm.head.bias
         states, targets = states.to(weight.device), targets.to(weight.device)
         product = cpu.product_of(lm.head)
         return torch.cat(
             [
-                _TokenLogProbs.apply(some, wanted, weight, bias, product, wants_grad)
-                for some, wanted in zip(
+                _TokenLogProbs.apply(rows, row_targets, weight, bias, product, wants_grad)
+                for rows, row_targets in zip(
                     states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True
                 )
             ]
@@ -86,11 +101,11 @@ def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -
 
 @dataclass(frozen=True)
 class Targets:
-    """The log-probabilities that make up the responses' log-likelihoods.
+    """The n log-probabilities that the log-likelihoods of C responses are sums of.
 
-    nodes, tokens: (n,) the packed position that predicts, and the token predicted; what several
-        responses share stands once.
-    member: (C, n) 1 where a log-probability belongs to a response, so that
+    nodes, tokens: (n,) the node of the trie that predicts, and the token that it predicts. A
+        log-probability that several responses share is listed once.
+    member: (C, n) 1 where a log-probability belongs to a response, else 0, so that
         member @ log_probs are the C log-likelihoods.
     """
 
@@ -100,7 +115,10 @@ class Targets:
 
 
 def targets(packed: Pack, prompt_length: int, responses: list[list[int]]) -> Targets:
-    """Where the tokens of the responses are predicted: the node before each of them."""
+    """The log-probabilities of the responses: each token is predicted by the node before it.
+
+    packed: the trie of prompt and responses; prompt_length: P tokens; responses: C lists of ids.
+    """
     index: dict[tuple[int, int], int] = {}
     owners = []
     for path, response in zip(packed.paths, responses, strict=True):
@@ -109,14 +127,18 @@ def targets(packed: Pack, prompt_length: int, responses: list[list[int]]) -> Tar
             [index.setdefault((before[j], token), len(index)) for j, token in enumerate(response)]
         )
     member = torch.zeros(len(responses), len(index))
-    for row, own in enumerate(owners):
-        member[row, own] = 1.0
+    for row, columns in enumerate(owners):
+        member[row, columns] = 1.0
     pairs = torch.tensor(list(index), dtype=torch.long)
     return Targets(pairs[:, 0], pairs[:, 1], member)
 
 
 class ResponseScorer:
-    """Reads the choices' log-likelihoods from last hidden states, at scored positions only."""
+    """Computes the choices' log-likelihoods from the last layer's output.
+
+    Only the positions that predict a token of a choice pass through the norm and the head.
+    terms: for each question of a batch, its `Targets`.
+    """
 
     def __init__(self, lm: LanguageModel, terms: list[Targets]):
         self.lm = lm
@@ -125,8 +147,12 @@ class ResponseScorer:
         self.tokens = torch.cat([term.tokens for term in terms])
         self.member = torch.block_diag(*[term.member for term in terms])
 
-    def __call__(self, states: Tensor, change=None) -> Tensor:
-        """states: (c, Q, T, D), or (Q, T, D) with `change` from (n, D) to (c, n, D)."""
+    def __call__(self, states: Tensor, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The summed log-likelihoods, (c, choices of all Q questions), for c configurations.
+
+        states: (c, Q, T, D) outputs of the last layer; or (Q, T, D) if `change` turns the n scored
+        states (n, D) into those of c configurations (c, n, D).
+        """
         device = states.device
         picked = states[..., self.rows.to(device), self.nodes.to(device), :]
         picked = change(picked) if change else picked

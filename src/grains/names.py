@@ -1,7 +1,7 @@
-"""The name of every file that the scripts write, and that a later one looks for.
+"""The names of all files that the scripts write, and that later scripts look for.
 
-A name says what was run: the data, the model and the settings, those alone that differ from the
-defaults. Paths are relative to the working folder.
+A name says what was run: the data, the model, the paper's settings, and the other settings that
+differ from their defaults. Paths are relative to the working folder.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 from grains.settings import LAYER_MODES, AblationSettings, DataSettings, GridSettings, StudySettings
 
-LONGEST = 150  # characters of a name before what its endings add; file systems take 255
+LONGEST = 200  # bytes of a name without its endings; file systems allow 255 with them
 
 
 def slug(name: str) -> str:
-    """A model or data set name as part of a file name: the last part of a path or hub id."""
+    """A model or data set in a file name: the last component of its path or hub id."""
     return Path(name.rstrip("/")).name.replace(" ", "-")
 
 
 def stem(parts: Iterable[str | None]) -> str:
-    """Parts joined as the beginning of a file name; where it is too long, a digest for its end."""
+    """The beginning of a file name, parts joined by _; if it is too long, a digest ends it."""
     whole = "_".join(part for part in parts if part)
     if len(whole.encode()) <= LONGEST:
         return whole
@@ -33,24 +33,27 @@ def stem(parts: Iterable[str | None]) -> str:
 
 
 def differing(settings: Any, default: Any, labels: dict[str, str]) -> list[str]:
-    """'label-value' for each labelled field in which dataclasses differ."""
-    found = []
+    """'label-value' for each field in which two dataclasses of one kind differ.
+
+    labels: field -> its label; other fields are ignored.
+    """
+    parts = []
     for field in fields(settings):
         value = getattr(settings, field.name)
         if field.name in labels and value != getattr(default, field.name):
             written = "+".join(map(_word, value)) if isinstance(value, tuple) else _word(value)
-            found.append(f"{labels[field.name]}-{written}")
-    return found
+            parts.append(f"{labels[field.name]}-{written}")
+    return parts
 
 
-def _word(value: object) -> str:
+def _word(value: str | float | None) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _attribution(ablation: AblationSettings) -> list[str]:
-    """The settings of stage 1: the paper's own always, the others where they are not the default.
+    """Stage 1's settings: the paper's own always, others if they are not at their default.
 
-    The selections (tops) are not among them: each has a file of its own.
+    The selections (tops) are left out: each has a file of its own.
     """
     settings = ablation.attribution
     return [
@@ -83,9 +86,10 @@ def _attribution(ablation: AblationSettings) -> list[str]:
 
 @dataclass(frozen=True)
 class Names:
-    """The files of the stages for one model, data set and settings of stage 1.
+    """The files of all stages for a model, a data set and settings of stage 1.
 
-    kind: llm or vlm, the folder under data/ and results/. model: its name as given.
+    kind: llm or vlm, the folder under data/ and results/. model: the name that the user gave.
+    default_split: the data set's split of steering examples (see `data.default_split`).
     """
 
     kind: str
@@ -95,29 +99,35 @@ class Names:
     default_split: str
 
     def attributions(self) -> Path:
-        """CSV of stage 1."""
+        """The CSV of stage 1."""
         folder = Path("results", self.kind, "token_attribution")
         return folder / f"{self._stage1()}.csv"
 
-    def states(self, tops: Sequence[str], given: str | None = None) -> dict[str, Path]:
-        """Hidden-states file of each selection; `given` takes the place of the default name."""
-        if given and len(tops) == 1:
-            return {tops[0]: Path(given)}
+    def states(self, tops: Sequence[str], path: str | None = None) -> dict[str, Path]:
+        """Selection -> its file of hidden states.
+
+        path: replaces the default name; with several selections, each is appended to it.
+        """
+        if path and len(tops) == 1:
+            return {tops[0]: Path(path)}
         folder = Path("data", self.kind, "hidden_states")
-        base = Path(given or folder / f"{self._stage1()}.safetensors")
+        base = Path(path or folder / f"{self._stage1()}.safetensors")
         return {top: base.with_name(f"{base.stem}_{top}{base.suffix}") for top in tops}
 
     def vectors(
         self, states: Path, method: str, mode: str, folder: str | Path | None = None
     ) -> Path:
-        """Steering vectors that a method makes of a hidden-states file."""
+        """The steering vectors that a method makes from a file of hidden states."""
         folder = Path(folder or Path("data", self.kind, "steering_vectors"))
         return _vectors(folder, states, method, mode, self.ablation.seed)
 
     def multiple_choice(
         self, grid: GridSettings, default: GridSettings, score: str, folder: str | None = None
     ) -> dict[str, Path]:
-        """What steering_mc.py writes: the grid, every question, the chosen configuration."""
+        """The files of steering_mc.py: the grid, every question, the chosen configuration.
+
+        default: the grid of the script's default flags. score: token or sum, which chooses.
+        """
         base = Path(folder or Path("results", self.kind, "steering"))
         own = self._evaluation(grid, default, [f"by-{score}" if score != "token" else None])
         return {
@@ -127,9 +137,9 @@ class Names:
         }
 
     def chosen(self, folder: str | None = None) -> list[Path]:
-        """The configurations that steering_mc.py chose with these settings of stage 1."""
+        """The existing files of configurations that steering_mc.py chose for these settings."""
         base = Path(folder or Path("results", self.kind, "steering"))
-        return self._there(base, "_chosen.json")
+        return self._existing(base, "_chosen.json")
 
     def generations(
         self,
@@ -138,20 +148,20 @@ class Names:
         decoding: Sequence[str],
         folder: str | None = None,
     ) -> Path:
-        """CSV of steering_generation.py. decoding: what differs from its defaults."""
+        """The CSV of steering_generation.py. decoding: its decoding flags that are not default."""
         base = Path(folder or Path("results", self.kind, "steering_generation"))
         return base / f"{self._evaluation(grid, default, decoding)}.csv"
 
     def all_generations(self, folder: str | None = None) -> list[Path]:
-        """Tables of steering_generation.py that are there for these settings of stage 1."""
+        """The existing CSVs of steering_generation.py for these settings of stage 1."""
         base = Path(folder or Path("results", self.kind, "steering_generation"))
-        return self._there(base, ".csv")
+        return self._existing(base, ".csv")
 
-    def _there(self, folder: Path, ending: str) -> list[Path]:
-        """The files of all evaluations of this stage 1: behind its part the layer mode follows."""
-        begin = glob.escape(stem(self._shared()))
+    def _existing(self, folder: Path, ending: str) -> list[Path]:
+        """The files of all evaluations of this stage 1, in whose names the layer mode is next."""
+        beginning = glob.escape(stem(self._shared()))
         return sorted(
-            path for mode in LAYER_MODES for path in folder.glob(f"{begin}_{mode}_*{ending}")
+            path for mode in LAYER_MODES for path in folder.glob(f"{beginning}_{mode}_*{ending}")
         )
 
     def _stage1(self) -> str:
@@ -168,7 +178,7 @@ class Names:
         )
 
     def _shared(self) -> list[str]:
-        """What the names of all evaluations of one stage 1 begin with."""
+        """The parts with which the names of all evaluations of this stage 1 begin."""
         return [
             slug(self.data.name),
             slug(self.model),
@@ -176,6 +186,7 @@ class Names:
             f"seed{self.ablation.seed}",
             self.ablation.prompt_style,
             *_attribution(self.ablation),
+            *([f"split-{self.data.split}"] if self.data.split else []),
         ]
 
     def _evaluation(
@@ -194,9 +205,8 @@ def _splits(data: DataSettings) -> list[str]:
         data,
         DataSettings(""),
         {
-            "split": "split",
-            "validation_split": "validation",
-            "test_split": "test",
+            "validation_split": "validation-split",
+            "test_split": "test-split",
             "evaluate_on": "on",
             "num_validation": "validation",
             "num_test": "test",
@@ -205,6 +215,7 @@ def _splits(data: DataSettings) -> list[str]:
 
 
 def grid_parts(grid: GridSettings, default: GridSettings) -> list[str]:
+    """The layers always, the rest of a grid if it differs from the default one."""
     return [
         grid.layer_mode,
         "+".join(grid.layers),
@@ -318,6 +329,7 @@ def experiment_stem(model: str, settings: StudySettings) -> str:
         [
             "+".join(slug(source.name) for source in settings.sources),
             slug(model),
+            first.split,
             f"n{first.num_samples}",
             settings.ablation.prompt_style,
             *_attribution(settings.ablation),

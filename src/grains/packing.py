@@ -1,4 +1,4 @@
-"""The answers to a prompt as a trie: what several sequences share stands, and is computed, once."""
+"""The answers to a prompt as a trie: a prefix that several sequences share is computed once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pack:
-    """Token sequences laid out as one trie.
+    """Token sequences laid out as one trie of T nodes, a parent always before its children.
 
-    tokens: (T,) ids, every node of the trie once, a parent always before its children.
-    depth: (T,) the position of a node in the sequences it belongs to.
-    same_path: (T, T) whether one of two nodes is an ancestor of the other (or is it).
-    paths: for every sequence the (length,) nodes of its tokens.
+    tokens: (T,) the token id of each node.
+    depth: (T,) the position of a node in the sequences that it belongs to.
+    same_path: (T, T) bool, whether two nodes are the same or one is an ancestor of the other.
+    paths: for every sequence the nodes of its tokens, (length,).
     """
 
     tokens: Tensor
@@ -28,10 +28,13 @@ class Pack:
 
 
 def pack(sequences: list[list[int]]) -> Pack:
-    """Lay out sequences of token ids as a trie (their common prefixes once)."""
+    """Lay out sequences of token ids as a trie, in which a common prefix occurs once."""
     children: list[dict[int, int]] = []
     roots: dict[int, int] = {}
-    tokens, depth, parents, paths = [], [], [], []
+    tokens: list[int] = []
+    depth: list[int] = []
+    parents: list[int] = []
+    paths: list[Tensor] = []
     for sequence in sequences:
         level, parent, path = roots, -1, []
         for position, token in enumerate(sequence):

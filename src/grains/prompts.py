@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from PIL.Image import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from grains import vision
 from grains.data import Example
@@ -18,13 +19,14 @@ from grains.settings import STYLES
 class Encoded:
     """One example as the model takes it.
 
-    text: the rendered prompt. inputs: the model's inputs for it, one row (input_ids (1, P),
-        attention_mask, pixel_values, ...).
-    responses: the token ids of each choice.
-    content: (P,) bool, the positions of the user's own words (context and question), apart from
-        special tokens and the frame that the prompt style puts around them.
-    words: (P,) bool, all text positions but special tokens.
-    image: (P,) bool, the positions that image features take.
+    text: the rendered prompt.
+    inputs: the model's inputs for the prompt, one row: input_ids (1, P), attention_mask (1, P),
+        pixel_values and what else the family needs.
+    responses: the token ids of each of the C choices.
+    content: (P,) bool, the positions of the user's own words (context and question), without
+        special tokens and the words that the prompt style adds.
+    words: (P,) bool, all text positions except special tokens.
+    image: (P,) bool, the positions of image features.
     """
 
     example: Example
@@ -37,16 +39,17 @@ class Encoded:
 
     @property
     def prompt_ids(self) -> list[int]:
+        """The P token ids of the prompt."""
         return self.inputs["input_ids"][0].tolist()
 
     @property
     def length(self) -> int:
-        """Positions of the prompt and all responses behind it."""
+        """The number of tokens of the prompt and all responses."""
         return len(self.prompt_ids) + sum(map(len, self.responses))
 
     @property
     def packed_length(self) -> int:
-        """Positions that scoring the responses computes: like beginnings once, no last token."""
+        """The number of positions that scoring computes: common beginnings once, no last tokens."""
         return len(self.prompt_ids) + len(
             {
                 tuple(response[:end])
@@ -56,14 +59,14 @@ class Encoded:
         )
 
     def without_picture(self) -> Encoded:
-        """The same without its pixels, which take megabytes; for lengths and positions."""
+        """A copy without pixels, which take megabytes: enough to know lengths and positions."""
         kept = ("input_ids", "attention_mask")
         return replace(self, inputs={key: self.inputs[key] for key in kept})
 
     def sequences(self, without_last: bool = False) -> list[list[int]]:
-        """Prompt and response joined, for each choice.
+        """The token ids of prompt and response, for each of the C choices.
 
-        without_last: leave out each last token, which is predicted but need not be read.
+        without_last: leave out each last token: nothing after it is predicted.
         """
         return [
             self.prompt_ids + (response[:-1] if without_last else response)
@@ -72,10 +75,12 @@ class Encoded:
 
 
 def render(lm: LanguageModel, example: Example, style: str) -> tuple[str, str]:
-    """The text of the prompt, and what stands between it and a response.
+    """The text of the prompt, and the separator between it and a response.
 
-    qa: `Q: {question}\\nA:` and a space, as the published scripts do. chat: the model's own chat
-    template. plain: the question as it is, and a space. A picture's placeholder comes first.
+    style: qa: `Q: {question}\\nA:` and a space, as in the published scripts; chat: the model's own
+        chat template and no separator; plain: the question as it is, and a space.
+    A context comes before the question, a picture's placeholder before both.
+    Raises UserError for an unknown style, or for chat without a chat template.
     """
     question = f"{example.context}\n{example.question}" if example.context else example.question
     has_image = example.image is not None
@@ -96,8 +101,8 @@ def render(lm: LanguageModel, example: Example, style: str) -> tuple[str, str]:
     return f"{start}{context}Q: {example.question}\nA:", " "
 
 
-def _renderer(lm: LanguageModel):
-    """What has the chat template: an image-text model's processor, also for words alone."""
+def _renderer(lm: LanguageModel) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """What holds the chat template: the processor of an image-text model, else the tokenizer."""
     return lm.tokenizer if lm.processor is None else lm.processor
 
 
@@ -114,19 +119,21 @@ def encode(
     picture: Image | None = None,
     finished: bool = True,
 ) -> Encoded:
-    """Tokenize an example, its picture included.
+    """Tokenize an example and prepare its picture.
 
-    A response's tokens are those that follow the prompt's when both are tokenized as one text;
-    where a tokenizer merges across the border, the two are tokenized apart.
+    A response's tokens are those that follow the prompt's when both are tokenized as one text. If a
+    tokenizer merges characters across the border, the two are tokenized separately.
 
-    picture: takes the place of the example's own (a blank one, say).
-    finished: in the style chat, whether the turn ends behind a response.
-    Raises UserError for an empty prompt or response and for one longer than the context.
+    style: qa, chat or plain (see `render`).
+    picture: used instead of the example's own, for example a blank one.
+    finished: in the style chat, whether the token that ends the turn follows each response.
+    Raises UserError for an empty prompt or response, a text longer than the model's context, and a
+    picture that the model cannot take.
     """
     if lm.processor is not None:
         vision.check_text(lm, example)
     elif example.image is not None:
-        raise UserError(f"example {example.id} has a picture, {lm.name} reads text only")
+        raise UserError(f"example {example.id} has a picture, but {lm.name} reads text only")
     text, space = render(lm, example, style)
     text_ids = _ids(lm, text)
     if not text_ids:
@@ -163,7 +170,7 @@ def encode(
 
 
 def _ids(lm: LanguageModel, text: str) -> list[int]:
-    """Token ids with the model's BOS (once), without an EOS that some tokenizers append."""
+    """Token ids with one BOS if the model has it, and without the EOS that some tokenizers add."""
     special = not vision.starts_with_bos(lm, text)
     ids = lm.tokenizer(text, add_special_tokens=special).input_ids
     ends = special and len(ids) > 1 and ids[-1] == lm.tokenizer.eos_token_id
@@ -171,10 +178,10 @@ def _ids(lm: LanguageModel, text: str) -> list[int]:
 
 
 def _end_of_turn(lm: LanguageModel) -> str:
-    """What the chat template writes behind an answer: the token that ends the model's turn.
+    """The token that ends the model's turn, as the chat template writes it after an answer.
 
-    In a chat an answer is whole when the model ends it: without this token 'a circle' would be
-    no other answer than the beginning of 'a circle and a square'.
+    In a chat an answer is complete when the model ends its turn. Without this token, 'a circle'
+    would be the same answer as the beginning of 'a circle and a square'.
     """
     turns = [
         {"role": role, "content": _content_of_turn(lm, text)}
@@ -188,13 +195,15 @@ def _end_of_turn(lm: LanguageModel) -> str:
     return lm.tokenizer.eos_token or ""
 
 
-def _response_ids(lm, prompt, prompt_ids, text, end, example) -> list[int]:
+def _response_ids(
+    lm: LanguageModel, prompt: str, prompt_ids: list[int], text: str, end: str, example: Example
+) -> list[int]:
     ids = _ids(lm, prompt + text)
     if ids[: len(prompt_ids)] == prompt_ids:
         ids = ids[len(prompt_ids) :]
     else:
         ids = lm.tokenizer(text, add_special_tokens=False).input_ids
-    if not lm.tokenizer.decode(ids).strip():  # the space before it is no answer
+    if not lm.tokenizer.decode(ids).strip():  # a space alone is no answer
         raise UserError(f"example {example.id}: the answer {text.strip()!r} tokenizes to nothing")
     return ids + (lm.tokenizer(end, add_special_tokens=False).input_ids if end else [])
 
@@ -206,7 +215,7 @@ def _content(lm: LanguageModel, example: Example, prompt: str) -> torch.Tensor:
         prompt, add_special_tokens=special, return_offsets_mapping=lm.tokenizer.is_fast
     )
     inside = torch.zeros(len(tokens.input_ids), dtype=torch.bool)
-    if not lm.tokenizer.is_fast:  # no offsets: the whole prompt counts
+    if not lm.tokenizer.is_fast:  # no offsets are known: every token counts
         return ~inside
     for text in filter(None, (example.context, example.question)):
         begin = prompt.rfind(text)
@@ -219,7 +228,10 @@ def _content(lm: LanguageModel, example: Example, prompt: str) -> torch.Tensor:
 
 
 def _aligned(mask: torch.Tensor, text_ids: list[int], prompt_ids: list[int]) -> torch.Tensor:
-    """A mask over the text's tokens, over the prompt's: the same but for what a picture adds."""
+    """A mask over the tokens of the text, as a mask (P,) over those of the prompt.
+
+    The two differ only where the processor has put image tokens in the place of one placeholder.
+    """
     mask = mask[: len(text_ids)]
     if len(text_ids) == len(prompt_ids):
         return mask

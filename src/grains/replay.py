@@ -1,23 +1,25 @@
 """Capture one forward of the decoder, replay it from any layer.
 
-The model's own forward is run once on an example to record what it calls each decoder layer with
-(mask, rotary embeddings, ...) and the embeddings that enter layer 0. From then on the decoder is
-a loop over its layers on whatever hidden states one likes, which is all that attribution,
-ablation, scoring and steering need. Nothing here knows a model family.
+The model's own forward runs once on an example. It records what each decoder layer is called with
+(mask, rotary embeddings, ...) and the embeddings that enter layer 0. Afterwards the decoder is a
+loop over its layers, which can start at any layer and from any hidden states. Attribution,
+ablation, scoring and steering need nothing else, and nothing here depends on the model family.
 
-The responses to a prompt are packed behind it as a trie: what several sequences share (the
-prompt, and the words with which two answers begin alike) stands, and is computed, once. A token
-sees only the tokens on its own path through the trie.
+The responses to a prompt are packed behind it as a trie. What several sequences share (the prompt,
+and the first words of answers that begin alike) is computed once. A token sees only the tokens on
+its own path through the trie.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -27,8 +29,9 @@ from grains.lm import LanguageModel
 from grains.logprobs import LOGIT_ROWS, VOCABULARY_SLICE
 from grains.packing import Pack
 
-# What layers are called with and what packing does to it. A layer that takes another tensor per
-# position cannot be reordered safely, so it is refused instead of guessed at.
+# Keyword arguments of layers that hold one number per position, which packing reorders (beside the
+# mask and the rotary embeddings). A model whose layers take any other tensor per position is
+# refused: how to reorder it would be a guess.
 POSITION_KEYS = ("position_ids", "cache_position")
 
 
@@ -36,9 +39,9 @@ POSITION_KEYS = ("position_ids", "cache_position")
 class Capture:
     """What the decoder's layers were called with, for a batch of B sequences of T positions.
 
-    embeds: (B, T, D) hidden states that enter layer 0.
-    kwargs: per layer its keyword arguments; layers of one kind share the same objects.
-    lengths: (B,) positions that are real; the others are padding on the right.
+    embeds: (B, T, D) the hidden states that enter layer 0.
+    kwargs: the keyword arguments of each layer; layers of the same kind share their objects.
+    lengths: (B,) the number of positions of each sequence; padding follows on the right.
     """
 
     embeds: Tensor
@@ -46,7 +49,7 @@ class Capture:
     lengths: Tensor
 
     def rows(self, index: Tensor) -> list[dict]:
-        """The keyword arguments for hidden states whose row r belongs to sequence index[r]."""
+        """Keyword arguments for R rows of hidden states; row r is of sequence index[r], (R,)."""
         return _map_kwargs(self.kwargs, lambda _, value: _rows(value, index))
 
 
@@ -54,11 +57,11 @@ def _rows(value: Tensor, index: Tensor) -> Tensor:
     return value if value.shape[0] == 1 else value[index.to(value.device)]
 
 
-def _map_kwargs(kwargs: list[dict], change) -> list[dict]:
-    """Apply `change(key, tensor)` to every tensor, once for each distinct object."""
-    done: dict[int, object] = {}
+def _map_kwargs(kwargs: list[dict], change: Callable[[str, Tensor], Tensor]) -> list[dict]:
+    """Replace every tensor by `change(name, tensor)`, computed once for each distinct tensor."""
+    done: dict[int, Tensor] = {}
 
-    def apply(key, value):
+    def apply(key: str, value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return type(value)(apply(key, item) for item in value)
         if not isinstance(value, Tensor):
@@ -71,25 +74,25 @@ def _map_kwargs(kwargs: list[dict], change) -> list[dict]:
 
 
 @contextmanager
-def _recorded(lm: LanguageModel, run_layers: bool):
-    """Record the first argument of layer 0 and the keyword arguments of every layer.
+def _recorded(lm: LanguageModel, run_layers: bool) -> Iterator[list[dict]]:
+    """Record the arguments of every layer, within the block.
 
-    With `run_layers` false the layers hand their input on unchanged and the logits are zeros, so
-    that the forward costs no more than embedding, masks and, for an image, the vision tower.
+    run_layers: if false, layers return their input and the head returns zeros, so that a forward
+        costs no more than the embeddings, the masks and, for a picture, the vision tower.
     """
     records: list[dict] = [{} for _ in lm.layers]
     handles, replaced = [], []
 
-    def unchanged(hidden_states, *args, **kwargs):
+    def unchanged(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
-    def zeros(hidden_states):
+    def zeros(hidden_states: Tensor) -> Tensor:
         return hidden_states.new_zeros(*hidden_states.shape[:-1], len(lm.head.weight))
 
     idle = {} if run_layers else {**dict.fromkeys(lm.layers, unchanged), lm.head: zeros}
 
-    def recorder(index):
-        def hook(module, args, kwargs):
+    def recorder(index: int) -> Callable[[nn.Module, tuple, dict], None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             records[index] = {"args": args, "kwargs": kwargs}
 
         return hook
@@ -97,9 +100,9 @@ def _recorded(lm: LanguageModel, run_layers: bool):
     try:
         for index, layer in enumerate(lm.layers):
             handles.append(layer.register_forward_pre_hook(recorder(index), with_kwargs=True))
-        for module, instead in idle.items():
+        for module, substitute in idle.items():
             replaced.append((module, module.__dict__.get("forward")))
-            module.forward = instead
+            module.forward = substitute
         yield records
     finally:
         for handle in handles:
@@ -115,7 +118,9 @@ def capture(lm: LanguageModel, inputs: dict, run_layers: bool = False) -> Captur
     """Record one forward of the model.
 
     inputs: what the model's forward takes (input_ids, attention_mask, pixel_values, ...), B rows.
-    Returns the `Capture` of exactly that forward.
+    run_layers: whether the layers compute anything; what is recorded is the same.
+    Raises UserError if a layer is not called, or called with other positional arguments than the
+    hidden states.
     """
     with torch.no_grad(), _recorded(lm, run_layers) as records:
         lm.model(**inputs, use_cache=False, logits_to_keep=1)
@@ -135,11 +140,13 @@ def capture(lm: LanguageModel, inputs: dict, run_layers: bool = False) -> Captur
 def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
     """Capture a packed trie whose sequences all begin with the prompt.
 
-    The model's own forward runs on the nodes in a row, which gives every node's embedding; masks
-    and rotary embeddings are then taken at each node's true position (its depth), and the masks
-    narrowed to the node's own path.
+    The model's own forward runs on all T nodes as one sequence, which gives every node's embedding.
+    Masks and rotary embeddings are then taken at each node's true position (its depth), and the
+    masks are restricted to the node's own path.
 
-    prompt: the model's inputs for the prompt alone (one row), images included.
+    prompt: the model's inputs for the prompt alone (one row), pictures included.
+    Returns a `Capture` with B = 1. Raises UserError if a layer takes a tensor that cannot be
+    reordered.
     """
     extra = packed.tokens[prompt["input_ids"].shape[1] :].tolist()
     linear = capture(lm, extend(prompt, extra))
@@ -150,13 +157,13 @@ def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
     depth, same_path = packed.depth.to(device), packed.same_path.to(device)
 
     def change(key: str, value: Tensor) -> Tensor:
-        at = depth.to(value.device)
+        positions = depth.to(value.device)
         if key == "attention_mask":
-            return _narrow(value, at, same_path.to(value.device), lm.name)
+            return _narrow(value, positions, same_path.to(value.device), lm.name)
         if key == "position_embeddings" and value.shape[-2] == length:
-            return value.index_select(-2, at)
+            return value.index_select(-2, positions)
         if key in POSITION_KEYS and value.shape[-1] == length:
-            return value.index_select(-1, at)
+            return value.index_select(-1, positions)
         raise UserError(
             f"{lm.name}: its layers take a tensor '{key}' of shape {tuple(value.shape)} that "
             "cannot be replayed for packed sequences; this model is not supported"
@@ -167,12 +174,12 @@ def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
     return Capture(linear.embeds, _fill_masks(kwargs, causal), linear.lengths)
 
 
-def _causal(length: int, device) -> Tensor:
+def _causal(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
 def _fill_masks(kwargs: list[dict], mask: Tensor) -> list[dict]:
-    """Put `mask` where a layer was called without one, which means plain causal attention."""
+    """Give `mask` to the layers that were called without one: they attend causally."""
     return [
         layer | {"attention_mask": mask} if layer.get("attention_mask") is None else layer
         for layer in kwargs
@@ -180,7 +187,7 @@ def _fill_masks(kwargs: list[dict], mask: Tensor) -> list[dict]:
 
 
 def _narrow(mask: Tensor, depth: Tensor, same_path: Tensor, name: str) -> Tensor:
-    """The mask (B, 1, T, T) at the nodes' positions, closed where two nodes share no path."""
+    """The mask (B, 1, T, T) at the nodes' positions, closed between nodes that share no path."""
     if mask.dim() != 4 or mask.shape[-1] != mask.shape[-2]:
         raise UserError(
             f"{name}: an attention mask of shape {tuple(mask.shape)} cannot be "
@@ -209,8 +216,8 @@ def extend(prompt: dict, tokens: list[int]) -> dict:
 def collate(captures: list[Capture]) -> Capture:
     """Join captures of one row each into a batch, padded on the right.
 
-    A padding position sees itself alone and no other position sees it, so the scores of an
-    example do not depend on what it is batched with.
+    A padding position sees only itself, and no other position sees it. So the scores of an example
+    do not depend on the rest of its batch.
     """
     if len(captures) == 1:
         return captures[0]
@@ -238,9 +245,9 @@ def collate(captures: list[Capture]) -> Capture:
         wide[..., padding, padding] = True if is_bool else 0.0
         return wide
 
-    joined: dict[tuple, object] = {}
+    joined: dict[tuple[int, ...], Tensor] = {}
 
-    def join(key: str, values: tuple):
+    def join(key: str, values: tuple) -> Any:
         first = values[0]
         if isinstance(first, (tuple, list)):
             return type(first)(join(key, items) for items in zip(*values, strict=True))
@@ -270,17 +277,18 @@ def replay(
     kwargs: list[dict],
     start: int = 0,
     stop: int | None = None,
-    after=None,
+    after: Callable[[int, Tensor], Tensor | None] | None = None,
     checkpointed: bool = False,
 ) -> Tensor:
     """Run decoder layers start to stop-1 on hidden states.
 
-    hidden_states: (R, T, D) what enters layer `start`.
-    kwargs: per layer, for R rows (`Capture.rows`); rows of one sequence may share a first
-        dimension of 1.
-    after: called as after(layer, hidden_states) with each layer's output; what it returns (if
-        not None) goes on in its place. This is where states are read and steered.
-    checkpointed: keep each layer's input alone for the backward pass, which computes the layer
+    hidden_states: (R, T, D) the input of layer `start`.
+    kwargs: the keyword arguments of each layer for R rows (see `Capture.rows`); if all rows are of
+        one sequence, those captured for that sequence alone.
+    stop: the first layer that is not run; None runs all.
+    after: called as after(layer, output) after each layer. If it returns a tensor, that replaces
+        the output. This is where states are read and steered.
+    checkpointed: keep only each layer's input for the backward pass, which then computes the layer
         again: a third more work, a small part of the memory.
     Returns the output (R, T, D) of layer stop-1, before the final norm.
     """
@@ -298,11 +306,12 @@ def replay(
 
 
 def gradient_rows(lm: LanguageModel, captured: Capture) -> tuple[int, bool]:
-    """How many rows of a capture (of one row) can be replayed with gradients at a time.
+    """How many rows of a capture (B = 1) can be replayed with gradients at a time.
 
     What one row keeps for the backward pass is measured on the first layer, attention weights
-    included where they are kept; the other layers are taken to be like it. Returns the rows that
-    fit in `lm.memory`, 1 at least, and whether their layers must be checkpointed for that.
+    included where they are kept; the other layers are assumed to keep as much.
+    Returns the number of rows that fit in `lm.memory`, at least 1, and whether their layers must be
+    checkpointed to fit.
     """
     held: dict[int, int] = {}
 
@@ -315,8 +324,8 @@ def gradient_rows(lm: LanguageModel, captured: Capture) -> tuple[int, bool]:
     with saved_tensors_hooks(note, lambda tensor: tensor):
         output = lm.layers[0](row, **captured.kwargs[0])
     weights = {weight.untyped_storage().data_ptr() for weight in lm.layers[0].parameters()}
-    one_layer = sum(size for place, size in held.items() if place not in weights)
-    # Beside them: a piece of the logits, twice, and what a layer's backward holds.
+    one_layer = sum(size for address, size in held.items() if address not in weights)
+    # The rest holds a slice of the logits, twice, and what one layer's backward pass needs.
     free = lm.memory - 2 * LOGIT_ROWS * VOCABULARY_SLICE * torch.float32.itemsize
     rows = int(free // ((len(lm.layers) + 1) * one_layer))
     if rows > 0:

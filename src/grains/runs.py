@@ -1,9 +1,9 @@
-"""Files of a run: names, manifests, whole writes, finished units that a later run takes up.
+"""Reading and writing files: whole files, manifests, and runs that resume where they stopped.
 
 A run is a list of units (an example, a batch of questions). Each finished unit is a small file in
-a folder `<output>.parts`; when all are there they are merged into the outputs, the manifest is
-written last and the folder removed. So a run that is killed at any moment goes on where it was,
-and several processes share the units by doing every n-th.
+the folder `<output>.parts`. When all are finished, they are merged into the outputs; then the
+manifest is written and the folder removed. So a run that is killed at any moment resumes where it
+stopped. Of several processes, each does every n-th unit.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -34,10 +35,11 @@ from tqdm import tqdm
 from grains.errors import UserError
 from grains.version import __version__
 
-HEADER = "grains"
+HEADER = "grains"  # the key of our metadata in the header of a safetensors file
 
 
 def versions() -> dict:
+    """The versions of this package, of Python and of the libraries that results depend on."""
     packages = ("torch", "transformers", "tokenizers", "numpy")
     return {
         "grains": __version__,
@@ -47,7 +49,10 @@ def versions() -> dict:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place: whole or not at all."""
+    """Write a file completely or not at all: `write` fills a temporary file, which is then renamed.
+
+    Raises UserError if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +62,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"'{path}' could not be written: {error.strerror or error}; free some "
-            "space or choose another place, and run the same command again"
+            f"'{path}' could not be written: {error.strerror or error}; free some space or give "
+            "another path, and run the same command again"
         ) from error
     finally:
         with suppress(OSError):
@@ -66,27 +71,29 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], info: dict) -> None:
-    """A safetensors file with `info` as JSON in its header."""
+    """Write a safetensors file with `info` as JSON in its header."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = {HEADER: json.dumps(info, sort_keys=True)}
     try:
         write_whole(path, lambda temporary: save_file(whole, temporary, header))
-    except SafetensorError as error:  # a full disk comes as this
+    except SafetensorError as error:  # raised if the disk is full
         raise UserError(
-            f"'{path}' could not be written: {error}; free some space or choose "
-            "another place, and run the same command again"
+            f"'{path}' could not be written: {error}; free some space or give another path, and "
+            "run the same command again"
         ) from error
 
 
 def write_stacked(
-    path: Path, names: dict[str, str], parts: Callable[[], Iterator[dict]], count: int, info: dict
+    path: Path, names: dict[str, str], units: Callable[[], Iterator[dict]], count: int, info: dict
 ) -> None:
-    """A safetensors file of arrays that are stacked from `count` parts, one part in memory.
+    """Write a safetensors file of arrays stacked from `count` units, with one unit in memory.
 
-    names: array in the file -> tensor of each part. parts: begins the parts' dicts of tensors.
-    The format is a length (8 bytes), a JSON header with every array's place, then the arrays.
+    names: array in the file -> its tensor in each unit, fp32.
+    units: returns an iterator over the units' dicts of tensors; it is called twice.
+    The format is the header's length (8 bytes), a JSON header with the offsets of every array, then
+    the arrays.
     """
-    first = next(parts())
+    first = next(units())
     header: dict[str, dict] = {"__metadata__": {HEADER: json.dumps(info, sort_keys=True)}}
     sizes, end = {}, 0
     for name, source in names.items():
@@ -106,23 +113,26 @@ def write_stacked(
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
             file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for index, part in enumerate(parts()):
+            for index, unit in enumerate(units()):
                 for name, source in names.items():
-                    place = header[name]["data_offsets"][0] + index * sizes[name]
-                    file.seek(8 + len(encoded) + place)
-                    file.write(part[source].contiguous().numpy().astype("<f4").tobytes())
+                    offset = header[name]["data_offsets"][0] + index * sizes[name]
+                    file.seek(8 + len(encoded) + offset)
+                    file.write(unit[source].contiguous().numpy().astype("<f4").tobytes())
 
     write_whole(path, write)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and header of a file that `write_tensors` wrote."""
+    """The tensors and the `info` of a file that `write_tensors` wrote. Raises as `read_header`."""
     info = read_header(path)
     return load_file(str(path)), info
 
 
 def read_header(path: Path) -> dict:
-    """The `info` of a safetensors file. Raises UserError if there is none or it is cut short."""
+    """The `info` in the header of a safetensors file.
+
+    Raises UserError if the file is missing, cut short or has no such header.
+    """
     if not path.is_file():
         raise UserError(f"'{path}' does not exist")
     try:
@@ -138,31 +148,33 @@ def read_header(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file with sorted keys."""
     text = json.dumps(content, indent=1, sort_keys=True) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
-# All text is quoted: the default leaves a lone carriage return bare, which then ends a row.
+# All text is quoted: by default pandas does not quote a carriage return, which then ends a row.
 CSV = {"index": False, "quoting": csv.QUOTE_NONNUMERIC}
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a CSV."""
     write_whole(path, lambda temporary: table.to_csv(temporary, **CSV))
 
 
-def write_rows(path: Path, parts: Iterable[list[dict]]) -> None:
-    """A table from parts of a few rows with the same columns each, one part in memory."""
+def write_rows(path: Path, chunks: Iterable[list[dict]]) -> None:
+    """Write a CSV from chunks of rows, all with the same columns, with one chunk in memory."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="") as file:
-            for index, rows in enumerate(parts):
+            for index, rows in enumerate(chunks):
                 pd.DataFrame(rows).to_csv(file, header=not index, **CSV)
 
     write_whole(path, write)
 
 
 def read_json(path: Path) -> dict:
-    """Raises UserError if the file is not whole."""
+    """Read a JSON file. Raises UserError if it is missing or not valid JSON."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -175,35 +187,41 @@ def read_json(path: Path) -> dict:
 def processes() -> PartialState:
     """The processes of this run: one, or those that `accelerate launch` or `torchrun` started.
 
-    They wait for each other as long as it takes: an unfinished run may leave one more to do.
+    The timeout is long: when a run resumes, one process may have many units left and the others
+    none, and these wait for it.
     """
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
 
 
 def differences(expected: dict, found: dict, prefix: str = "") -> list[str]:
-    """What differs between two manifests, as 'flag: expected, found'."""
+    """How two manifests differ: 'setting: found instead of expected' for each difference.
+
+    prefix: put before the names of settings.
+    """
     lines = []
     for key in sorted({*expected, *found}):
-        here, there = expected.get(key), found.get(key)
-        if isinstance(here, dict) and isinstance(there, dict):
-            lines += differences(here, there, f"{prefix}{key}.")
-        elif here != there:
-            lines.append(f"{prefix}{key} {there} there, {here} now")
+        wanted, actual = expected.get(key), found.get(key)
+        if isinstance(wanted, dict) and isinstance(actual, dict):
+            lines += differences(wanted, actual, f"{prefix}{key}.")
+        elif wanted != actual:
+            lines.append(f"{prefix}{key}: {actual} instead of {wanted}")
     return lines
 
 
-def digest(content) -> str:
-    """Twelve hexadecimal digits that stand for what can be written as JSON."""
+def digest(content: Any) -> str:
+    """Twelve hexadecimal digits of a hash of anything that can be written as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Run:
-    """The units of one run, kept and resumed.
+    """The units of a resumable run, and the lock that keeps other runs away from its outputs.
 
-    outputs: the files the run will write; manifest: all that they depend on. `finished` is true
-    when they are already there for exactly this manifest.
-    Raises UserError when the outputs belong to another manifest (unless `overwrite`), when another
-    run is writing them, or when there is no space or no permission for them.
+    outputs: the files that the run will write. manifest: everything that they depend on.
+    overwrite: replace outputs of another manifest, or do this run again.
+    expected_bytes: the space that the run needs.
+    finished: whether the outputs already exist for exactly this manifest.
+    Raises UserError if the outputs belong to another manifest (unless `overwrite`), if another run
+    is writing them, or if space or permission is missing.
     """
 
     def __init__(
@@ -221,7 +239,7 @@ class Run:
         self.manifest_path = first.with_suffix(".manifest.json")
         self.parts = first.with_suffix(".parts")
         # The main process opens the run for all; if it cannot, all of them end.
-        outcome = [False, None]
+        outcome: list[Any] = [False, None]
         if self.state.is_main_process:
             try:
                 outcome[0] = self._open(overwrite, expected_bytes)
@@ -233,7 +251,7 @@ class Run:
             raise UserError(problem) if self.state.is_main_process else SystemExit(1)
 
     def _open(self, overwrite: bool, expected_bytes: int) -> bool:
-        """Lock the outputs and make the folder of parts. Returns whether all is done already."""
+        """Lock the outputs and make the folder of parts. Returns whether the run is finished."""
         try:
             for path in [*self.outputs, self.parts]:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,8 +259,8 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"another run is writing '{self.outputs[0]}': wait for it, or give "
-                "other output paths"
+                f"another run is writing '{self.outputs[0]}': wait for it, or give other output "
+                "paths"
             ) from None
         except OSError as error:
             raise UserError(
@@ -255,33 +273,33 @@ class Run:
             self._unlock()
             raise
         for path in [*self.outputs, self.manifest_path]:  # what a killed run was writing
-            for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.tmp"):
-                left.unlink(missing_ok=True)
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.tmp"):
+                leftover.unlink(missing_ok=True)
         if finished:
             self._unlock()
         return finished
 
     def _prepare(self, overwrite: bool, expected_bytes: int) -> bool:
+        """Check outputs and parts of earlier runs. Returns whether the run is finished."""
         marker = self.parts / "manifest.json"
         if overwrite:
-            # Parts of this very run without results are what an earlier overwrite left off at.
+            # Parts of this run without outputs are from an overwrite that was killed: keep them.
             if self.manifest_path.is_file() or not self._is_ours(marker):
                 shutil.rmtree(self.parts, ignore_errors=True)
             self.manifest_path.unlink(missing_ok=True)
         elif self.manifest_path.is_file():
-            self._same(read_json(self.manifest_path), self.outputs[0])
+            self._check_manifest(read_json(self.manifest_path), self.outputs[0])
             if all(path.is_file() for path in self.outputs):
                 shutil.rmtree(self.parts, ignore_errors=True)
                 return True
         elif marker.is_file():
-            self._same(read_json(marker), self.parts)
+            self._check_manifest(read_json(marker), self.parts)
         else:
             for path in self.outputs:
                 if path.exists():
                     raise UserError(
-                        f"'{path}' is there already, and no manifest beside it says "
-                        "what it is from: give other output paths, or overwrite to "
-                        "replace it"
+                        f"'{path}' exists already, and no manifest beside it says how it was made: "
+                        "give other output paths, or overwrite to replace it"
                     )
         try:
             self.parts.mkdir(exist_ok=True)
@@ -295,39 +313,40 @@ class Run:
         free = shutil.disk_usage(self.parts).free
         if free < needed:
             raise UserError(
-                f"'{self.parts.parent}' has {free / 2**20:.0f} MiB free, the run needs "
-                f"about {needed / 2**20:.0f} MiB: free some, or give other output "
-                "paths"
+                f"'{self.parts.parent}' has {free / 2**20:.0f} MiB free, the run needs about "
+                f"{needed / 2**20:.0f} MiB: free some space or give other output paths"
             )
         write_json(marker, self.manifest)
         return False
 
     def _is_ours(self, marker: Path) -> bool:
+        """Whether the parts are of this manifest."""
         try:
             return read_json(marker) == self.manifest
         except UserError:
             return False
 
-    def _same(self, found: dict, where: Path) -> None:
+    def _check_manifest(self, found: dict, path: Path) -> None:
+        """Raise UserError unless `found`, the manifest of `path`, is this run's."""
         different = differences(self.manifest, found)
         if different:
             raise UserError(
-                f"'{where}' is from other settings ({'; '.join(different[:4])}): give "
-                "other output paths, or overwrite to do it anew"
+                f"'{path}' is from other settings ({'; '.join(different[:4])}): give other output "
+                "paths, or overwrite to replace it"
             )
 
     def _part(self, unit: int) -> Path:
-        # The key keeps other settings' parts out: what an overwrite that was killed has not
-        # removed yet, or what a process that outlived its run still writes.
+        # The key keeps parts of other settings apart: those that a killed overwrite has not removed
+        # yet, or that a process of a killed run still writes.
         return self.parts / f"{unit:07d}-{self.key}.safetensors"
 
     def todo(self, count: int, description: str) -> Iterator[int]:
-        """The units this process still has to do, under a progress bar."""
-        mine = range(self.state.process_index, count, self.state.num_processes)
-        missing = [unit for unit in mine if not self._part(unit).is_file()]
+        """The units that this process still has to do, with a progress bar."""
+        shard = range(self.state.process_index, count, self.state.num_processes)
+        missing = [unit for unit in shard if not self._part(unit).is_file()]
         with tqdm(
-            total=len(mine),
-            initial=len(mine) - len(missing),
+            total=len(shard),
+            initial=len(shard) - len(missing),
             desc=description,
             disable=not self.state.is_main_process,
             unit="unit",
@@ -341,18 +360,18 @@ class Run:
         write_tensors(self._part(unit), tensors, {"rows": rows})
 
     def all_done(self) -> bool:
-        """Wait until every process is done. True on the main process, which merges the units."""
+        """Wait for all processes. Returns True on the main process, which merges the units."""
         self._wait()
         return self.state.is_main_process
 
     def units(self, count: int) -> Iterator[tuple[dict[str, Tensor], list[dict]]]:
-        """The tensors and rows of all units in order, read one at a time."""
+        """The tensors and rows of all units, in order, read one by one."""
         for unit in range(count):
             tensors, info = read_tensors(self._part(unit))
             yield tensors, info["rows"]
 
     def finish(self) -> None:
-        """The outputs are written: write the manifest, drop the parts, let others in."""
+        """After the outputs are written: write the manifest, remove the parts, release the lock."""
         if self.state.is_main_process:
             write_json(self.manifest_path, self.manifest)
             shutil.rmtree(self.parts, ignore_errors=True)
@@ -361,17 +380,17 @@ class Run:
             self._unlock()
 
     def _wait(self) -> None:
-        """Wait for the other processes. Raises UserError if one of them ended before its time."""
+        """Wait for the other processes. Raises UserError if one of them has stopped."""
         try:
             self.state.wait_for_everyone()
         except RuntimeError as error:
             raise UserError(
-                "another process of this run has stopped, its own message says why: "
-                "what is finished is kept; run the same command again to go on"
+                "another process of this run has stopped, its own message says why: finished units "
+                "are kept; run the same command again to go on"
             ) from error
 
     def _unlock(self) -> None:
-        # In this order: the name goes while the lock is held, so that nobody takes what vanishes.
+        # The file is removed while it is locked: once released, it may be another run's lock.
         with suppress(OSError):
             Path(self.lock.lock_file).unlink()
         self.lock.release()
@@ -387,12 +406,14 @@ def resume(
     overwrite: bool = False,
     expected_bytes: int = 0,
 ) -> bool:
-    """Make the units of a run that are missing, then its outputs; a killed run goes on so.
+    """Do a run: compute the units that are missing, then write its outputs.
 
-    count: of the units. make: the number of a unit -> its tensors, and rows for the tables.
-    write: writes `outputs`; it is given what begins to read all units in order.
-    what: the units, for the progress bar. overwrite, expected_bytes: see `Run`.
-    Returns False if the outputs were there already for exactly this manifest.
+    outputs, manifest, overwrite, expected_bytes: see `Run`.
+    count: the number of units.
+    make: number of a unit -> its tensors, and its rows for tables.
+    write: writes `outputs`; its argument returns an iterator over all units in order.
+    what: the progress bar's text.
+    Returns False if the outputs exist already for exactly this manifest. Raises as `Run`.
     """
     run = Run(outputs, manifest, overwrite, expected_bytes)
     if run.finished:

@@ -1,8 +1,8 @@
-"""Log-likelihoods of choices, for the base model and a grid of steered ones.
+"""Log-likelihoods of choices, for the base model and many steering configurations.
 
-All choices of a question are packed behind its prompt; several questions make a batch. The base
-pass is kept at the layers where a configuration begins to steer, so that a configuration computes
-only the layers above (capture once, replay from any layer).
+All choices of a question are packed behind its prompt, and several questions make a batch. The
+base model's hidden states are kept at each layer where a configuration begins to steer, so that the
+configuration computes only the layers above it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from grains.steering import Configuration, Gate, steer
 
 
 def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices of examples that are computed together: of like length, at most max_tokens wide.
+    """Indices of examples that are computed together, grouped by length.
 
-    Depends on the lengths and `max_tokens` alone, so that a resumed run batches alike.
+    A group times its longest length is at most max_tokens, unless it is a single example. The
+    groups depend only on the lengths and max_tokens, so that a resumed run makes the same ones.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
@@ -33,13 +34,14 @@ def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-# Configurations fill a batch as well as questions do, and with fewer questions, closer to one
-# length, less of it is padding. Such a group is a unit of a run: another share, another version.
+# Rows of a batch are questions times configurations. With fewer questions of more similar length,
+# less of the batch is padding. A group of questions is a unit of a resumable run: whoever changes
+# this share must raise the version.
 QUESTIONS_SHARE = 4
 
 
 def question_batches(encoded: list[Encoded], max_tokens: int) -> list[list[int]]:
-    """Indices of questions that are scored together, alone a quarter of max_tokens wide."""
+    """Indices of questions that are scored together (see `batches` and QUESTIONS_SHARE)."""
     return batches([item.packed_length for item in encoded], max_tokens // QUESTIONS_SHARE)
 
 
@@ -47,11 +49,11 @@ def question_batches(encoded: list[Encoded], max_tokens: int) -> list[list[int]]
 def score(
     lm: LanguageModel, encoded: list[Encoded], configurations: list[Configuration], max_tokens: int
 ) -> list[np.ndarray]:
-    """Summed log P of every choice, base and steered.
+    """log P of every choice in nats, summed over its tokens, base and steered.
 
-    encoded: the questions of one batch (see `question_batches`). max_tokens: positions computed at
-        a time.
-    Returns for each question a (1 + C, choices) array, the base model first.
+    encoded: the questions of one batch (see `question_batches`).
+    max_tokens: the number of positions computed at a time.
+    Returns for each question an array (1 + configurations, choices), the base model first.
     """
     batch, read = packed_batch(lm, encoded)
     groups: dict[tuple[tuple[int, ...], Gate | None], list[int]] = {}
@@ -74,24 +76,24 @@ def score(
     at_a_time = max(1, max_tokens // (questions * length))
     for (layers, gate), members in groups.items():
         passes = -(-len(members) // at_a_time)
-        for part in (members[start::passes] for start in range(passes)):
+        for share in (members[start::passes] for start in range(passes)):
             vectors = {
-                layer: torch.stack([configurations[i].vectors[layer] for i in part])
+                layer: torch.stack([configurations[i].vectors[layer] for i in share])
                 for layer in layers
             }
             values = _steered(lm, batch, kept[layers[0]], vectors, gate, read)
-            for index, value in zip(part, values, strict=True):
+            for index, value in zip(share, values, strict=True):
                 scores[1 + index] = value
     stacked = torch.stack(scores)
     sizes = [len(item.responses) for item in encoded]
-    return [part.double().numpy() for part in stacked.split(sizes, dim=1)]
+    return [by_choice.double().numpy() for by_choice in stacked.split(sizes, dim=1)]
 
 
 def score_all(
     lm: LanguageModel, encoded: list[Encoded], configurations: list[Configuration], max_tokens: int
 ) -> list[np.ndarray]:
-    """`score` of any number of questions, in their order."""
-    scores = {}
+    """`score` for any number of questions, in their order."""
+    scores: dict[int, np.ndarray] = {}
     for members in question_batches(encoded, max_tokens):
         batch = [encoded[index] for index in members]
         values = score(lm, batch, configurations, max_tokens)
@@ -100,7 +102,7 @@ def score_all(
 
 
 def packed_batch(lm: LanguageModel, encoded: list[Encoded]) -> tuple[Capture, ResponseScorer]:
-    """Examples with their responses packed behind them, and what reads the responses' scores."""
+    """Examples as one batch, responses packed behind their prompts, and the scorer of these."""
     packs = [pack(item.sequences(without_last=True)) for item in encoded]
     batch = collate(
         [capture_pack(lm, item.inputs, packed) for item, packed in zip(encoded, packs, strict=True)]
@@ -114,17 +116,25 @@ def packed_batch(lm: LanguageModel, encoded: list[Encoded]) -> tuple[Capture, Re
     )
 
 
-def _steered(lm, batch, states, vectors, gate, read) -> Tensor:
-    """(c, choices of all questions) for c configurations that steer the same layers.
+def _steered(
+    lm: LanguageModel,
+    batch: Capture,
+    states: Tensor,
+    vectors: dict[int, Tensor],
+    gate: Gate | None,
+    read: ResponseScorer,
+) -> Tensor:
+    """Scores (c, choices of all Q questions) of c configurations that steer the same layers.
 
-    states: (Q, T, D) base output of the first steered layer; vectors: layer -> (c, D).
+    states: (Q, T, D) the base model's output of the first steered layer.
+    vectors: layer -> (c, D), layers in ascending order.
     """
     first, *later = vectors
-    opening = {layer: gate.at(layer) if gate else None for layer in vectors}
+    gates = {layer: gate.at(layer) if gate else None for layer in vectors}
     count, (questions, length, size) = len(vectors[first]), states.shape
     if first == len(lm.layers) - 1:
-        return read(states, lambda picked: steer(picked, vectors[first][:, None], opening[first]))
-    states = steer(states, vectors[first][:, None, None], opening[first]).flatten(0, 1)
+        return read(states, lambda picked: steer(picked, vectors[first][:, None], gates[first]))
+    states = steer(states, vectors[first][:, None, None], gates[first]).flatten(0, 1)
     by_row = {layer: vectors[layer].repeat_interleave(questions, 0)[:, None] for layer in later}
     kwargs = batch.rows(torch.arange(questions, device=states.device).repeat(count))
     final = replay(
@@ -132,32 +142,34 @@ def _steered(lm, batch, states, vectors, gate, read) -> Tensor:
         states,
         kwargs,
         start=first + 1,
-        after=lambda layer, h: steer(h, by_row[layer], opening[layer]) if layer in by_row else None,
+        after=lambda layer, h: steer(h, by_row[layer], gates[layer]) if layer in by_row else None,
     )
     return read(final.view(count, questions, length, size))
 
 
 def margins(encoded: list[Encoded], scores: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """(questions, 1 + C) by how much the preferred choice leads the best other one.
+    """How far the preferred choice leads the best other one, (questions, 1 + configurations).
 
-    scores: what `score` gives of each question. Choices are compared by their log-likelihoods in
-    sum ("sum") or per token ("token"). A question is answered right where its margin is above 0.
+    scores: for each question the array that `score` returns.
+    Returns two tables in nats: of log-likelihoods in sum ("sum") and per token ("token"). A
+    question is answered right if its margin is above 0.
     """
-    found: dict[str, list] = {"sum": [], "token": []}
+    by_score: dict[str, list] = {"sum": [], "token": []}
     for item, rows in zip(encoded, scores, strict=True):
         lengths = np.array([len(response) for response in item.responses])
         label = item.example.label
-        found["sum"].append([correct(row, label)[1] for row in rows])
-        found["token"].append([correct(row, label, lengths)[1] for row in rows])
-    return {kind: np.array(rows) for kind, rows in found.items()}
+        by_score["sum"].append([correct(row, label)[1] for row in rows])
+        by_score["token"].append([correct(row, label, lengths)[1] for row in rows])
+    return {kind: np.array(rows) for kind, rows in by_score.items()}
 
 
 def correct(
     log_likelihoods: np.ndarray, label: int, lengths: np.ndarray | None = None
 ) -> tuple[bool, float]:
-    """Whether the preferred choice scores strictly highest, and by what margin.
+    """Whether the preferred choice scores strictly highest, and its margin in nats.
 
-    log_likelihoods: (choices,) summed; lengths: (choices,) tokens, to compare per token.
+    log_likelihoods: (choices,) summed over tokens. label: the preferred choice.
+    lengths: (choices,) numbers of tokens, to compare per token; None compares the sums.
     """
     values = log_likelihoods if lengths is None else log_likelihoods / lengths
     margin = values[label] - np.delete(values, label).max()

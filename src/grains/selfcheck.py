@@ -1,4 +1,4 @@
-"""Is a replay of the layers this model? Compared at loading, with the model's own forward."""
+"""The self-check at load time: does a replay of the layers give the model's own results?"""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from grains.logprobs import logits
 from grains.packing import pack
 from grains.replay import capture_pack, extend, replay
 
-# How far a replay's log-probabilities may lie from the model's own: root mean square over the
-# vocabulary, at the worst position. In bfloat16 SmolLM2's own forward moves by 0.1 (0.6 for the
-# worst of its 49,152 words) and in float16 by 0.01 as soon as more text follows.
+# How much a replay's log-probabilities may differ from the model's own: root mean square over the
+# vocabulary, at the worst position, in nats. SmolLM2's own forward changes by 0.1 in bfloat16 (by
+# 0.6 for the worst of its 49,152 words) and by 0.01 in float16 when more text follows.
 SELF_CHECK_TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 0.3, torch.float16: 0.05}
 
 
 def check_replay(lm: LanguageModel) -> None:
-    """Refuse a model whose forward does more than its layers do.
+    """Raise UserError for a model whose forward does more than its layers do.
 
-    A short text is run through the model's own forward, and again as a replay of two packed
-    sequences, stopped and resumed in the middle; both must give the same log-probabilities, and
-    every layer must return its hidden states as one tensor. An image-text model must do so with a
-    picture in its prompt too.
+    A short text goes through the model's own forward, and through a replay of two packed sequences
+    that stops and resumes in the middle. Both must give the same log-probabilities, and every layer
+    must return its hidden states as one tensor. For an image-text model this is repeated with a
+    picture in the prompt.
     """
     vocabulary = min(lm.head.weight.shape[0], lm.embed.weight.shape[0])
     special = lm.special_ids() | lm.image_ids()
-    spread = list(range(vocabulary // 7, vocabulary)) + list(range(vocabulary // 7))
-    words = [token for token in spread if token not in special][:9]
+    # Nine ordinary tokens: the first ids of a vocabulary are often special or single bytes.
+    ids_in_order = list(range(vocabulary // 7, vocabulary)) + list(range(vocabulary // 7))
+    words = [token for token in ids_in_order if token not in special][:9]
     responses = [words[4:6], words[6:9]]
     ids = torch.tensor([words[:4]], device=lm.device)
     _check_replay(lm, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, responses, "")
     if lm.processor is not None:
-        # The second response alone: it is the one that is packed behind another.
-        _check_replay(lm, _picture_prompt(lm), responses, " with a picture", own=(1,))
+        # Only the second response is compared: it is the one packed behind another.
+        _check_replay(lm, _picture_prompt(lm), responses, " with a picture", compared=(1,))
 
 
 def _picture_prompt(lm: LanguageModel) -> dict:
-    """A prompt with a small picture, three times as wide as high, for the self-check."""
+    """The model's inputs for a prompt with a small picture, three times as wide as high."""
     across, down = Image.linear_gradient("L").resize((96, 32)), Image.radial_gradient("L")
     picture = Image.merge(
         "RGB", (across, across.transpose(Image.Transpose.ROTATE_180), down.resize((96, 32)))
@@ -55,8 +56,8 @@ def _picture_prompt(lm: LanguageModel) -> dict:
         ) from error
     if not encoded.image.any():
         raise UserError(
-            f"{lm.name}: the tokens that stand for a picture are not found in its "
-            "prompt; this architecture is not supported"
+            f"{lm.name}: the tokens that stand for a picture are not found in its prompt; this "
+            "architecture is not supported"
         )
     return encoded.inputs
 
@@ -66,10 +67,13 @@ def _check_replay(
     lm: LanguageModel,
     prompt: dict,
     responses: list[list[int]],
-    what: str,
-    own: tuple[int, ...] = (0, 1),
+    prompt_kind: str,
+    compared: tuple[int, ...] = (0, 1),
 ) -> None:
-    """Compare the responses numbered in `own` with the model's own forward behind the prompt."""
+    """Compare the responses numbered in `compared` with the model's own forward.
+
+    prompt_kind: what the error says of the prompt.
+    """
     outputs = []
     handles = [
         layer.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -78,7 +82,7 @@ def _check_replay(
     try:
         expected = {
             index: lm.model(**extend(prompt, responses[index]), use_cache=False).logits[0].float()
-            for index in own
+            for index in compared
         }
     finally:
         for handle in handles:
@@ -109,14 +113,13 @@ def _check_replay(
     )
     if not all(scores.isfinite().all() for scores in expected.values()):
         raise UserError(
-            f"{lm.name}: it gives NaN or infinite logits in {lm.dtype} on a short "
-            "text: its weights are damaged, or too large for that precision (try "
-            "dtype float32 or bfloat16)"
+            f"{lm.name}: it gives NaN or infinite logits in {lm.dtype} on a short text: its "
+            "weights are damaged, or too large for that precision; try dtype float32 or bfloat16"
         )
     limit = SELF_CHECK_TOLERANCE[lm.dtype]
     if not worst <= limit:
         raise UserError(
-            f"{lm.name}: a replay of its decoder layers{what} differs from the model's own "
+            f"{lm.name}: a replay of its decoder layers{prompt_kind} differs from the model's own "
             f"log-probabilities by {worst:.2g} (at most {limit:g} expected): its forward does more "
             "than its layers do, so it would be attributed and steered wrongly; not supported"
         )

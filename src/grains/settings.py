@@ -1,7 +1,7 @@
-"""What can be set: the words that an option may take, and the settings of each stage.
+"""The settings of each stage as dataclasses, and the values that each setting may take.
 
-Nothing heavy is imported here, so that a script can check its flags before it loads a library that
-takes seconds.
+Nothing heavy is imported here: a script checks its flags before it imports libraries that take
+seconds to load.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from grains.errors import UserError
 
+# Short name -> hub id. Any other hub id or local folder is taken as it is.
 MODELS = {
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
     "llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
@@ -20,11 +21,11 @@ MODELS = {
     "llava-1.6-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
     "qwen-2.5-vl-7b-instruct": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
-EMBEDDED = "smollm2-135m-instruct"  # its weights come in a package (requirements-demo.txt)
+EMBEDDED = "smollm2-135m-instruct"  # its weights are a Python package (requirements-demo.txt)
 DTYPES = ("float32", "bfloat16", "float16")
 STYLES = ("qa", "chat", "plain")
 
-# Stage 1: how tokens are attributed, and which of them are ablated.
+# Stage 1: how tokens are attributed, and which of them are ablated (paper, section 3.1).
 OBJECTIVES = ("contrastive", "normal")
 GRAD_METHODS = ("integrated_gradients", "smoothgrad", "vanilla")
 BASELINES = ("mean", "pad", "unk", "zeros")
@@ -34,16 +35,18 @@ TOPS = ("pos", "neg", "abs", "rand")
 ABLATE = ("all", "image", "text")
 REPLACEMENTS = ("pad", "unk")
 
-# Stages 2 and 3: which vectors, where, how strongly, and how answers are compared.
+# Stages 2 and 3: which vectors are added where and how strongly, and how answers are compared
+# (paper, sections 3.2 and 3.3).
 METHODS = ("mean", "pca", "gradient", "caa", "repe", "random", "rand_tokens", "shuffled")
-# The last: random directions as long as trained ones, which an experiment makes of them.
+# Methods that hold no information of interest. `trained_random` is made by an experiment only:
+# random directions as long as the trained vectors.
 CONTROLS = ("random", "rand_tokens", "shuffled", "trained_random")
-# Only these are made from ablation shifts, and so know the modes pos and both.
+# The paper's methods, which reduce ablation shifts: only they have the modes pos and both.
 ABLATION_METHODS = ("mean", "pca")
 MODES = ("pos", "both")
 LAYER_MODES = ("joint", "each", "from")
 UNITS = ("relative", "absolute")
-SCORES = ("token", "sum")  # log-likelihoods per token, or summed
+SCORES = ("token", "sum")  # an answer's log-likelihood per token, or summed over its tokens
 
 # The experiment: the selections that its methods need, and how LoRA is trained beside them.
 STUDY_TOPS = ("pos", "neg", "rand")
@@ -54,20 +57,22 @@ LORA_OBJECTIVES = ("dpo", "sft")
 class AttributionSettings:
     """How to attribute (paper, section 3.1).
 
-    objective: contrastive (log P(y+) - log P(y-)) or normal (each response on its own).
-    grad_method: integrated_gradients, smoothgrad or vanilla.
-    baseline: where the path of a word starts: the mean of the embedding matrix, the pad or unk
-        token's embedding, or zeros (the paper's).
-    image_baseline: where the path of an image token starts: the features of a blank picture, the
-        mean feature of its own picture, or zeros (the paper's).
-    attribute: which positions move: content (the user's words and the picture; template and
-        special tokens keep their embeddings), all (the paper's), the image alone, the text (the
-        user's words) alone.
+    objective: contrastive (log P(y+ | x) - log P(y- | x)) or normal (each response on its own).
+    grad_method: integrated_gradients, smoothgrad or vanilla (gradient times input).
+    baseline: the embedding at which the path of a text token starts: mean (of the embedding
+        matrix), pad or unk (that token's embedding) or zeros (as in the paper).
+    image_baseline: the feature at which the path of an image token starts: blank (the features of
+        a blank picture), mean (over the features of its own picture) or zeros (as in the paper).
+    attribute: the positions that move along the path: content (the user's words and the picture;
+        template and special tokens keep their embeddings), all (as in the paper), image (the
+        picture only) or text (the user's words only).
     ig_steps: points of the Gauss-Legendre rule, or None for the adaptive rule.
-    tolerance, max_points: of the adaptive rule: the completeness error allowed, as a share of
-        |f(x) - f(b)|, and the gradients spent at most.
-    smooth_samples, smooth_noise: smoothgrad's number of noisy copies, and their noise as a share
-        of the standard deviation of the prompt's embeddings.
+    tolerance: for the adaptive rule, the completeness error that is allowed, as a share of
+        |f(x) - f(b)|.
+    max_points: for the adaptive rule, the largest number of gradients.
+    smooth_samples: for smoothgrad, the number of noisy copies.
+    smooth_noise: for smoothgrad, the standard deviation of the noise, as a share of that of the
+        prompt's embeddings.
     """
 
     objective: str = "contrastive"
@@ -84,16 +89,18 @@ class AttributionSettings:
 
 @dataclass(frozen=True)
 class AblationSettings:
-    """What stage 1 does with an example, beside the attribution.
+    """How stage 1 ablates tokens, and how it attributes them first (paper, section 3.1).
 
-    tops: selections of tokens that are ablated, each on its own: those with the largest (pos) or
-        smallest (neg) score, the largest magnitude (abs), or random ones (rand, the control).
-    top_k: tokens of a selection.
-    ablate: which of the attributed positions may be selected: all, the image's or the text's.
-    replacement: token whose embedding takes an ablated word's place (pad or unk).
-    image_replacement: what takes an ablated image token's place (see `AttributionSettings`).
-    prompt_style: qa, chat or plain.
-    batch_tokens: positions computed at a time.
+    tops: the selections; each is ablated separately: tokens with the largest scores (pos), the
+        smallest (neg), the largest magnitudes (abs), or random tokens (rand, the control).
+    top_k: the number of tokens in a selection.
+    ablate: which of the attributed positions may be selected: all, image or text.
+    replacement: the token whose embedding replaces an ablated text token: pad or unk.
+    image_replacement: what replaces an ablated image token: blank, mean or zeros (see
+        `AttributionSettings.image_baseline`).
+    prompt_style: qa, chat or plain (see `grains.prompts.render`).
+    batch_tokens: the number of token positions that are computed at a time.
+    seed: seeds the rand selection and smoothgrad's noise.
     """
 
     attribution: AttributionSettings = AttributionSettings()
@@ -109,16 +116,16 @@ class AblationSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which examples steer, choose and test.
+    """Which examples vectors are made from, and which questions choose and test them.
 
     name: a short name of `grains.data.DATASETS`, or any label together with a path.
-    path: a local file or folder in the data set's place.
-    num_samples: steering examples, which vectors are made from.
-    split, validation_split, test_split: where steering, validation and test examples come from
-        (None: the data set's own).
-    evaluate_on: held_out (validation and test questions) or all (every question, the steering
-        examples included: the published way).
-    num_validation, num_test: questions of each (None: all that are left).
+    path: a local file or folder to read instead of the data set's own source.
+    num_samples: the number of steering examples, from which vectors are made.
+    split, validation_split, test_split: the split that steering, validation and test examples
+        come from; None: the data set's default.
+    evaluate_on: held_out (validation and test questions) or all (every question, also those that
+        the vectors were made from, as the published scripts do).
+    num_validation, num_test: the number of questions; None: all that remain.
     """
 
     name: str
@@ -134,13 +141,15 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class GridSettings:
-    """The configurations that are tried: methods x modes x layers x strengths.
+    """The configurations that are tried: methods x modes x groups of layers x strengths.
 
-    layers: numbers, negative numbers, ranges ('10-29') or 'all', as text.
-    layer_mode: joint (all of them at once), each (one configuration a layer) or from (one a layer:
-        that layer and all above it).
-    alphas: strengths; units: relative (shares of the median activation norm, along unit vectors)
-        or absolute (multiples of the vector as reduced, the paper's).
+    methods, modes: see `grains.vectors.make`.
+    layers: layer numbers (negative ones count from the end), ranges ('10-29') or 'all', as text.
+    layer_mode: joint (one configuration steers all layers), each (one configuration per layer) or
+        from (one configuration per layer, which steers that layer and all above it).
+    alphas: the strengths.
+    units: relative (alpha times the median activation norm, along the unit vector) or absolute
+        (alpha times the vector as its method gives it, as in the paper).
     """
 
     methods: tuple[str, ...]

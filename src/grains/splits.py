@@ -1,4 +1,4 @@
-"""Which examples steer, choose and test: three sets that share no question."""
+"""The steering, validation and test examples: three sets that share no question."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from grains.data import Example, Source
 from grains.errors import UserError
 from grains.settings import DataSettings
 
-if TYPE_CHECKING:  # it takes a second to import, which a mistake in a flag need not wait for
+if TYPE_CHECKING:  # takes a second to import, and scripts check their flags before that
     from datasets import Dataset
 
 
 def rows_of(settings: DataSettings, role: str) -> tuple[Dataset, Source]:
-    """The rows that steering, validation or test examples come from, and how they are read."""
+    """The rows that examples with a role in `data.ROLES` come from, and how they are read.
+
+    Raises UserError for a split that the data does not have.
+    """
     setting = "split" if role == "steering" else f"{role}_split"
-    wanted = getattr(settings, setting)
-    split = wanted or data.default_split(settings.name, role)
+    named = getattr(settings, setting)
+    split = named or data.default_split(settings.name, role)
     rows, source = data.load(settings.name, split, settings.path)
     if (
-        wanted
+        named
         and settings.path
         and not Path(settings.path).is_dir()
         and "split" not in rows.column_names
     ):
         raise UserError(
-            f"'{settings.path}' has no split '{wanted}': it has no column 'split'; "
+            f"'{settings.path}' has no split '{named}': it has no column 'split'; "
             f"leave out {setting}, or add that column"
         )
     return rows, source
 
 
 def steering_examples(settings: DataSettings, seed: int) -> list[Example]:
-    """The examples that vectors are made from, drawn by the seed; fewer where there are fewer."""
+    """The `num_samples` examples that vectors are made from, drawn by the seed; all if fewer."""
     rows, source = rows_of(settings, "steering")
     return data.examples(rows, source, seed, settings.num_samples)
 
@@ -42,17 +45,18 @@ def steering_examples(settings: DataSettings, seed: int) -> list[Example]:
 def evaluation_examples(
     settings: DataSettings, seed: int, steering: dict
 ) -> dict[str, list[Example]]:
-    """The questions of each split, by its name; the steering examples are in none but 'all'.
+    """Split -> its questions: validation and test, or 'all' (see `DataSettings.evaluate_on`).
 
-    steering: ids and questions of the steering examples, as stage 1 keeps them.
-    Raises UserError if no validation or no test questions are left.
+    Steering examples are in neither validation nor test, only in 'all'.
+    steering: the ids and questions of the steering examples, from the manifest of stage 1.
+    Raises UserError if no validation or no test questions remain.
     """
     if settings.evaluate_on == "all":
-        every: dict[str, Example] = {}
-        for role in data.ROLES:  # often the same split: each question counts once
+        by_id: dict[str, Example] = {}
+        for role in data.ROLES:  # roles often share a split: each question counts once
             rows, source = rows_of(settings, role)
-            every |= {example.id: example for example in data.examples(rows, source, seed)}
-        return {"all": list(every.values())}
+            by_id |= {example.id: example for example in data.examples(rows, source, seed)}
+        return {"all": list(by_id.values())}
     used = {*steering["ids"], *steering["questions"]}
     rows, source = rows_of(settings, "validation")
     validation = data.examples(rows, source, seed, settings.num_validation, frozenset(used))

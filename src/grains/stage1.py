@@ -1,8 +1,8 @@
 """Stage 1: attribute the prompt's tokens, ablate the selected ones, keep the hidden states.
 
 For every steering example (a prompt with a preferred and a dispreferred answer) the prompt's
-tokens are attributed once; for each selection the k selected tokens are ablated, and the
-last-position hidden states of all layers are kept, plain and ablated (paper, section 3.1).
+tokens are attributed once. For each selection its k tokens are ablated. The hidden states of all
+layers at the last position are kept, plain and ablated (paper, section 3.1).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ IMAGE_COLUMNS = (
     "image_positions",
     "image_boxes",
 )
+# Attributions by all that they depend on, so that runs with other selections need not repeat them.
 Known = dict[tuple, list[Attribution]]
 
 
@@ -46,14 +47,17 @@ def run(
     overwrite: bool = False,
     known: Known | None = None,
 ) -> bool:
-    """Do the stage for examples with two answers each, in resumable units of one example.
+    """Run stage 1 on examples with two answers each; one example is a resumable unit.
 
-    source: where the examples are from, for the manifest. attributions: the CSV that is written;
-    states: the file of hidden states of each selection. known: attributions that runs with other
-    selections or seeds have in common, which are added.
-    Returns False if these results were there already.
+    source: where the examples come from, for the manifest.
+    attributions: the CSV to write. states: selection -> the file of hidden states to write.
+    overwrite: replace results of other settings.
+    known: attributions of earlier runs in this process; new ones are added.
+    Returns False if the results of exactly this run exist already.
+    Raises UserError for an example that the model cannot take, and as `runs.Run` does.
     """
-    # What cannot be read is better known now than after days; pictures do not stay in memory.
+    # A bad example should end the run now and not after days. Encodings hold pictures, which would
+    # fill the memory, so they are not kept.
     state = runs.processes()
     for example in tqdm(
         examples[state.process_index :: state.num_processes],
@@ -98,9 +102,12 @@ def run(
 def one_example(
     lm: LanguageModel, encoded: Encoded, settings: AblationSettings, unit: int, known: Known
 ) -> tuple[dict[str, Tensor], list[dict]]:
-    """Attribute, ablate and read one example: its tensors, and a row for each selection.
+    """Attribute and ablate one example, and read its hidden states.
 
-    unit: its number, which seeds what is random about it.
+    unit: the number of the example, from which its randomness is seeded.
+    known: see `run`.
+    Returns the tensors, (L+1, D) each but norms (L+1,), and a row of the CSV for each selection.
+    Raises UserError if nothing is left to ablate, or for NaN or infinite hidden states.
     """
     attribution, tops = settings.attribution, settings.tops
     seed = settings.seed * 1_000_003 + unit
@@ -197,11 +204,12 @@ def one_example(
 def plain_tensors(
     lm: LanguageModel, encoded: Encoded, settings: AblationSettings
 ) -> dict[str, Tensor]:
-    """The tensors of an example that methods without attribution are made of."""
+    """The tensors of one example without attribution: enough for methods that ablate nothing."""
     return _shared_tensors(ablation.hidden_states(lm, encoded, [], settings.batch_tokens))
 
 
 def _shared_tensors(states: ablation.States) -> dict[str, Tensor]:
+    assert states.gradients is not None  # `hidden_states` computes them unless told not to
     return {
         POS: states.last[0, 0],
         NEG: states.last[0, 1],
@@ -211,9 +219,9 @@ def _shared_tensors(states: ablation.States) -> dict[str, Tensor]:
 
 
 def image_columns(lm: LanguageModel, encoded: Encoded, scores: np.ndarray) -> dict:
-    """The picture's share of the attribution, and where its tokens lie in it.
+    """The picture's share of the attribution, and the boxes of its tokens (see docs/outputs.md).
 
-    scores: (P,) attributions.
+    scores: (P,) attributions. Returns no columns for a text-only model.
     """
     if lm.processor is None:
         return {}

@@ -1,4 +1,4 @@
-"""What stage 1 keeps: the names of its tensors, and the file that later stages read."""
+"""The hidden states that stage 1 keeps, in memory or in a file, and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.runs import read_header
 
-# Last-position hidden states of x y+ and x y-, as they are and with the selected tokens ablated:
-# (N, L+1, D) each, where index 0 is the embedding and l+1 the output of layer l.
+# Hidden states at the last position of x y+ and x y-, plain and with the selected tokens ablated:
+# (N, L+1, D) each; index 0 is the embedding, l+1 the output of layer l before the final norm.
 POS, NEG = "hidden_pos_response", "hidden_neg_response"
 POS_ABLATED, NEG_ABLATED = f"{POS}_ablated", f"{NEG}_ablated"
-# What the files of all selections have alike; norms (N, L+1), gradients (N, L+1, D).
+# What the files of all selections have in common; norms (N, L+1), gradients (N, L+1, D).
 SHARED = (POS, NEG, "norms", "gradients")
 EXAMPLES_AT_A_TIME = 4096
 
@@ -27,7 +27,7 @@ EXAMPLES_AT_A_TIME = 4096
 class States(ABC):
     """The hidden states of N examples, plain and with the tokens of one selection ablated.
 
-    info: the manifest of where they come from. layers: L.
+    info: the manifest of stage 1. layers: L, the number of decoder layers.
     """
 
     info: dict
@@ -35,7 +35,7 @@ class States(ABC):
 
     @abstractmethod
     def _rows(self, name: str, layer: int, start: int, end: int) -> np.ndarray:
-        """(n, D) of array `name` at index `layer` for some examples."""
+        """(n, D): array `name` at index `layer` (0: embeddings) for examples start to end-1."""
 
     @abstractmethod
     def _norms(self) -> np.ndarray:
@@ -43,34 +43,37 @@ class States(ABC):
 
     @property
     def count(self) -> int:
+        """N."""
         return len(self._norms())
 
     def layer(self, name: str, layer: int) -> Iterator[np.ndarray]:
-        """Array `name` after decoder layer `layer` in parts (n, D) of some examples, in fp64."""
+        """Array `name` after a decoder layer, as fp64 chunks (n, D) of the N examples."""
         count = self.count
         for start in range(0, count, EXAMPLES_AT_A_TIME):
             end = min(start + EXAMPLES_AT_A_TIME, count)
             yield self._rows(name, layer + 1, start, end).astype(np.float64)
 
     def norms(self) -> Tensor:
-        """(L,) median over examples of the median over positions of ||h_l||."""
+        """(L,) the median over examples of the median over positions of ||h_l||."""
         return torch.from_numpy(np.median(self._norms()[:, 1:], axis=0)).float()
 
     def difference(self, name: str, subtracted: str, layer: int) -> Iterator[np.ndarray]:
-        """Array `name` minus array `subtracted` after a layer, in parts (n, D)."""
-        for a, b in zip(self.layer(name, layer), self.layer(subtracted, layer), strict=True):
-            yield a - b
+        """Array `name` minus array `subtracted` after a decoder layer, in chunks (n, D)."""
+        pairs = zip(self.layer(name, layer), self.layer(subtracted, layer), strict=True)
+        for minuend, subtrahend in pairs:
+            yield minuend - subtrahend
 
     def shifts(self, layer: int) -> Iterator[np.ndarray]:
-        """h(plain) - h(ablated) after a layer, 2N rows for both responses, in parts (n, D)."""
+        """h(plain) - h(ablated) after a layer, 2N rows for both responses, in chunks (n, D)."""
         for plain, ablated in ((POS, POS_ABLATED), (NEG, NEG_ABLATED)):
             yield from self.difference(plain, ablated, layer)
 
 
 class StatesInMemory(States):
-    """States of examples as stage 1 makes them, without a file.
+    """The states of examples without a file.
 
-    tensors: of every example what `stage1.one_example` gives. top: the selection.
+    tensors: for every example, the tensors that `stage1.one_example` or `stage1.plain_tensors`
+        returns. top: the selection. info: the manifest of stage 1.
     """
 
     def __init__(self, tensors: list[dict[str, Tensor]], top: str, info: dict):
@@ -80,7 +83,7 @@ class StatesInMemory(States):
         self._arrays = {
             name: torch.stack([item[source] for item in tensors]).numpy()
             for name, source in names.items()
-            if source in tensors[0]  # methods that ablate nothing have no ablated states
+            if source in tensors[0]  # `plain_tensors` ablates nothing
         }
         self.layers = self._arrays["gradients"].shape[1] - 1
 
@@ -92,9 +95,9 @@ class StatesInMemory(States):
 
 
 class StatesFile(States):
-    """A file of stage 1, read a layer at a time so that it need not fit in memory.
+    """The states in a file of stage 1, read layer by layer: it need not fit in memory.
 
-    Raises UserError if it is missing, cut short or something else.
+    Raises UserError if the file is missing, cut short or of another kind.
     """
 
     def __init__(self, path: str | Path):
@@ -112,13 +115,13 @@ class StatesFile(States):
         return self._file.get_tensor("norms")
 
     def check_model(self, lm: LanguageModel) -> None:
-        """Raise UserError unless these states are of this model."""
-        theirs, ours = self.info["model"], lm.identity()
-        wrong = [key for key in ours if key != "model" and theirs.get(key) != ours[key]]
+        """Raise UserError unless these states were made with this model, in this precision."""
+        recorded, loaded = self.info["model"], lm.identity()
+        wrong = [key for key in loaded if key != "model" and recorded.get(key) != loaded[key]]
         if wrong:
             raise UserError(
-                f"'{self.path}' is of another model: {theirs['model']} ({theirs['num_layers']} "
-                f"layers of size {theirs['hidden_size']}) there, {lm.name} ({len(lm.layers)} of "
-                f"size {lm.hidden_size}) here, or the same in another precision (states in "
-                f"{theirs.get('dtype')}, now {lm.dtype}); give the model and dtype of stage 1"
+                f"'{self.path}' is of another model, {recorded['model']} "
+                f"({recorded['num_layers']} layers of size {recorded['hidden_size']}, "
+                f"{recorded.get('dtype')}), not of {lm.name} ({len(lm.layers)} layers of size "
+                f"{lm.hidden_size}, {lm.dtype}): give the model and dtype of stage 1"
             )

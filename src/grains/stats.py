@@ -1,4 +1,4 @@
-"""Accuracies with intervals, and paired tests."""
+"""Intervals of accuracies and means, paired tests, and the correction for many tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from scipy.stats import binomtest, bootstrap, permutation_test
 
 
 def accuracy_interval(correct: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Accuracy and its Wilson interval from (n,) booleans; NaNs for n = 0."""
+    """Accuracy, lower and upper end of its Wilson interval, of (n,) booleans; NaNs for n = 0."""
     if not len(correct):
         return float("nan"), float("nan"), float("nan")
     test = binomtest(int(correct.sum()), len(correct))
@@ -16,9 +16,9 @@ def accuracy_interval(correct: np.ndarray, confidence: float = 0.95) -> tuple[fl
 
 
 def paired_p_value(correct: np.ndarray, base: np.ndarray) -> float:
-    """Exact two-sided McNemar test that two sets of answers to the same questions are as good.
+    """Exact two-sided McNemar test of two sets of answers to the same questions.
 
-    correct, base: (n,) booleans. 1.0 where no answer differs.
+    correct, base: (n,) booleans, whether each answer is right. Returns 1.0 if they are the same.
     """
     gained, lost = int((correct & ~base).sum()), int((~correct & base).sum())
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
@@ -30,7 +30,7 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[fl
         return float("nan"), float("nan")
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    found = bootstrap(
+    result = bootstrap(
         (values,),
         np.mean,
         confidence_level=confidence,
@@ -39,18 +39,19 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[fl
         batch=500,
         rng=np.random.default_rng(0),
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def sign_flip_p_value(gains: np.ndarray) -> float:
     """Two-sided permutation test that paired differences (n,) have mean zero, seeded.
 
-    Under the null each difference is as likely with the other sign. 1.0 where at most one differs.
+    Under the null hypothesis each difference is as likely with the other sign. Returns 1.0 if at
+    most one difference is not zero.
     """
     gains = gains[gains != 0]
     if len(gains) < 2:
         return 1.0
-    found = permutation_test(
+    result = permutation_test(
         (gains,),
         np.mean,
         permutation_type="samples",
@@ -59,12 +60,11 @@ def sign_flip_p_value(gains: np.ndarray) -> float:
         batch=500,
         rng=np.random.default_rng(0),
     )
-    return float(found.pvalue)
+    return float(result.pvalue)
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """(n,) p-values corrected by Holm's method, so that of all n hypotheses a true one is rejected
-    with at most the probability that each is compared with, however they depend on each other."""
+    """Holm-adjusted p-values (n,), which control the family-wise error rate of n tests."""
     order = np.argsort(p_values)
     larger = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
     corrected = np.empty(len(p_values))

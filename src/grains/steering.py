@@ -1,4 +1,4 @@
-"""Steering: what a strength means, and how vectors change hidden states (paper, section 3.3)."""
+"""Steering vectors, what their strength means, and how they change hidden states (paper, 3.3)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ class Gate:
 
         g(h) = sigmoid(w . h / ||h|| + b)
 
-    weights: (L, D) w of each layer; biases: (L,) b; NaN at layers that it was not fitted for.
+    It is not part of the paper.
+    weights: (L, D), w of each layer. biases: (L,), b of each layer. NaN for layers without a gate.
     """
 
     weights: Tensor
     biases: Tensor
 
     def at(self, layer: int) -> tuple[Tensor, Tensor]:
-        """What `steer` takes for one layer: (D,) and a number."""
+        """w (D,) and b () of one layer, as `steer` takes them."""
         return self.weights[layer], self.biases[layer]
 
 
@@ -42,18 +43,19 @@ def steer(
 ) -> Tensor:
     """h' = (h + v) ||h|| / ||h + v||, norms over the hidden dimension (paper, section 3.3).
 
-    hidden_states: (..., T, D); vector: (D,) or (R, 1, D), the strength already in it.
-    gate: w (D,) or (R, 1, D) and b, a number or (R, 1, 1), by which v is scaled at each position
-        (see `Gate`).
+    hidden_states: (..., T, D), h. vector: (D,) or (R, 1, D), v with its strength included.
+    gate: w, (D,) or (R, 1, D), and b, () or (R, 1, 1): v is scaled by g(h) at each position (see
+        `Gate`).
+    Returns (..., T, D) in the precision of hidden_states; the computation is in fp32.
     """
     before = hidden_states.float()
     size = before.norm(dim=-1, keepdim=True)
-    tiny = torch.finfo(torch.float32).tiny  # a state of length zero stays what it is
+    tiny = torch.finfo(torch.float32).tiny  # a state of length zero stays as it is
     vector = vector.to(hidden_states.device)
     if gate is not None:
-        weight, bias = (part.to(hidden_states.device) for part in gate)
-        along = (before * weight).sum(dim=-1, keepdim=True) / size.clamp_min(tiny)
-        vector = torch.sigmoid(along + bias) * vector
+        weight, bias = (tensor.to(hidden_states.device) for tensor in gate)
+        projection = (before * weight).sum(dim=-1, keepdim=True) / size.clamp_min(tiny)
+        vector = torch.sigmoid(projection + bias) * vector
     moved = before + vector
     length = moved.norm(dim=-1, keepdim=True).clamp_min(tiny)
     return (moved * (size / length)).to(hidden_states.dtype)
@@ -65,10 +67,11 @@ def steered(
     vectors: dict[int, Tensor],
     gates: dict[int, tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[LanguageModel]:
-    """Steer the outputs of decoder layers within the block; the model leaves as it came.
+    """Steer the outputs of decoder layers within the block; afterwards the model is unchanged.
 
-    vectors: layer -> (D,) or one for each row of the batch (R, 1, D), strength included.
-    gates: layer -> what `steer` takes for its gate; none to steer at every position.
+    vectors: layer -> (D,), or (R, 1, D) for R rows of a batch, with the strength included.
+    gates: layer -> w and b (see `steer`); None: no gate.
+    Raises UserError for a layer that does not exist.
     """
     check_layers(vectors, len(lm.layers))
     handles = []
@@ -89,7 +92,7 @@ def steered(
 
 
 def check_layers(layers: Iterable[int], count: int, hint: str = "") -> None:
-    """Raise UserError for a layer that does not exist. hint: what else would be taken."""
+    """Raise UserError unless each layer is one of 0 to count-1. hint: added to the message."""
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong:
         raise UserError(
@@ -99,9 +102,10 @@ def check_layers(layers: Iterable[int], count: int, hint: str = "") -> None:
 
 
 def parse_layers(items: Iterable[int | str] | None, count: int) -> list[int]:
-    """Layer numbers, negative numbers, ranges ('10-29') and 'all' -> sorted layers of `count`.
+    """The sorted layer numbers that `items` name, for a model of `count` layers.
 
-    None stands for all. Raises UserError for what is no layer of the model, and for none at all.
+    items: numbers (negative ones count from the end), ranges ('10-29') or 'all'; None: all layers.
+    Raises UserError for anything else, for a layer that does not exist, and if no layer is named.
     """
     if items is None:
         return list(range(count))
@@ -116,7 +120,7 @@ def parse_layers(items: Iterable[int | str] | None, count: int) -> list[int]:
             first, last = int(match[1]), int(match[2])
             if first > last:
                 raise UserError(f"layers '{item}': the range runs backwards")
-            check_layers((first, last), count, hint)  # before a range of any length is written out
+            check_layers((first, last), count, hint)  # before a huge range fills the memory
             layers |= set(range(first, last + 1))
         else:
             layer = _whole_number(item)
@@ -142,7 +146,7 @@ def _whole_number(item: int | str) -> int:
 
 
 def layer_ranges(layers: Sequence[int]) -> list[str]:
-    """[3, 4, 5, 9] -> ['3-5', '9'], as `parse_layers` takes them."""
+    """Sorted layers as ranges that `parse_layers` takes: [3, 4, 5, 9] -> ['3-5', '9']."""
     ranges: list[list[int]] = []
     for layer in layers:
         if ranges and layer == ranges[-1][1] + 1:
@@ -152,18 +156,19 @@ def layer_ranges(layers: Sequence[int]) -> list[str]:
     return [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
 
 
-# A vector so many times as long as the state leaves nothing of it in fp32, which has 24 bits.
+# Next to a vector this many times as long, little is left of a state in fp32, which has 24 bits.
 LONGEST = 1e6
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringVectors:
-    """One vector a layer, as reduced, and what a strength of 1 means at each.
+    """One steering vector per layer, and the typical length of a hidden state there.
 
-    vectors: (L, D). norms: (L,) median ||h_l|| of the steering examples.
-    info: the manifest of where they come from.
-    gate: scales them at each position; None adds them everywhere alike.
-    Raises UserError for values that are NaN or infinite, and sizes that do not fit each other.
+    vectors: (L, D), as their method gives them, before any scaling.
+    norms: (L,) the median over the steering examples of ||h_l||.
+    info: the manifest: model, data and settings that they come from.
+    gate: scales them at each position; None: they are added alike at every position.
+    Raises UserError for NaN or infinite values, and for shapes that do not match.
     """
 
     vectors: Tensor
@@ -184,25 +189,25 @@ class SteeringVectors:
     def scaled(
         self, alpha: float, layers: Iterable[int | str] | None = None, units: str = "relative"
     ) -> dict[int, Tensor]:
-        """layer -> what is added there, (D,) in fp32.
+        """layer -> the vector (D,) in fp32 that is added there, lambda v of the paper.
 
-        layers: as `parse_layers` takes them. units: relative: alpha times the median activation
-        norm, along the unit vector, so that one alpha means the same at every layer and in every
-        model; absolute: alpha times the vector as it was reduced (the paper's; its own factor of
-        10 is not included).
-        Raises UserError for a strength that is no finite number, or so large that it would erase
-        the hidden states.
+        alpha: the strength. layers: see `parse_layers`.
+        units: relative: alpha times the median activation norm, along the unit vector, so that an
+            alpha means the same at every layer and in every model; absolute: alpha times the vector
+            as its method gives it (as in the paper, whose factor of 10 is not included).
+        Raises UserError for unknown layers or units, and for a strength that is not finite or so
+        large that nothing of the hidden states would be left.
         """
-        found = parse_layers(layers, len(self.vectors))
+        chosen = parse_layers(layers, len(self.vectors))
         if units not in UNITS:
             raise UserError(f"unknown units '{units}': expected {' or '.join(UNITS)}")
         if not math.isfinite(alpha):
             raise UserError(f"strength {alpha}: expected a finite number")
         if units == "absolute":
-            added = {layer: alpha * self.vectors[layer] for layer in found}
+            added = {layer: alpha * self.vectors[layer] for layer in chosen}
         else:
             unit = normalize(self.vectors, dim=-1)
-            added = {layer: alpha * self.norms[layer] * unit[layer] for layer in found}
+            added = {layer: alpha * self.norms[layer] * unit[layer] for layer in chosen}
         if not all(vector.norm() <= LONGEST * self.norms[layer] for layer, vector in added.items()):
             raise UserError(
                 f"strength {alpha:g} ({units}) is more than {LONGEST:g} times the hidden states' "
@@ -217,10 +222,10 @@ class SteeringVectors:
         layers: Iterable[int | str] | None = None,
         units: str = "relative",
     ) -> AbstractContextManager[LanguageModel]:
-        """`with vectors.apply(lm, 0.05):` steers whatever the model computes inside the block.
+        """Steer everything that the model computes in a `with vectors.apply(lm, 0.02):` block.
 
-        alpha, layers, units: see `scaled`; without layers all are steered.
-        Raises UserError if the vectors are of another model.
+        alpha, layers, units: see `scaled`; by default all layers are steered.
+        Raises UserError as `scaled` does, and if the vectors are of another model.
         """
         self.check_model(lm)
         added = self.scaled(alpha, layers, units)
@@ -228,28 +233,28 @@ class SteeringVectors:
         return steered(lm, added, gates)
 
     def check_model(self, lm: LanguageModel) -> None:
-        """Raise UserError unless these vectors are of this model, in whatever precision."""
+        """Raise UserError unless these vectors are of this model; its precision may differ."""
         if self.vectors.shape != (len(lm.layers), lm.hidden_size):
             raise UserError(
                 f"these vectors are for {len(self.vectors)} layers of size "
                 f"{self.vectors.shape[1]}; {lm.name} has {len(lm.layers)} of size "
                 f"{lm.hidden_size}"
             )
-        theirs, ours = self.info.get("model"), lm.identity()
-        if not isinstance(theirs, dict) or "final_norm_sum" not in theirs:
-            return  # vectors made by hand say nothing of their model
-        # The weights of one model in two precisions sum up to nearly the same.
+        recorded, loaded = self.info.get("model"), lm.identity()
+        if not isinstance(recorded, dict) or "final_norm_sum" not in recorded:
+            return  # vectors made by hand do not name their model
+        # The weights of a model in two precisions have nearly the same sum.
         alike = math.isclose(
-            float(theirs["final_norm_sum"]), float(ours["final_norm_sum"]), rel_tol=1e-2
+            float(recorded["final_norm_sum"]), float(loaded["final_norm_sum"]), rel_tol=1e-2
         )
-        if theirs.get("vocab_size") != ours["vocab_size"] or not alike:
+        if recorded.get("vocab_size") != loaded["vocab_size"] or not alike:
             raise UserError(
-                f"these vectors are of another model, {theirs.get('model')}, not of {lm.name}: "
-                "make them with this one"
+                f"these vectors are of another model, {recorded.get('model')}, not of {lm.name}: "
+                "make them with this model"
             )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, its origin in the header."""
+        """Write a safetensors file, with `info` as JSON in its header (see docs/outputs.md)."""
         gate = (
             {"gate_weights": self.gate.weights, "gate_biases": self.gate.biases}
             if self.gate
@@ -259,7 +264,7 @@ class SteeringVectors:
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVectors:
-        """Read what `save` wrote. Raises UserError if it is not such a file."""
+        """Read a file that `save` wrote. Raises UserError for any other file."""
         tensors, info = read_tensors(Path(path))
         gated = {"gate_weights", "gate_biases"} <= set(tensors)
         gate = Gate(tensors.pop("gate_weights"), tensors.pop("gate_biases")) if gated else None
@@ -272,10 +277,10 @@ class SteeringVectors:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to steer: which vectors, where, how strongly.
+    """One way to steer: a method's vectors, their layers and their strength.
 
-    vectors: layer -> (D,), the strength included. gate: scales them at each position, if there is
-    one.
+    method, mode: see `grains.vectors.make`. layers: the steered layers. alpha: the strength.
+    vectors: layer -> (D,), with the strength included. gate: scales them at each position, or None.
     """
 
     method: str
@@ -287,27 +292,29 @@ class Configuration:
 
     @property
     def gated(self) -> bool:
+        """Whether a gate scales the vectors."""
         return self.gate is not None
 
     @property
     def variant(self) -> str:
-        """The mode, and that it is gated, as tables and labels have it."""
+        """The mode, and `gated` if there is a gate, as tables and labels show it."""
         return " ".join(filter(None, (self.mode, "gated" if self.gated else "")))
 
     @property
     def label(self) -> str:
+        """A name for tables, such as 'mean pos @ 10-29 x 0.01'."""
         if not self.layers:
             return self.method
         name = " ".join(filter(None, (self.method, self.variant)))
         return f"{name} @ {','.join(layer_ranges(self.layers))} x {self.alpha:g}"
 
 
-BASE = Configuration("base", "", (), 0.0)
+BASE = Configuration("base", "", (), 0.0)  # the model without steering
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A configuration at every strength: which vectors, where."""
+    """A method's vectors at some layers, without a strength."""
 
     method: str
     mode: str
@@ -315,6 +322,7 @@ class Direction:
     vectors: SteeringVectors
 
     def at(self, alpha: float, units: str = "relative") -> Configuration:
+        """This direction at a strength (see `SteeringVectors.scaled`)."""
         return Configuration(
             self.method,
             self.mode,
@@ -328,11 +336,11 @@ class Direction:
 def directions(
     vectors: SteeringVectors, method: str, mode: str, grid: GridSettings
 ) -> list[Direction]:
-    """The vectors of one method at all groups of layers of a grid, without strengths."""
+    """One method's vectors at each group of layers of a grid (see `GridSettings.layer_mode`)."""
     layers = parse_layers(grid.layers, len(vectors.vectors))
-    groups = {
+    groups: dict[str, list[tuple[int, ...]]] = {
         "joint": [tuple(layers)],
         "each": [(layer,) for layer in layers],
         "from": [tuple(range(layer, len(vectors.vectors))) for layer in layers],
-    }[grid.layer_mode]
-    return [Direction(method, mode, group, vectors) for group in groups]
+    }
+    return [Direction(method, mode, group, vectors) for group in groups[grid.layer_mode]]

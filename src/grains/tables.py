@@ -1,4 +1,4 @@
-"""Tables of multiple choice: a row per question, and accuracies with intervals and tests."""
+"""Tables of multiple choice: every question, and accuracies with intervals and tests."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def question_table(
     configurations: Sequence[Configuration],
     log_likelihoods: Sequence[np.ndarray],
 ) -> pd.DataFrame:
-    """A row per question and configuration.
+    """A row per question and configuration (columns: see docs/outputs.md).
 
-    splits: the split of each question. log_likelihoods: (1 + C, choices) of each question, summed,
-    for the base model and the C configurations behind it.
+    splits: the split of each question. configurations: the base first.
+    log_likelihoods: for each question (configurations, choices), in nats, summed over tokens.
     """
     rows = []
     for split, item, scored in zip(splits, encoded, log_likelihoods, strict=True):
@@ -54,9 +54,10 @@ def accuracy_table(
 ) -> pd.DataFrame:
     """A row per configuration: accuracies with intervals, tests against the base, margins.
 
-    configurations: the base first. margins: by score, (questions, configurations), how much the
-    preferred choice leads the best other one (`scoring.margins`). p_value: exact McNemar test.
-    worse: the share of the base's right answers that are wrong now.
+    configurations: the base first.
+    margins: score (token, sum) -> (questions, configurations), in nats (see `scoring.margins`).
+    The columns p_value_* hold exact McNemar tests against the base. worse_* is the share of the
+    questions answered right by the base that this configuration answers wrong.
     """
     rows = []
     for index, configuration in enumerate(configurations):

@@ -1,7 +1,8 @@
-"""Steering vectors from hidden states: the methods (paper, section 3.2) and their controls.
+"""Steering vectors from hidden states: the methods (paper, section 3.2) and the controls.
 
-For every layer l, v_l reduces the shifts d = h(plain) - h(ablated) of both responses over all
-examples, or what else a method takes of them.
+The paper's methods, mean and pca, reduce the shifts d = h(plain) - h(ablated) of both responses of
+all examples to one vector v_l per layer l. The other methods reduce gradients, or differences
+between the responses.
 """
 
 from __future__ import annotations
@@ -18,44 +19,46 @@ from grains.states import NEG, POS, States
 from grains.steering import SteeringVectors
 
 
-def mean_vector(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """The mean (D,) of rows that come in parts (n, D)."""
-    total, count = 0.0, 0
-    for part in parts:
-        total, count = total + part.sum(axis=0), count + len(part)
+def mean_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
+    """The mean (D,) of rows that come in chunks (n, D)."""
+    total, count = np.zeros(()), 0
+    for chunk in chunks:
+        total, count = total + chunk.sum(axis=0), count + len(chunk)
     return total / count
 
 
-def pca_vector(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """The first principal component (D,) of rows that come in parts (n, D), unit length.
+def pca_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
+    """The first principal component (D,), of unit length, of rows that come in chunks (n, D).
 
-    Up to D rows are decomposed as they are; more are folded into their covariance as they come,
-    which is then the smaller of the two. A principal component has no sign of its own: it is
-    turned so that the mean projects positively on it.
+    Up to D rows are decomposed directly. More rows are summed into their covariance (D, D), which
+    is then smaller than they are. A principal component has no sign of its own; it is oriented so
+    that the mean of the rows projects positively on it.
+    Raises UserError for fewer than two rows.
     """
-    # These libraries take a second to import, and most runs make no principal component.
+    # Imported late: these libraries take a second, and most runs compute no principal component.
     from scipy.linalg import eigh
     from sklearn.decomposition import PCA
 
-    parts = iter(parts)
-    rows = next(parts)
-    while len(rows) <= rows.shape[1] and (part := next(parts, None)) is not None:
-        rows = np.concatenate([rows, part])
+    chunks = iter(chunks)
+    rows = next(chunks)
+    while len(rows) <= rows.shape[1] and (chunk := next(chunks, None)) is not None:
+        rows = np.concatenate([rows, chunk])
     if len(rows) < 2:
         raise UserError(
-            "a principal component needs at least two shifts: give more examples or "
-            "use the method 'mean'"
+            "a principal component needs at least two rows: give more examples or use the "
+            "method 'mean'"
         )
     if len(rows) <= rows.shape[1]:
         mean = rows.mean(axis=0)
         component = PCA(n_components=1, svd_solver="full").fit(rows).components_[0]
     else:
-        # Products of differences from a first guess of the mean lose no digits to a large mean.
+        # The products are of differences from an estimate of the mean: with a large mean, plain
+        # products would lose digits.
         origin, count, total, products = rows.mean(axis=0), 0, 0.0, 0.0
-        for part in chain([rows], parts):
-            part = part - origin
-            count += len(part)
-            total, products = total + part.sum(axis=0), products + part.T @ part
+        for chunk in chain([rows], chunks):
+            centred = chunk - origin
+            count += len(centred)
+            total, products = total + centred.sum(axis=0), products + centred.T @ centred
         shift = total / count
         mean, size = origin + shift, len(origin)
         covariance = products / count - np.outer(shift, shift)
@@ -64,49 +67,56 @@ def pca_vector(parts: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> SteeringVectors:
-    """One steering vector a layer, from the states of each selection (pos, neg, rand).
+    """One steering vector per layer (paper, section 3.2).
 
-    method: mean or pca of the shifts, mode pos or both = pos - neg; gradient: the mean over
-        examples of df/dh; caa: the mean of h(x y+) - h(x y-); repe: their first principal
-        component. Controls: random, directions from the seed; rand_tokens, the mean shift when
-        random tokens are ablated; shuffled, gradient with y+ and y- swapped in every example for
-        which the seed says so.
+    states: selection (pos, neg, rand) -> its hidden states. pos is always needed, neg for the mode
+        both, rand for rand_tokens.
+    method: mean or pca: the mean or the first principal component of the shifts; gradient: the mean
+        over examples of df/dh; caa: the mean over examples of h(x y+) - h(x y-); repe: the first
+        principal component of these differences.
+        Controls: random: random directions; rand_tokens: the mean shift when random tokens are
+        ablated; shuffled: gradient with y+ and y- swapped at random in each example.
+    mode: for mean and pca: pos, v = v_pos; both, v = v_pos - v_neg.
+    seed: seeds random and shuffled.
+    Raises UserError if the result holds NaN or infinite values.
     """
     generator = torch.Generator().manual_seed(seed)
-    first = states["pos"]
+    pos_states = states["pos"]
 
     def vector(layer: int) -> np.ndarray:
         if method in ABLATION_METHODS:
             reduce = {"mean": mean_vector, "pca": pca_vector}[method]
-            of_pos = reduce(first.shifts(layer))
-            return of_pos - reduce(states["neg"].shifts(layer)) if mode == "both" else of_pos
+            v_pos = reduce(pos_states.shifts(layer))
+            return v_pos - reduce(states["neg"].shifts(layer)) if mode == "both" else v_pos
         if method == "rand_tokens":
             return mean_vector(states["rand"].shifts(layer))
         if method == "gradient":
-            return mean_vector(first.layer("gradients", layer))
+            return mean_vector(pos_states.layer("gradients", layer))
         if method in ("caa", "repe"):
             reduce = {"caa": mean_vector, "repe": pca_vector}[method]
-            return reduce(first.difference(POS, NEG, layer))
+            return reduce(pos_states.difference(POS, NEG, layer))
         if method == "shuffled":
-            swaps = np.random.default_rng(seed)  # of every layer alike: f changes its sign whole
+            # Swapping the answers changes the sign of f, so of its gradients at every layer:
+            # each layer draws the same signs.
+            swaps = np.random.default_rng(seed)
             return mean_vector(
-                part * swaps.choice([-1.0, 1.0], size=(len(part), 1))
-                for part in first.layer("gradients", layer)
+                chunk * swaps.choice([-1.0, 1.0], size=(len(chunk), 1))
+                for chunk in pos_states.layer("gradients", layer)
             )
-        size = first.info["model"]["hidden_size"]
+        size = pos_states.info["model"]["hidden_size"]
         return torch.randn(size, generator=generator, dtype=torch.float64).numpy()
 
-    made = np.stack([vector(layer) for layer in range(first.layers)])
-    if not np.isfinite(made).all():
+    by_layer = np.stack([vector(layer) for layer in range(pos_states.layers)])
+    if not np.isfinite(by_layer).all():
         raise UserError("the hidden states hold NaN or infinite values: make them again")
-    info = {**first.info, "stage": "steering_vectors", "method": method, "mode": mode}
-    return SteeringVectors(torch.from_numpy(made).float(), first.norms(), info)
+    info = {**pos_states.info, "stage": "steering_vectors", "method": method, "mode": mode}
+    return SteeringVectors(torch.from_numpy(by_layer).float(), pos_states.norms(), info)
 
 
 def make_all(
     states: Mapping[str, States], grid: GridSettings, seed: int
 ) -> Iterator[tuple[str, str, SteeringVectors]]:
-    """Method, mode and vectors for all methods and modes of a grid."""
+    """Method, mode ("" for methods without modes) and vectors, for all of a grid (see `make`)."""
     for method in grid.methods:
         for mode in grid.modes if method in ABLATION_METHODS else ("",):
             yield method, mode, make(states, method, mode, seed)

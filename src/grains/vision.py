@@ -1,4 +1,4 @@
-"""Pictures: opening them, their model inputs, and where each image token lies in the picture."""
+"""Pictures: opening them, model inputs, and the box of the picture that each image token shows."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from grains.data import Example, StoredPicture
 from grains.errors import UserError
 from grains.lm import LanguageModel
 
-Box = tuple[float, float, float, float]
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1; the origin is the upper left corner
 
 
 def open_image(example: Example) -> Image.Image:
-    """The example's picture, upright, as RGB; transparency on white.
+    """The example's picture as RGB, turned upright as its EXIF data says, transparency on white.
 
-    Raises UserError, naming the example, if it is missing or broken.
+    Raises UserError, naming the example, if the picture is missing or broken.
     """
     stored = example.image.read() if isinstance(example.image, StoredPicture) else example.image
     try:
@@ -39,7 +39,7 @@ def open_image(example: Example) -> Image.Image:
                 raise UserError(f"example {example.id}: its picture '{path}' does not exist")
             picture = Image.open(path)
         picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at white
+        if picture.mode.startswith("I"):  # 16-bit grey values, which convert() would clip to 255
             picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
@@ -50,21 +50,23 @@ def open_image(example: Example) -> Image.Image:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(
-            f"example {example.id}: its picture cannot be read ({error}); mend it or "
-            "take the example out"
+            f"example {example.id}: its picture cannot be read ({error}); repair it or take the "
+            "example out"
         ) from error
 
 
 def blank_like(picture: Image.Image) -> Image.Image:
-    """A picture of the same size with nothing on it: all in this picture's median colour."""
+    """A picture of the same size in a single colour, the median colour of this picture."""
     colour = np.median(np.asarray(picture).reshape(-1, 3), axis=0)
     return Image.new("RGB", picture.size, tuple(int(channel) for channel in colour))
 
 
 def model_inputs(lm: LanguageModel, texts: list[str], pictures: list[Image.Image]) -> dict:
-    """What the model's forward takes for prompts with one picture each, padded on the left.
+    """What the model's forward takes for B prompts with one picture each, padded on the left.
 
-    The prompts come with their placeholder for the picture, as the chat template writes it.
+    texts: B prompts, which hold the placeholder of their picture. pictures: B pictures.
+    Returns input_ids and attention_mask (B, P), pixel_values and what else the family needs.
+    Raises UserError if the image processor refuses a picture.
     """
     special = not starts_with_bos(lm, texts[0])
     try:
@@ -88,7 +90,7 @@ def model_inputs(lm: LanguageModel, texts: list[str], pictures: list[Image.Image
 
 
 def placeholder(lm: LanguageModel) -> str:
-    """What stands for a picture in a prompt's text, in the frame that the family gives it."""
+    """The placeholder of a picture in a prompt's text, with the start and end tokens it needs."""
     frame = [getattr(lm.model.config, f"vision_{end}_token_id", None) for end in ("start", "end")]
     if None in frame:
         return lm.processor.image_token
@@ -96,7 +98,7 @@ def placeholder(lm: LanguageModel) -> str:
 
 
 def check_text(lm: LanguageModel, example: Example) -> None:
-    """Raise UserError if the example's own words hold what stands for a picture."""
+    """Raise UserError if the example's own words hold a token that stands for a picture."""
     tokens = lm.tokenizer.convert_ids_to_tokens(sorted(lm.image_ids()))
     reserved = {lm.processor.image_token, *filter(None, tokens)}
     for text in (example.context, example.question, *example.choices):
@@ -109,7 +111,7 @@ def check_text(lm: LanguageModel, example: Example) -> None:
 
 
 def starts_with_bos(lm: LanguageModel, text: str) -> bool:
-    """Whether a rendered prompt brings its own BOS, so that none must be put before it."""
+    """Whether a rendered prompt already begins with the BOS token."""
     bos = lm.tokenizer.bos_token
     return bool(bos) and text.startswith(bos)
 
@@ -117,11 +119,13 @@ def starts_with_bos(lm: LanguageModel, text: str) -> bool:
 def token_boxes(
     lm: LanguageModel, inputs: dict, picture_size: tuple[int, int], count: int
 ) -> list[Box | None]:
-    """Where each image token of a prompt lies in the picture, in its pixels (x0, y0, x1, y1).
+    """The box of the picture, in pixels, that each image token of a prompt shows.
 
-    inputs: the model's inputs of one prompt; picture_size: (width, height); count: image tokens.
-    A token that shows no part of the picture (LLaVA-NeXT's row ends) has None, and so have all
-    tokens of a family whose layout is not known here.
+    inputs: the model's inputs for one prompt. picture_size: (width, height) in pixels.
+    count: the number of image tokens.
+    Returns a box or None for each: None for a token that shows no part of the picture (LLaVA-NeXT's
+    row ends), and for all tokens of a family whose layout is unknown.
+    Raises UserError if a known layout has another number of tokens.
     """
     kind = lm.model.config.model_type
     if kind == "llava_next":
@@ -137,7 +141,7 @@ def token_boxes(
         and inputs["pixel_values"].shape[0] == 1
         and not getattr(lm.processor.image_processor, "do_center_crop", None)
     ):
-        # one square grid over the whole picture
+        # Gemma 3 and the like: one square grid over the whole picture.
         boxes = _grid(math.isqrt(count), math.isqrt(count))
     else:
         return [None] * count
@@ -151,7 +155,7 @@ def token_boxes(
 
 
 def _grid(rows: int, columns: int) -> list[Box | None]:
-    """Boxes of a grid over the unit square, row by row."""
+    """The boxes of a grid over the unit square, row by row."""
     return [
         (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows)
         for r in range(rows)
@@ -160,10 +164,13 @@ def _grid(rows: int, columns: int) -> list[Box | None]:
 
 
 def _llava_next_boxes(lm: LanguageModel, size: list[int], views: int) -> list[Box | None]:
-    """Base view (the whole picture, squeezed into a square), then the rows of the tiles.
+    """Boxes in the unit square: first the base view, then the tiles, row by row.
 
-    The tiles cover the picture scaled to fit the best resolution and padded; the features of the
-    padding are cut away by the model, with the function that is used here too.
+    The base view is the whole picture squeezed into a square. The tiles cover the picture scaled to
+    fit the best resolution, and padded. The model removes the features of the padding; the boxes
+    are removed with the same function of transformers.
+
+    size: (height, width) of the picture in pixels; views: 1 + the number of tiles.
     """
     config = lm.model.config
     side = config.vision_config.image_size // config.vision_config.patch_size
@@ -174,18 +181,23 @@ def _llava_next_boxes(lm: LanguageModel, size: list[int], views: int) -> list[Bo
         size, config.image_grid_pinpoints, config.vision_config.image_size
     )
     height, width = rows * side, columns * side
-    places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
-    kept = unpad_image(places, size)
+    patches = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    kept = unpad_image(patches, size)
+    # The scaled picture lies in the middle of the padded canvas; all lengths are in patches.
     scale = min(height / size[0], width / size[1])
-    # The scaled picture lies in the middle of the padded canvas; all in patches.
-    tall, wide = size[0] * scale, size[1] * scale
-    top, left = (height - tall) / 2, (width - wide) / 2
+    scaled_height, scaled_width = size[0] * scale, size[1] * scale
+    top, left = (height - scaled_height) / 2, (width - scaled_width) / 2
     boxes = list(base)
     for row in range(kept.shape[1]):
         for column in range(kept.shape[2]):
             y, x = kept[:, row, column].tolist()
             box = np.array(
-                [(x - left) / wide, (y - top) / tall, (x + 1 - left) / wide, (y + 1 - top) / tall]
+                [
+                    (x - left) / scaled_width,
+                    (y - top) / scaled_height,
+                    (x + 1 - left) / scaled_width,
+                    (y + 1 - top) / scaled_height,
+                ]
             ).clip(0, 1)
             boxes.append(tuple(box.tolist()))
         boxes.append(None)

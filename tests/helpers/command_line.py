@@ -175,6 +175,11 @@ class Commands:
         self.close()
 
 
+def interruptible() -> None:
+    """Ctrl-C reaches a child, also where this process was started in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """The environment of a child: one thread, no token, nothing of the hub but `changes`."""
     kept = {
@@ -264,6 +269,7 @@ def _child(request: dict) -> None:
     code = 1
     try:
         os.setsid()
+        interruptible()
         for number, path in ((0, "/dev/null"), (1, request["out"]), (2, request["err"])):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
         os.environ.update(request["env"])

@@ -1,1 +1,1 @@
-"""The command line: flags, how a script begins and ends, where its files lie."""
+"""What the scripts share: flags, loading, error messages, the files of a stage."""

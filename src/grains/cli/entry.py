@@ -1,4 +1,4 @@
-"""How a script begins and ends: libraries, the model, one line for a user's mistake."""
+"""How a script starts and ends: importing libraries, loading the model, error messages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from grains.errors import UserError
@@ -14,13 +15,17 @@ from grains.errors import UserError
 if TYPE_CHECKING:
     from grains.lm import LanguageModel
 
-INTERRUPTED = "interrupted: what is finished is kept; run the same command again to go on"
+INTERRUPTED = "interrupted: finished units are kept; run the same command again to go on"
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script; a user's mistake is one line and exit status 1, Ctrl-C says how to go on."""
-    # An exception raised in the midst of an import comes out as a long traceback: until the
-    # libraries are there, Ctrl-C ends the process at once.
+    """Run a script's main function.
+
+    A UserError is printed as one line, with exit status 1; Ctrl-C ends with status 130. With
+    --debug, errors keep their traceback.
+    """
+    # An exception in the middle of an import prints a long traceback. Until the libraries are
+    # imported, Ctrl-C therefore ends the process at once.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
     debug = "--debug" in sys.argv[1:]
@@ -39,7 +44,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(
             f"error: out of memory ({str(error).splitlines()[0]}); use a smaller "
             "--batch_tokens, --dtype bfloat16 or --device_map auto, and run the same "
-            "command again: what is finished is kept"
+            "command again: finished units are kept"
         )
 
 
@@ -48,13 +53,16 @@ def _is_out_of_memory(error: Exception) -> bool:
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
-def _end(number, frame) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
     os.write(2, f"\n{INTERRUPTED}\n".encode())
     os._exit(130)
 
 
 def import_libraries() -> None:
-    """Load what takes seconds, and have it log no more than errors. After the flags are checked."""
+    """Import the libraries that take seconds, and let them log only errors.
+
+    Scripts call it after they have checked their flags.
+    """
     import warnings
 
     import huggingface_hub
@@ -64,7 +72,7 @@ def import_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
-    # `datasets` logs what it then raises; it is not imported before data is read.
+    # `datasets` logs an error and then raises it. It is imported later, when data is read.
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -73,17 +81,17 @@ def import_libraries() -> None:
 
 
 def say(text: str) -> None:
-    """Print, on one of the processes of a run."""
+    """Print on the main process of a run."""
     from grains import runs
 
     runs.processes().print(text)
 
 
 def load_model(args: argparse.Namespace) -> LanguageModel:
-    """The model that the flags of `flags.add_model` name."""
+    """Load the model that the flags of `flags.add_model` name."""
     from grains import cpu, models, runs
 
-    runs.processes()  # of several processes every one takes a device of its own
+    runs.processes()  # gives each of several processes a device of its own
     lm = models.load(
         args.model_name,
         args.dtype,

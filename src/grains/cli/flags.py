@@ -1,6 +1,7 @@
-"""Flags that several scripts share, and the settings they stand for.
+"""The flags that several scripts share, and the settings that they set.
 
-Nothing heavy is imported here: `--help` and a mistake in a flag need no library that takes seconds.
+Nothing heavy is imported here: `--help` and a mistake in a flag need no library that takes seconds
+to load.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ from grains.settings import (
 class Kind:
     """What differs between the scripts for text and those for images and text.
 
-    name: the folder under data/ and results/; model, dataset, top_k, prompt_style: the defaults
-    (the paper's experiment).
+    name: the folder under data/ and results/.
+    model, dataset, top_k, prompt_style: the defaults, as in the paper's experiments.
+    images: whether there are pictures.
     """
 
     name: str
@@ -52,19 +54,19 @@ class Kind:
 
 LLM = Kind("llm", "llama-3.1-8b-instruct", "truthfulqa", 10, "qa", False)
 VLM = Kind("vlm", "llava-1.6-7b", "spa-vl", 50, "chat", True)
-# What steering_mc.py tries, and the experiment by default.
+# The default grid of steering_mc.py and of the experiment.
 GRID = GridSettings(("mean", "pca", "gradient", "caa", "random"), alphas=(0.005, 0.01, 0.02, 0.03))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for flags that are simply not given."""
+    """Shows the defaults, except where a flag has none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parser(description: str | None, kind: Kind | None = None) -> argparse.ArgumentParser:
-    """A parser with the flags that every script has."""
+    """A parser with --debug, which every script has. kind: kept as a default for `add_*`."""
     flags = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     flags.set_defaults(kind=kind)
     flags.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
@@ -74,7 +76,7 @@ def parser(description: str | None, kind: Kind | None = None) -> argparse.Argume
 def evaluation_parser(
     description: str | None, kind: Kind, chosen_by_default: bool = False
 ) -> argparse.ArgumentParser:
-    """The flags of every script that tries steering vectors (see `add_grid`)."""
+    """A parser for scripts that evaluate steering vectors. chosen_by_default: see `add_grid`."""
     flags = parser(description, kind)
     add_model(flags)
     add_data(flags)
@@ -101,35 +103,33 @@ def add_model(flags: argparse.ArgumentParser) -> None:
         "--batch_tokens",
         type=positive,
         default=AblationSettings.batch_tokens,
-        help="positions computed at a time: the internal batch limit",
+        help="token positions computed at a time; smaller needs less memory",
     )
     group.add_argument(
         "--max_memory",
         type=positive_float,
-        help="GiB that the activations of attribution may take beside the weights "
-        "(default: 80 %% of what is free on a GPU, half of a CPU's)",
+        help="GiB that the activations of attribution may take beside the weights (default: "
+        "80 %% of a GPU's free memory, half of a CPU's)",
     )
     add_overwrite(group)
 
 
-def add_device(flags) -> None:
+def add_device(flags: argparse._ActionsContainer) -> None:
     flags.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", *DTYPES],
         help="auto: the checkpoint's on an accelerator, float32 on a CPU",
     )
-    flags.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the accelerator if any)")
+    flags.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     flags.add_argument(
         "--device_map", choices=["auto"], help="auto: spread the layers over all devices"
     )
 
 
-def add_overwrite(flags) -> None:
+def add_overwrite(flags: argparse._ActionsContainer) -> None:
     flags.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="do a run anew whose outputs exist from other settings",
+        "--overwrite", action="store_true", help="replace outputs that exist from other settings"
     )
 
 
@@ -149,7 +149,7 @@ def add_data(flags: argparse.ArgumentParser) -> None:
         "--num_samples",
         type=positive,
         default=DataSettings.num_samples,
-        help="steering examples: those that vectors are made from",
+        help="steering examples, from which vectors are made",
     )
     group.add_argument("--split", help="split of the steering examples (default: the data set's)")
     group.add_argument(
@@ -160,14 +160,14 @@ def add_data(flags: argparse.ArgumentParser) -> None:
     )
 
 
-def add_seed(flags: argparse.ArgumentParser) -> None:
-    flags.add_argument("--seed", type=int, default=0, help="of everything random")
+def add_seed(flags: argparse._ActionsContainer) -> None:
+    flags.add_argument("--seed", type=int, default=0, help="seeds everything random")
 
 
 def add_attribution(flags: argparse.ArgumentParser, top: bool = False) -> None:
-    """What stage 1 does; the later stages find its files by the same flags.
+    """The settings of stage 1; later stages find its files by the same flags.
 
-    top: whether the script makes selections itself.
+    top: whether the script itself selects tokens.
     """
     kind, default = flags.get_default("kind"), AttributionSettings()
     group = flags.add_argument_group("attribution and ablation")
@@ -175,7 +175,8 @@ def add_attribution(flags: argparse.ArgumentParser, top: bool = False) -> None:
         "--attribution",
         default=default.objective,
         choices=OBJECTIVES,
-        help="the objective: contrastive: log P(y+) - log P(y-); normal: each response on its own",
+        help="the objective, contrastive: log P(y+) - log P(y-), or normal: each response on its "
+        "own",
     )
     group.add_argument("--grad_method", default=default.grad_method, choices=GRAD_METHODS)
     group.add_argument("--top_k", type=positive, default=kind.top_k, help="tokens to ablate")
@@ -185,27 +186,27 @@ def add_attribution(flags: argparse.ArgumentParser, top: bool = False) -> None:
             nargs="+",
             default=["pos", "neg"],
             choices=TOPS,
-            help="tokens to ablate: largest, smallest, largest magnitude, or random ones "
-            "(control); several share one attribution",
+            help="tokens to ablate: those with the largest scores, the smallest, the largest "
+            "magnitudes, or random ones (the control); several share one attribution",
         )
     group.add_argument(
         "--ig_steps",
         type=ig_steps,
         default="auto",
-        help="points of the Gauss-Legendre rule (the paper's: 20), or auto: refine until complete",
+        help="points of the Gauss-Legendre rule (the paper uses 20), or auto: an adaptive rule",
     )
     group.add_argument(
         "--ig_baseline",
         default=default.baseline,
         choices=BASELINES,
-        help="embedding the path starts from (the paper's: zeros)",
+        help="the embedding at which the path starts (the paper uses zeros)",
     )
     group.add_argument(
         "--attribute",
         default=default.attribute,
         choices=SCOPES,
-        help="the scope: positions that move along the path: content (the user's words and the "
-        "picture), all (the paper's), image or text alone",
+        help="the scope, positions that move along the path: content (the user's words and the "
+        "picture), all (as in the paper), image or text only",
     )
     group.add_argument(
         "--ablate",
@@ -217,33 +218,33 @@ def add_attribution(flags: argparse.ArgumentParser, top: bool = False) -> None:
         "--ig_tolerance",
         type=positive_float,
         default=default.tolerance,
-        help="auto: completeness error allowed, as a share of |f(x) - f(b)|",
+        help="for auto: the completeness error allowed, as a share of |f(x) - f(b)|",
     )
     group.add_argument(
         "--ig_max_points",
         type=positive,
         default=default.max_points,
-        help="auto: gradients spent on an example at most",
+        help="for auto: the most gradients computed for an example",
     )
     group.add_argument(
         "--replacement",
         default=AblationSettings.replacement,
         choices=REPLACEMENTS,
-        help="token whose embedding takes an ablated token's place",
+        help="the token whose embedding replaces an ablated token",
     )
     if kind.images:
         group.add_argument(
             "--image_baseline",
             default=default.image_baseline,
             choices=IMAGE_BASELINES,
-            help="where an image token's path starts: the features of a blank picture, the "
-            "picture's mean feature, zeros (the paper's)",
+            help="where an image token's path starts: at the features of a blank picture, the "
+            "picture's mean feature, or zeros (as in the paper)",
         )
         group.add_argument(
             "--image_replacement",
             default=AblationSettings.image_replacement,
             choices=IMAGE_BASELINES,
-            help="what takes an ablated image token's place",
+            help="what replaces an ablated image token (see --image_baseline)",
         )
 
 
@@ -251,7 +252,7 @@ def add_states(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("steering vectors")
     group.add_argument(
         "--hidden_states_path",
-        help="stage 1's file of the 'pos' ablation (default: found by the flags above)",
+        help="stage 1's file of the 'pos' ablation (default: named by the flags above)",
     )
     group.add_argument(
         "--hidden_states_neg_path", help="stage 1's file of the 'neg' ablation, for mode 'both'"
@@ -264,7 +265,11 @@ def add_states(flags: argparse.ArgumentParser) -> None:
 
 
 def add_grid(flags: argparse.ArgumentParser, chosen_by_default: bool = False) -> None:
-    """The grid of configurations; with `chosen_by_default` none is given unless asked for."""
+    """The grid of configurations.
+
+    chosen_by_default: whether the grid is empty unless its flags are given, for scripts that then
+        use a configuration chosen before.
+    """
     group = flags.add_argument_group("configurations")
     default = GridSettings((), layers=()) if chosen_by_default else GRID
     group.add_argument(
@@ -272,16 +277,17 @@ def add_grid(flags: argparse.ArgumentParser, chosen_by_default: bool = False) ->
         nargs="+",
         default=[*default.methods] or None,
         choices=METHODS,
-        help="mean, pca: of the ablation shifts; gradient: mean gradient; caa: mean difference of "
-        "the responses' states; repe: its first principal component; controls: random directions, "
-        "rand_tokens (ablation of random tokens), shuffled (gradients, answers swapped at random)",
+        help="mean, pca: of the ablation shifts (the paper's methods); gradient: mean gradient; "
+        "caa: mean difference of the responses' states; repe: first principal component of these "
+        "differences; controls: random directions, rand_tokens (ablation of random tokens), "
+        "shuffled (gradients with answers swapped at random)",
     )
     group.add_argument(
         "--mode",
         nargs="+",
         default=[*default.modes],
         choices=MODES,
-        help="of mean and pca: pos, or both = pos - neg",
+        help="for mean and pca: pos, or both: pos - neg",
     )
     group.add_argument(
         "--layer_idxs",
@@ -293,8 +299,8 @@ def add_grid(flags: argparse.ArgumentParser, chosen_by_default: bool = False) ->
         "--layer_mode",
         default=default.layer_mode,
         choices=LAYER_MODES,
-        help="joint: all of them at once; each: one configuration per layer; from: one per layer, "
-        "that layer and all above it",
+        help="joint: one configuration steers all layers; each: one configuration per layer; "
+        "from: one per layer, which steers it and all layers above",
     )
     group.add_argument(
         "--alphas", nargs="+", type=finite, default=[*default.alphas] or None, help="strengths"
@@ -304,11 +310,10 @@ def add_grid(flags: argparse.ArgumentParser, chosen_by_default: bool = False) ->
         default=default.units,
         choices=UNITS,
         help="relative: shares of the median activation norm, along unit vectors; absolute: "
-        "multiples of the vector as reduced (the paper's)",
+        "multiples of the vector as its method gives it (as in the paper)",
     )
     group.add_argument(
-        "--steering_vectors_dir",
-        help="folder the vectors are written to (default: data/.../steering_vectors)",
+        "--steering_vectors_dir", help="folder for the vectors (default: data/.../steering_vectors)"
     )
 
 
@@ -321,8 +326,10 @@ def add_evaluation(flags: argparse.ArgumentParser) -> None:
         help="validation questions",
     )
     group.add_argument("--num_test", type=positive, help="test questions (default: the rest)")
-    group.add_argument("--validation_split", help="their split (default: the data set's)")
-    group.add_argument("--test_split", help="their split (default: the data set's)")
+    group.add_argument(
+        "--validation_split", help="split of the validation questions (default: the data set's)"
+    )
+    group.add_argument("--test_split", help="split of the test questions (default: the data set's)")
     group.add_argument("--output_dir", help="folder of the tables (default: results/...)")
 
 
@@ -331,15 +338,16 @@ def add_evaluate_on(flags: argparse.ArgumentParser) -> None:
         "--evaluate_on",
         default=DataSettings.evaluate_on,
         choices=("held_out", "all"),
-        help="held_out: choose on validation, report on test questions; all: every question, the "
-        "steering examples included (the authors' way)",
+        help="held_out: choose on validation questions, report on test questions; all: every "
+        "question, steering examples included (as the published scripts do)",
     )
 
 
-# --- what the flags stand for ---
+# --- settings from flags ---
 
 
 def data_settings(args: argparse.Namespace) -> DataSettings:
+    """From the flags of `add_data`, `add_evaluation` and `add_evaluate_on`."""
     settings = DataSettings(args.dataset_name, args.dataset_path, args.num_samples, args.split)
     if not hasattr(args, "num_test"):  # stage 1 evaluates nothing
         return settings
@@ -354,6 +362,7 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
 
 
 def ablation_settings(args: argparse.Namespace, tops: tuple[str, ...] = ()) -> AblationSettings:
+    """From the flags of `add_attribution`. tops: replaces --top where a script has no such flag."""
     default = AblationSettings()
     attribution = AttributionSettings(
         args.attribution,
@@ -379,6 +388,7 @@ def ablation_settings(args: argparse.Namespace, tops: tuple[str, ...] = ()) -> A
 
 
 def grid_settings(args: argparse.Namespace) -> GridSettings:
+    """From the flags of `add_grid`."""
     return GridSettings(
         tuple(dict.fromkeys(args.methods)),
         tuple(dict.fromkeys(args.mode)),

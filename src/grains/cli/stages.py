@@ -1,4 +1,4 @@
-"""What the scripts of stages 2 and 3 share: stage 1's files, the grid, the names of files."""
+"""What the scripts of stages 2 and 3 share: stage 1's files and the grid of configurations."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ from grains.steering import Configuration, SteeringVectors, directions
 
 
 def names_of(args: argparse.Namespace) -> Names:
-    """The names of the files of a stage by its flags."""
+    """The names of a stage's files, by its flags."""
     split = data.default_split(args.dataset_name, "steering")
     ablation = flags.ablation_settings(args, TOPS)
     return Names(args.kind.name, args.model_name, flags.data_settings(args), ablation, split)
 
 
 def states_files(args: argparse.Namespace, grid: GridSettings) -> dict[str, StatesFile]:
-    """Stage 1's files by selection: pos, and neg and rand where a method or mode needs them."""
+    """Selection -> stage 1's file: pos, and neg or rand if a method or mode needs it.
+
+    Raises UserError if a file does not exist, or if the files are of different runs.
+    """
     needed = ["pos"]
     if "both" in grid.modes and any(method in ABLATION_METHODS for method in grid.methods):
         needed.append("neg")
     if "rand_tokens" in grid.methods:
         needed.append("rand")
-    found = names_of(args).states(TOPS)
+    default = names_of(args).states(TOPS)
     files: dict[str, StatesFile] = {}
     for top in needed:
         flag = "hidden_states_path" if top == "pos" else f"hidden_states_{top}_path"
-        path = Path(getattr(args, flag) or found[top])
+        path = Path(getattr(args, flag) or default[top])
         if not path.is_file():
             raise UserError(
-                f"hidden states '{path}' do not exist: run token_ablation.py with the "
-                f"same model, data and --num_samples and --top {top} first, or give "
-                f"--{flag}"
+                f"hidden states '{path}' do not exist: first run token_ablation.py with --top "
+                f"{top} and the same model, data and settings, or give --{flag}"
             )
         files[top] = StatesFile(path)
         different = runs.differences(
@@ -55,16 +57,21 @@ def states_files(args: argparse.Namespace, grid: GridSettings) -> dict[str, Stat
 def configurations(
     args: argparse.Namespace, lm: LanguageModel, grid: GridSettings, states: dict[str, StatesFile]
 ) -> tuple[list[Configuration], dict[Path, SteeringVectors]]:
-    """The grid (methods x modes x layers x strengths), and the vectors by their files."""
+    """The configurations of a grid, and the file of each of their vectors.
+
+    Raises UserError if the hidden states are of another model.
+    """
     for file in states.values():
         file.check_model(lm)
-    names, found, files = names_of(args), [], {}
-    for method, mode, made in vectors.make_all(states, grid, args.seed):
+    names = names_of(args)
+    grid_configurations: list[Configuration] = []
+    files: dict[Path, SteeringVectors] = {}
+    for method, mode, by_layer in vectors.make_all(states, grid, args.seed):
         path = names.vectors(states["pos"].path, method, mode, args.steering_vectors_dir)
-        files[path] = made
-        found += [
+        files[path] = by_layer
+        grid_configurations += [
             direction.at(alpha, grid.units)
-            for direction in directions(made, method, mode, grid)
+            for direction in directions(by_layer, method, mode, grid)
             for alpha in grid.alphas
         ]
-    return found, files
+    return grid_configurations, files

@@ -20,7 +20,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-DATA = Path(__file__).with_name("misconceptions.jsonl")
+DATA = Path(__file__).parents[1] / "src" / "data" / "misconceptions.jsonl"
 
 NEGATIONS = {
     *("no", "not", "never", "none", "neither", "nor", "nothing", "nobody", "nowhere"),

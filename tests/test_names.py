@@ -1,0 +1,102 @@
+"""Names of files: every setting that makes other results makes another name."""
+
+from dataclasses import replace
+
+import pytest
+
+from grains.cli.flags import GRID
+from grains.names import LONGEST, Names, stem
+from grains.settings import AblationSettings, AttributionSettings, DataSettings
+
+NAMES = Names(
+    "llm", "meta/tiny llama", DataSettings("x", "/data/x.jsonl"), AblationSettings(), "train"
+)
+
+
+def test_the_defaults_make_a_short_name():
+    assert str(NAMES.attributions()) == (
+        "results/llm/token_attribution/"
+        "x_tiny-llama_train_n50_seed0_qa_contrastive_integrated_gradients_k10.csv"
+    )
+    assert NAMES.multiple_choice(GRID, GRID, "token")["grid"].name == (
+        "x_tiny-llama_n50_seed0_qa_contrastive_integrated_gradients_k10_joint_all_grid.csv"
+    )
+
+
+ATTRIBUTION = AttributionSettings()
+STAGE_1 = [
+    {"ablation": AblationSettings(replace(ATTRIBUTION, ig_steps=20))},
+    {"ablation": AblationSettings(replace(ATTRIBUTION, ig_steps=30))},
+    {"ablation": AblationSettings(replace(ATTRIBUTION, baseline="zeros"))},
+    {"ablation": AblationSettings(replace(ATTRIBUTION, attribute="all"))},
+    {"ablation": AblationSettings(replace(ATTRIBUTION, tolerance=0.01))},
+    {"ablation": AblationSettings(replace(ATTRIBUTION, grad_method="vanilla"))},
+    {"ablation": AblationSettings(top_k=5)},
+    {"ablation": AblationSettings(ablate="text")},
+    {"ablation": AblationSettings(replacement="unk")},
+    {"ablation": AblationSettings(image_replacement="zeros")},
+    {"ablation": AblationSettings(prompt_style="chat")},
+    {"ablation": AblationSettings(seed=1)},
+    {"data": DataSettings("x", num_samples=10)},
+    {"data": DataSettings("x", split="dev")},
+    {"model": "other"},
+]
+
+
+def test_every_setting_of_stage_1_makes_another_name():
+    names = [NAMES, *(replace(NAMES, **change) for change in STAGE_1)]
+    paths = [str(item.attributions()) for item in names]
+    assert len(set(paths)) == len(paths)
+    states = [str(path) for item in names for path in item.states(("pos", "neg")).values()]
+    assert len(set(states)) == len(states) == 2 * len(paths)
+
+
+def test_every_setting_of_the_grid_makes_another_name():
+    grids = [
+        GRID,
+        replace(GRID, alphas=(0.01,)),
+        replace(GRID, alphas=(0.02,)),
+        replace(GRID, methods=("mean",)),
+        replace(GRID, modes=("pos", "both")),
+        replace(GRID, layers=("10-29",)),
+        replace(GRID, layer_mode="each"),
+        replace(GRID, units="absolute"),
+    ]
+    named = [NAMES.multiple_choice(grid, GRID, "token")["grid"] for grid in grids]
+    named += [NAMES.multiple_choice(GRID, GRID, "sum")["grid"]]
+    named += [
+        replace(NAMES, data=replace(NAMES.data, **change)).multiple_choice(GRID, GRID, "token")[
+            "grid"
+        ]
+        for change in (
+            {"evaluate_on": "all"},
+            {"num_validation": 10},
+            {"num_test": 10},
+            {"validation_split": "dev"},
+            {"test_split": "dev"},
+        )
+    ]
+    assert len(set(named)) == len(named)
+    assert len({NAMES.generations(GRID, GRID, parts) for parts in ((), ("tokens-5",))}) == 2
+
+
+def test_what_is_found_again_is_of_these_settings_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    variants = [NAMES, *(replace(NAMES, **change) for change in STAGE_1)]
+    written = []
+    for item in variants:
+        for alphas in ((0.01,), (0.02,)):
+            grid = replace(GRID, alphas=alphas)
+            path = item.multiple_choice(grid, GRID, "token")["chosen"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            written.append(path)
+    assert len(set(written)) == 2 * len(variants)
+    for item in variants:
+        assert len(item.chosen()) == 2
+
+
+@pytest.mark.parametrize("length", [10, LONGEST, LONGEST + 1, 1000])
+def test_a_long_name_is_shortened_and_stays_its_own(length):
+    names = {stem(["é" * (length // 2), end]) for end in ("a", "b")}
+    assert len(names) == 2 and all(len(name.encode()) <= LONGEST for name in names)
