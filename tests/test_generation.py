@@ -1,13 +1,11 @@
 """Batched decoding, base and steered rows side by side, is one prompt at a time."""
 
 import pytest
-import torch
 from helpers.decoding import greedy, random_configuration, text_of
 from helpers.reference import encoded, example, no_hooks, words
 
 from grains import prompts
 from grains.generation import generate, pad_left
-from grains.steering import Configuration, steered
 
 NEW = 12
 PROMPTS = [
@@ -51,7 +49,10 @@ def test_tiny_models_with_sliding_layers_too(tiny):
         encoded(tiny, W[start : start + length], [[5]])
         for start, length in [(0, 2), (10, 13), (30, 7), (40, 20)]
     ]
-    configurations = [random_configuration(tiny, (1,), 0.5, 3), random_configuration(tiny, (0, 3), 0.5, 4)]
+    configurations = [
+        random_configuration(tiny, (1,), 0.5, 3),
+        random_configuration(tiny, (0, 3), 0.5, 4),
+    ]
     found = generate(tiny, items, configurations, 10)
     for texts, vectors in zip(found, [{}, *(item.vectors for item in configurations)], strict=True):
         for item, text in zip(items, texts, strict=True):
