@@ -144,8 +144,8 @@ def add_data(flags: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dataset_path",
-        help="local file (.jsonl, .csv, .parquet) or folder, in the data set's own columns, or "
-        "prompt/chosen/rejected, or question/choices/label",
+        help="local file (JSON Lines, JSON, CSV, TSV, Parquet) or folder, in the data set's own "
+        "columns, or prompt/chosen/rejected, question/choices/label and others (docs/data.md)",
     )
     group.add_argument(
         "--num_samples",
