@@ -231,7 +231,7 @@ def test_csv(stage1, tmp_path):
     assert str(path) in message and "whole" in message
     path.write_text(whole.replace("[", ""))
     message = stage1(tmp_path, "--dataset_path", path).error()
-    assert f"{path}, row " in message and "expected the columns" in message
+    assert f"{path}, row " in message and "expected a list" in message
     path.write_bytes(b"\x00\xff\xfe" * 50)
     assert str(path) in stage1(tmp_path, "--dataset_path", path).error()
     del before[path]
