@@ -13,16 +13,18 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from grains import data, figures, vision
+from grains import data, vision
 from grains.errors import UserError
-from grains.report_figures import WIDTH, Figures, as_item
-from grains.report_files import examples_of, from_json, manifest_of, read_table
-from grains.report_text import joined, number, percent
+from grains.report import figures
+from grains.report.files import examples_of, manifest_of
+from grains.report.images import WIDTH, Images, as_item
+from grains.report.reading import from_json, read_table
+from grains.report.text import joined, number, percent
 
 # --- stage 1 ---
 
 
-def attribution_view(path: Path, drawn: Figures, name: str, count: int) -> dict:
+def attribution_view(path: Path, drawn: Images, name: str, count: int) -> dict:
     """What ablation does on the whole, and the first examples with their attributions.
 
     name: begins the names of the figures; count: examples shown.
@@ -102,7 +104,7 @@ def example_lines(path: Path, rows: pd.DataFrame) -> list[Line]:
 
 
 def example_view(
-    path: Path, rows: pd.DataFrame, pictures: dict[str, data.Example], drawn: Figures, name: str
+    path: Path, rows: pd.DataFrame, pictures: dict[str, data.Example], drawn: Images, name: str
 ) -> dict:
     first, lines = rows.iloc[0], example_lines(path, rows)
     image = set(from_json(path, "image_positions", first.get("image_positions") or "[]"))

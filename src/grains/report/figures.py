@@ -35,7 +35,7 @@ from matplotlib.ticker import (
 from PIL import Image
 from tokenizers import decoders
 
-from grains.vectors import CONTROLS, METHODS
+from grains.settings import CONTROLS, METHODS
 
 DIVERGING = LinearSegmentedColormap.from_list(
     "orange_blue", ["#8c4004", "#d9822b", "#f4f2ee", "#4a90c9", "#174f8a"]

@@ -2,91 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
-from grains import data, figures, runs
+from grains import data, runs
 from grains.errors import UserError
 
-
-class Kind(NamedTuple):
-    """A kind of table: the script that writes it, and the columns that the report reads."""
-
-    script: str
-    text: tuple[str, ...]
-    numbers: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()  # numbers too, read where they are
-
-
-def _per_score(*names: str) -> tuple[str, ...]:
-    return tuple(name.format(score) for score in figures.SCORES for name in names)
-
-
-KINDS = {
-    "attribution": Kind(
-        "token_ablation.py",
-        (
-            "id",
-            "top",
-            "question",
-            "chosen",
-            "rejected",
-            "selected_positions",
-            "tokens",
-            "attributions",
-        ),
-        ("f", "f_ablated", "k", "completeness_error_relative_worst", "gradients_computed"),
-    ),
-    "grid": Kind(
-        "steering_mc.py",
-        ("configuration", "method", "mode", "layers", "part"),
-        (
-            "alpha",
-            "questions",
-            *_per_score("accuracy_{}", "accuracy_{}_low", "accuracy_{}_high", "p_value_{}"),
-        ),
-        (
-            "perplexity_increase",
-            "varied_increase",
-            "answers_increase",
-            "unrelated_accuracy",
-            "repetition",
-            "words",
-            *_per_score("margin_{}"),
-        ),
-    ),
-    "questions": Kind("steering_mc.py", ("configuration", "part", "id", *_per_score("correct_{}"))),
-    "front": Kind(
-        "experiment.py",
-        ("dataset", "method", "mode", "is_control", "score", "limit", "configuration", "seeds"),
-        (
-            "max_ppl_increase",
-            "accuracy",
-            "accuracy_low",
-            "accuracy_high",
-            "base_accuracy",
-            "gain",
-            "gain_low",
-            "gain_high",
-            "p_value",
-            "perplexity_increase",
-            "unrelated_change",
-            "unrelated_change_low",
-            "unrelated_change_high",
-        ),
-        ("varied_increase", "answers_increase", "repetition"),
-    ),
-    "generation": Kind(
-        "steering_generation.py",
-        ("prompt", "id", "question", "configuration", "base", "steered", "reference"),
-    ),
-}
 FOLDERS = {"token_attribution": "attribution", "steering_generation": "generation"}
 STAGES = {"token_ablation": "attribution", "steering_generation": "generation"}
 EVALUATION = re.compile("_(grid|questions|front)$")
@@ -203,44 +127,6 @@ def subject(manifest: dict) -> tuple[str | None, str | None]:
     return tuple(part.get(key) if isinstance(part, dict) else part for part, key in parts)
 
 
-def read_table(path: Path, name: str) -> pd.DataFrame:
-    """A table of a kind; text stays text, so that an answer 'None' or '1.0' is one.
-
-    Raises UserError, naming the file and the column, where it is not what its name says.
-    """
-    kind = KINDS[name]
-    again = f"was it cut short or changed? make it again with {kind.script}"
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read as a CSV ({error}): {again}") from error
-    missing = [column for column in (*kind.text, *kind.numbers) if column not in table]
-    if missing:
-        raise UserError(
-            f"'{path}': column{'s' * (len(missing) > 1)} {', '.join(missing)} missing, "
-            f"found {', '.join(table.columns)}; {again}"
-        )
-    if table.empty:
-        raise UserError(f"'{path}' has no rows: {again}")
-    for column in (*kind.numbers, *(name for name in kind.optional if name in table)):
-        try:
-            table[column] = pd.to_numeric(table[column])  # an empty cell is a NaN
-        except ValueError as error:
-            raise UserError(
-                f"'{path}', column {column}: expected numbers ({error}); {again}"
-            ) from error
-    return table
-
-
-def from_json(path: Path, column: str, cell: str):
-    try:
-        return json.loads(cell)
-    except ValueError as error:
-        raise UserError(
-            f"'{path}', column {column}: expected a JSON list, found '{cell[:40]}'"
-        ) from error
-
-
 def examples_of(manifest: dict) -> dict[str, data.Example]:
     """The examples of a stage-1 run by id, read again from where its manifest says.
 
@@ -249,7 +135,7 @@ def examples_of(manifest: dict) -> dict[str, data.Example]:
     given = manifest.get("data")
     if not isinstance(given, dict) or "ids" not in given:
         raise UserError("no manifest says where they are")
-    split = given["split"] or data.default_split(given["name"], 0)
+    split = given["split"] or data.default_split(given["name"], "steering")
     rows, source = data.load(given["name"], split, given["path"])
     found = data.examples(rows, source, manifest["seed"], given["num_samples"])
     if [example.id for example in found] != given["ids"]:
@@ -286,7 +172,7 @@ def what_was_run(manifests: list[dict], examples: str, seeds: list) -> list[tupl
             values = {"model": None, "name": None, "split": None}  # come first
             values |= given if isinstance(given, dict) else {key: given}
             if "num_samples" in values and not values.get("split"):
-                values["split"] = data.default_split(values["name"], 0)
+                values["split"] = data.default_split(values["name"], "steering")
             if key == "flags":
                 term = manifest.get("stage", "steering").replace("_", " ").capitalize()
                 seeds = [*seeds, manifest.get("seed", values.get("seed"))]

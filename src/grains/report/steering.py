@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from grains import figures, stats
+from grains import stats
 from grains.errors import UserError
-from grains.figures import SCORES
-from grains.report_figures import Figures
-from grains.report_files import chosen_path, manifest_of, read_object, read_table
-from grains.report_text import (
+from grains.report import figures
+from grains.report.figures import SCORES
+from grains.report.files import chosen_path, manifest_of, read_object
+from grains.report.images import Images
+from grains.report.reading import read_table
+from grains.report.text import (
     count,
     interval,
     joined,
@@ -24,8 +26,8 @@ from grains.report_text import (
     points,
     signed_percent,
 )
-from grains.scoring import layer_ranges
-from grains.vectors import CONTROLS
+from grains.settings import CONTROLS
+from grains.steering import layer_ranges
 
 SIGNIFICANT = 0.05
 MAX_LAYER_SETS = 6
@@ -51,7 +53,7 @@ MEASURES = {
 
 
 def evaluation_views(
-    stem: Path, files: dict[str, Path], named: str, drawn: Figures, prefix: str
+    stem: Path, files: dict[str, Path], named: str, drawn: Images, prefix: str
 ) -> list[dict]:
     """A block for each data set that an evaluation's grid and front speak of.
 
@@ -92,7 +94,7 @@ def evaluation_views(
 # --- gain over price ---
 
 
-def front_views(front: pd.DataFrame, drawn: Figures, name: str) -> list[dict]:
+def front_views(front: pd.DataFrame, drawn: Images, name: str) -> list[dict]:
     """Figure, sentences and tables for each limit on what else may be lost, the strictest first."""
     front = front.assign(
         control=front.is_control == "True", line=(front.method + " " + front["mode"]).str.strip()
@@ -111,7 +113,7 @@ def front_views(front: pd.DataFrame, drawn: Figures, name: str) -> list[dict]:
 
 
 def front_view(
-    front: pd.DataFrame, limit: str, comparisons: int, drawn: Figures, name: str
+    front: pd.DataFrame, limit: str, comparisons: int, drawn: Images, name: str
 ) -> dict:
     budgets = sorted(front.max_ppl_increase.unique())
     paid = {column: MEASURES[column] for column in present(front)}
@@ -275,7 +277,7 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def curves(
-    grid: pd.DataFrame, best: str | None, label: str, score: str, drawn: Figures, name: str
+    grid: pd.DataFrame, best: str | None, label: str, score: str, drawn: Images, name: str
 ) -> dict:
     """Accuracy, prices and other measures over strength for each set of layers, the chosen one's
     first; and the gain by layer where single ones were tried."""
