@@ -1,12 +1,10 @@
-"""The files of the report: finding results, reading their tables, what their manifests say."""
+"""The files of the report: finding results, and what their manifests say."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from grains import data, runs
 from grains.errors import UserError
@@ -48,8 +46,8 @@ def find(folders: list[Path]) -> list[Section]:
             raise UserError(
                 f"'{folder}' is not a folder: give one with results, such as results/llm"
             )
-        found = [(kind_of(path), path) for path in sorted(folder.rglob("*.csv"))]
-        if not any(kind not in (None, "questions") for kind, _ in found):
+        tables = [(kind_of(path), path) for path in sorted(folder.rglob("*.csv"))]
+        if not any(kind not in (None, "questions") for kind, _ in tables):
             raise UserError(
                 f"'{folder}' holds no results: expected token_attribution/*.csv, "
                 "*_grid.csv, *_front.csv or steering_generation/*.csv; run "
@@ -57,7 +55,7 @@ def find(folders: list[Path]) -> list[Section]:
                 "scripts/llm/run_token_ablation.sh, bash scripts/llm/run_steering_mc.sh"
                 "), or give another folder"
             )
-        for kind, path in found:
+        for kind, path in tables:
             if kind is None or path.resolve() in seen:
                 continue
             seen.add(path.resolve())
@@ -92,8 +90,9 @@ def demo_files(folders: list[Path]) -> list[Path]:
 
 
 def kind_of(path: Path) -> str | None:
-    if found := EVALUATION.search(path.stem):
-        return found[1]
+    """attribution, grid, questions, front or generation; None for what is no such table."""
+    if ending := EVALUATION.search(path.stem):
+        return ending[1]
     return FOLDERS.get(path.parent.name) or STAGES.get(manifest_of(path).get("stage"))
 
 
@@ -106,12 +105,60 @@ def chosen_path(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}_chosen.json")
 
 
+# What a manifest holds, as far as the report reads it; anything may be missing or null.
+MANIFEST = {
+    "stage": str,
+    "model": (dict, str),
+    "data": (dict, str),
+    "settings": dict,
+    "flags": dict,
+    "versions": dict,
+    "seed": int,
+}
+MODEL = {"model": str}
+DATA = {"name": str, "path": str, "split": str, "num_samples": int, "ids": list}
+FLAGS = {"score": str, "seed": int}
+JSON_NAMES = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
+
+
 def manifest_of(path: Path) -> dict:
-    """The manifest beside a table, or {}. That of a grid goes for its whole evaluation."""
+    """The manifest beside a table, or {}. That of a grid goes for its whole evaluation.
+
+    Raises UserError where it is not what the stages write.
+    """
     for name in (f"{path.stem}.manifest.json", f"{stem_of(path).name}_grid.manifest.json"):
         if (file := path.with_name(name)).is_file():
-            return read_object(file)
+            manifest = read_object(file)
+            _check(file, manifest, MANIFEST)
+            for key, types in (("model", MODEL), ("data", DATA), ("flags", FLAGS)):
+                if isinstance(manifest.get(key), dict):
+                    _check(file, manifest[key], types, f"{key}.")
+            return manifest
     return {}
+
+
+def _check(file: Path, content: dict, types: dict, place: str = "") -> None:
+    for key, expected in types.items():
+        value = content.get(key)
+        if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
+            kinds = expected if isinstance(expected, tuple) else (expected,)
+            raise UserError(
+                f"'{file}', {place}{key}: expected {' or '.join(map(JSON_NAMES.get, kinds))}, "
+                f"found {str(value)[:40]}; was it changed?"
+            )
+
+
+def chosen_configuration(stem: Path) -> str | None:
+    """The label of the configuration that an evaluation chose; None where none is chosen."""
+    path = chosen_path(stem)
+    if not path.is_file():
+        return None
+    label = read_object(path).get("configuration")
+    if not isinstance(label, str):
+        raise UserError(
+            f"'{path}', configuration: expected a text, found {str(label)[:40]}; was it changed?"
+        )
+    return label
 
 
 def read_object(path: Path) -> dict:
@@ -123,8 +170,9 @@ def read_object(path: Path) -> dict:
 
 def subject(manifest: dict) -> tuple[str | None, str | None]:
     """Model and data set of a manifest."""
-    parts = [(manifest.get("model"), "model"), (manifest.get("data"), "name")]
-    return tuple(part.get(key) if isinstance(part, dict) else part for part, key in parts)
+    fields = [(manifest.get("model"), "model"), (manifest.get("data"), "name")]
+    model, name = (field.get(key) if isinstance(field, dict) else field for field, key in fields)
+    return model, name
 
 
 def examples_of(manifest: dict) -> dict[str, data.Example]:
@@ -132,15 +180,15 @@ def examples_of(manifest: dict) -> dict[str, data.Example]:
 
     Raises UserError if they cannot be read, or are others than in the run.
     """
-    given = manifest.get("data")
-    if not isinstance(given, dict) or "ids" not in given:
+    given, seed = manifest.get("data"), manifest.get("seed")
+    if not isinstance(given, dict) or seed is None or None in map(given.get, ("ids", "name")):
         raise UserError("no manifest says where they are")
-    split = given["split"] or data.default_split(given["name"], "steering")
-    rows, source = data.load(given["name"], split, given["path"])
-    found = data.examples(rows, source, manifest["seed"], given["num_samples"])
-    if [example.id for example in found] != given["ids"]:
+    split = given.get("split") or data.default_split(given["name"], "steering")
+    rows, source = data.load(given["name"], split, given.get("path"))
+    examples = data.examples(rows, source, seed, given.get("num_samples"))
+    if [example.id for example in examples] != given["ids"]:
         raise UserError(f"{source.path} has other examples now than in this run")
-    return {example.id: example for example in found}
+    return {example.id: example for example in examples}
 
 
 TERMS = {
@@ -164,7 +212,10 @@ LEFT_OUT = (
 
 
 def what_was_run(manifests: list[dict], examples: str, seeds: list) -> list[tuple[str, dict]]:
-    """Terms and what they were, by name, as far as the manifests say; each thing once."""
+    """Terms and what they were, by name, as far as the manifests say; each thing stands once.
+
+    examples: the numbers of examples, as text; seeds: of the evaluations.
+    """
     lines: list[tuple[str, dict]] = []
     for key, term in TERMS.items():
         for manifest in manifests:
@@ -174,13 +225,13 @@ def what_was_run(manifests: list[dict], examples: str, seeds: list) -> list[tupl
             if "num_samples" in values and not values.get("split"):
                 values["split"] = data.default_split(values["name"], "steering")
             if key == "flags":
-                term = manifest.get("stage", "steering").replace("_", " ").capitalize()
+                term = (manifest.get("stage") or "steering").replace("_", " ").capitalize()
                 seeds = [*seeds, manifest.get("seed", values.get("seed"))]
             lines.append(
                 (
                     term,
                     {
-                        name.replace("_", " "): " ".join(map(str, np.atleast_1d(value)))
+                        name.replace("_", " "): as_text(value)
                         for name, value in values.items()
                         if value is not None and name not in LEFT_OUT
                     },
@@ -192,9 +243,14 @@ def what_was_run(manifests: list[dict], examples: str, seeds: list) -> list[tupl
         for term, text in (("Examples", examples), ("Seed", ", ".join(known)))
         if text
     ]
-    told = [line for index, line in enumerate(lines) if line[1] and line not in lines[:index]]
+    distinct = [line for index, line in enumerate(lines) if line[1] and line not in lines[:index]]
     return [
         (term, pairs)
-        for term, pairs in told  # what another manifest tells and more is enough
-        if not any(term == other and pairs.items() < more.items() for other, more in told)
+        for term, pairs in distinct  # a line that says less than another one is left out
+        if not any(term == title and pairs.items() < more.items() for title, more in distinct)
     ]
+
+
+def as_text(value: object) -> str:
+    """A value of a manifest; a list as its items."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -23,7 +23,7 @@ def build(folders: list[Path], output: Path, count: int) -> tuple[str, dict[str,
 
     output: where the page will lie, for its links; count: examples shown of each file.
     """
-    drawn = Images()
+    images = Images()
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -32,23 +32,23 @@ def build(folders: list[Path], output: Path, count: int) -> tuple[str, dict[str,
         undefined=jinja2.StrictUndefined,
     ).get_template("template.html.j2")
     page = template.render(
-        sections=[view(section, output.parent, drawn, count) for section in find(folders)],
+        sections=[view(section, output.parent, images, count) for section in find(folders)],
         demo=[demo_view(path) for path in demo_files(folders)],
         scores=SCORES,
         version=runs.versions()["grains"],
     )
-    return page, drawn.pngs
+    return page, images.pngs
 
 
-def view(section: Section, folder: Path, drawn: Images, count: int) -> dict:
+def view(section: Section, folder: Path, images: Images, count: int) -> dict:
     """A section for the template. folder: where the page lies, for links."""
     name = f"{section.data}_{slug(section.model)}".strip("_")
     evaluations = [
         item
         for stem, files in section.evaluations.items()
-        for item in evaluation_views(stem, files, section.data, drawn, name)
+        for item in evaluation_views(stem, files, section.data, images, name)
     ]
-    attributions = [attribution_view(path, drawn, name, count) for path in section.attributions]
+    attributions = [attribution_view(path, images, name, count) for path in section.attributions]
     tables = section.tables()
     manifests = [manifest_of(path) for path in tables]
     beside = [
