@@ -128,7 +128,7 @@ def manifest_of(path: Path) -> dict:
     """
     for name in (f"{path.stem}.manifest.json", f"{stem_of(path).name}_grid.manifest.json"):
         if (file := path.with_name(name)).is_file():
-            manifest = read_object(file)
+            manifest = runs.read_json(file)
             _check(file, manifest, MANIFEST)
             for key, types in (("model", MODEL), ("data", DATA), ("flags", FLAGS)):
                 if isinstance(manifest.get(key), dict):
@@ -153,19 +153,12 @@ def chosen_configuration(stem: Path) -> str | None:
     path = chosen_path(stem)
     if not path.is_file():
         return None
-    label = read_object(path).get("configuration")
+    label = runs.read_json(path).get("configuration")
     if not isinstance(label, str):
         raise UserError(
             f"'{path}', configuration: expected a text, found {str(label)[:40]}; was it changed?"
         )
     return label
-
-
-def read_object(path: Path) -> dict:
-    content = runs.read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}': expected a JSON object; was it changed?")
-    return content
 
 
 def subject(manifest: dict) -> tuple[str | None, str | None]:
