@@ -8,6 +8,7 @@ from pathlib import Path
 
 from grains import data, runs
 from grains.errors import UserError
+from grains.settings import SCORES
 
 FOLDERS = {"token_attribution": "attribution", "steering_generation": "generation"}
 STAGES = {"token_ablation": "attribution", "steering_generation": "generation"}
@@ -133,6 +134,12 @@ def manifest_of(path: Path) -> dict:
             for key, types in (("model", MODEL), ("data", DATA), ("flags", FLAGS)):
                 if isinstance(manifest.get(key), dict):
                     _check(file, manifest[key], types, f"{key}.")
+            score = (manifest.get("flags") or {}).get("score")
+            if score not in (None, *SCORES):
+                raise UserError(
+                    f"'{file}', flags.score: expected {' or '.join(SCORES)}, found {score}; was it "
+                    "changed?"
+                )
             return manifest
     return {}
 

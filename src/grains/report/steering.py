@@ -108,7 +108,7 @@ def grid_view(stem, files, grid, questions, images, name) -> dict:
             f"'{files['grid']}': no row of the base model among the {split} questions; "
             "make it again with steering_mc.py"
         )
-    score = manifest_of(files["grid"]).get("flags", {}).get("score", "token")
+    score = (manifest_of(files["grid"]).get("flags") or {}).get("score") or "token"
     best = chosen_configuration(stem)
     seeds = list(dict.fromkeys(grid.get("seed", ())))
     splits = [split, *(name for name in sizes.index if name != split)]
