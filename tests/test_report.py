@@ -37,7 +37,7 @@ from grains.report.examples import word_difference
 from grains.report.tables import over_seeds
 from grains.settings import METHODS
 
-pytest_plugins = ("helpers.command_line", "helpers.report_page")
+pytest_plugins = ("helpers.command_line", "helpers.everything")
 
 
 # --- numbers ---
@@ -910,6 +910,8 @@ def test_cells_that_are_not_what_their_columns_say(
     tables_and_page, tmp_path, file, column, cell, expected
 ):
     path = shutil.copytree(tables_and_page[0], tmp_path / "spoilt") / file
+    for folder in {*(tmp_path / "spoilt").iterdir()} - {path.parent}:
+        shutil.rmtree(folder)
     with_cell(column, cell)(path)
     with pytest.raises(UserError) as error:
         page_of(tmp_path / "spoilt")

@@ -14,7 +14,7 @@ import pytest
 from grains.report import figures
 from grains.settings import METHODS
 
-pytest_plugins = ("helpers.report_page",)
+pytest_plugins = ("helpers.everything",)
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [

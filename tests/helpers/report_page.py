@@ -1,7 +1,4 @@
-"""The report as its tests look at it: its elements, and one of all stages' results.
-
-A pytest plugin, for the fixture.
-"""
+"""The report as its tests look at it: its elements, their texts and attributes."""
 
 from __future__ import annotations
 
@@ -12,11 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import pytest
 from matplotlib.figure import Figure
 
 from grains.report import images, page
-from helpers.results import write_everything
 
 
 class Page(HTMLParser):
@@ -85,12 +80,3 @@ def page_of(*folders: Path, count: int = 6, drawn: bool = False) -> Page:
 def _filled(draw, height, theme, **options) -> bytes:
     draw(Figure(figsize=(images.WIDTH, height)))
     return b"PNG"
-
-
-@pytest.fixture(scope="session")
-def everything(tmp_path_factory):
-    """Results of all stages, where their report lies, its text and its page."""
-    place = tmp_path_factory.mktemp("everything")
-    folder, output = write_everything(place / "Größe #1 100%"), place / "reports" / "new" / "r.html"
-    text = page.build([folder], output, 6)[0]
-    return folder, output, text, Page(text)

@@ -212,8 +212,8 @@ class Endpoint:
         """The response to a prompt, after as many tries as it takes."""
         import openai
 
-        left = self.LONGEST_WAIT
-        for wait in (*self.WAITS, None):
+        left, waits = self.LONGEST_WAIT, iter(self.WAITS)
+        while True:
             try:
                 return self.completions.create(
                     model=self.model,
@@ -224,21 +224,22 @@ class Endpoint:
                 )
             except openai.APIStatusError as error:
                 busy = error.status_code == 429 or error.status_code >= 500
-                wait = busy and wait and (_retry_after(error) or wait)
-                if not wait or wait > left:
+                wait = next(waits, None) if busy else None
+                wait = wait and (_retry_after(error) or wait)
+                if wait is None or wait > left:
                     raise UserError(self._refusal(error, wait)) from None
                 reason = f"is busy (status {error.status_code})"
             except openai.APIConnectionError as error:
                 reason = f"cannot be reached ({self._line(error.__cause__ or error)})"
-                if wait != self.WAITS[0]:
+                if left < self.LONGEST_WAIT:
                     raise UserError(
                         f"the judge at {self.url} {reason}; check judge_url and the network, and "
                         "run the same command again: the answers so far are kept"
                     ) from None
+                wait = next(waits)
             self.say(f"the judge at {self.url} {reason}: asking again in {wait:g} s")
             time.sleep(wait)
             left -= wait
-        raise AssertionError("the last try returns or raises")
 
     def _refusal(self, error: APIStatusError, wait: float | None) -> str:
         status = error.status_code
