@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from grains.cli import entry, flags
 from grains.cli.flags import LLM, Kind
 from grains.errors import UserError
-from grains.settings import CONTROLS, SCORES, TARGET_SCORES, GridSettings
+from grains.settings import CONTROLS, TARGET_SCORES, GridSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,13 +37,7 @@ COLUMNS = [*ROW, *(name.format(score) for score in SCORED for name in PER_SCORE)
 
 def parser(kind: Kind) -> argparse.ArgumentParser:
     parser = flags.evaluation_parser(__doc__, kind)
-    parser.add_argument(
-        "--score",
-        default="token",
-        choices=(*SCORES, *TARGET_SCORES),
-        help="what the choice of a configuration goes by: accuracy of the per-token or of the "
-        "summed log-likelihood, or TruthfulQA's MC1 or MC2 (all that the data allows are reported)",
-    )
+    flags.add_score(parser)
     return parser
 
 
