@@ -88,6 +88,25 @@ def test_ids_numbered_per_split_drop_no_question(tmp_path):
     assert len(rest["validation"]) == 8 and len(rest["test"]) == 20
 
 
+def test_pictures_left_in_the_file_are_told_apart(tmp_path):
+    """The keys that stage 1 keeps are those by which a steering example is known again."""
+    rows = [
+        {"prompt": "What?", "chosen": "a", "rejected": "b", "image": bytes([i]) * 9, "id": "x"}
+        for i in range(30)
+    ]
+    path = data_files.write(tmp_path, "parquet", rows)
+    steering, rest = drawn(settings(path))
+    groups = [steering, rest["validation"], rest["test"]]
+    assert [len(group) for group in groups] == [8, 8, 14]
+    assert len({item.image.read()["bytes"] for group in groups for item in group}) == 30
+    keys = {data.question_key(item) for group in groups for item in group}
+    loaded, source = data.load("mine", "train", path)
+    read = [data.read(loaded, source, index) for index in range(30)]
+    assert keys == set(map(data.question_key, read)) and len(keys) == 30
+    again = data.StoredPicture(loaded, 3)
+    assert data.picture_digest(again) == data.picture_digest(read[3].image)
+
+
 def test_draws_of_the_packaged_questions_stay_as_they_were():
     """The results of the documents were drawn like this."""
     given = DataSettings("misconceptions", num_samples=50, num_validation=100)

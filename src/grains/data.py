@@ -86,10 +86,14 @@ class Example:
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """A picture that is read from the data set's file when needed: 100,000 exceed the memory."""
+    """A picture that is read from the data set's file when needed: 100,000 exceed the memory.
+
+    digest: its `picture_digest`; computed when it is asked for if empty.
+    """
 
     rows: Rows
     index: int
+    digest: bytes = b""
 
     def read(self) -> Any:
         """The picture, as the data set stores it."""
@@ -423,7 +427,7 @@ def _example(row: dict, source: Source, repeats: Callable[[str], bool]) -> Examp
         name = text_of(identity, "id")
         name += f"-{digest[:8]}" if repeats(name) else ""
 
-    path = picture["path"] if isinstance(picture, dict) and not picture["bytes"] else picture
+    path = picture["path"] if _is_path(picture) else picture
     origin = Path(source.path)
     if isinstance(path, str) and not Path(path).is_absolute() and origin.exists():
         picture = str((origin if origin.is_dir() else origin.parent) / path)
@@ -512,9 +516,15 @@ def _left_in_file(rows: Rows, source: Source, index: int) -> tuple[Example, str]
     """A row as an Example that keeps no bytes of a picture, and its question key."""
     example = read(rows, source, index)
     key = question_key(example)
-    if isinstance(example.image, dict) and example.image.get("bytes"):
-        example = replace(example, image=StoredPicture(rows, index))
+    picture = example.image
+    if not (picture is None or isinstance(picture, str) or _is_path(picture)):
+        stored = StoredPicture(rows, index, picture_digest(picture))
+        example = replace(example, image=stored)
     return example, key
+
+
+def _is_path(picture: Any) -> bool:
+    return isinstance(picture, dict) and not picture["bytes"]
 
 
 def question_key(example: Example) -> str:
@@ -546,6 +556,8 @@ def picture_digest(image: Picture | bytes | None) -> bytes:
 
     if image is None:
         return b""
+    if isinstance(image, StoredPicture):
+        return image.digest or picture_digest(image.read())
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or ""
     if isinstance(image, Image):
