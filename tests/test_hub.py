@@ -30,6 +30,32 @@ def folder_files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def truthfulqa_files() -> dict[str, bytes]:
+    """The repository as it is published: two configurations with one split each."""
+    rows = {
+        "multiple_choice": {
+            "question": "What is it?",
+            "mc1_targets": {"choices": ["a", "b"], "labels": [0, 1]},
+            "mc2_targets": {"choices": ["c", "b", "a"], "labels": [1, 1, 0]},
+        },
+        "generation": {
+            "question": "Who is it?",
+            "best_answer": "1950-01-05",
+            "correct_answers": ["1950-01-05", "7"],
+            "incorrect_answers": ["None"],
+        },
+    }
+    card, files = ["---", "configs:"], {}
+    for name, row in rows.items():
+        path = f"{name}/validation-00000-of-00001.parquet"
+        card += [f"- config_name: {name}", "  data_files:", "  - split: validation"]
+        card += [f"    path: {name}/validation-*"]
+        table = io.BytesIO()
+        pd.DataFrame([row]).to_parquet(table)
+        files[path] = table.getvalue()
+    return files | {"README.md": "\n".join([*card, "---", ""]).encode()}
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
@@ -50,6 +76,7 @@ def hub(tmp_path_factory):
             {"multiple_choice/validation/0000.parquet": table.getvalue()},
             revision="refs/convert/parquet",
         )
+        hub.add("datasets", "truthfulqa/truthful_qa", truthfulqa_files())
         hub.add("datasets", "toxigen/toxigen-data", {"annotated/train.csv": b"text\n"}, gated=True)
         yield hub
 
@@ -256,6 +283,27 @@ def test_missing_model(finished, hub, commands, out, name, status):
     message = model_error(commands, out, name)
     assert f"model '{name}'" in message and "not a valid model identifier" in message
     assert "check its name" in message and "local folder" in message
+
+
+def test_truthfulqa_as_published(finished, commands):
+    code = """
+from grains import data
+for name in ("truthfulqa-mc", "truthfulqa-generation"):
+    rows, source = data.load(name, data.default_split(name, "test"))
+    (item,) = data.examples(rows, source, 0)
+    print(item.question, item.choices, item.label, item.also_right, item.references)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=SRC,
+        env=commands.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.splitlines() == [
+        "What is it? ('a', 'b', 'c') 1 (2,) ()",
+        "Who is it? ('1950-01-05', 'None') 0 () ('1950-01-05', '7')",
+    ], ended.stderr
 
 
 def test_gated_data(finished, commands, out):
