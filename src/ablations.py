@@ -17,10 +17,10 @@ if __name__ == "__main__":
     ctrl_c.begin_imports()
 
 import pandas as pd
+from grains.fronts import SCORES, UNLIMITED, pivot, points, tell
 
 import experiment
 from grains import cli, runs
-from grains.fronts import SCORES, UNLIMITED, pivot, points, tell
 
 GIVEN = "as given"
 CHANGED = ("grad_method", "attribution", "top_k", "num_samples")

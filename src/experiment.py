@@ -37,11 +37,11 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 import torch
+from grains.fronts import OF_ANSWERS, PRICES, SCORES, UNRELATED
 
 import token_ablation
 from grains import cli, costs, data, fronts, gates, lora, prompts, runs, stats, strengths, trained
 from grains.errors import UserError
-from grains.fronts import OF_ANSWERS, PRICES, SCORES, UNRELATED
 from grains.generation import decoding_batches, generate
 from grains.prompts import Encoded
 from grains.scoring import Configuration, Direction, margins, question_batches, score

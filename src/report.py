@@ -14,13 +14,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 import jinja2
-
-from grains import cli, runs
 from grains.figures import SCORES
 from grains.report_examples import attribution_view, demo_view, generation_view
 from grains.report_figures import Figures
 from grains.report_files import Section, chosen_path, demo_files, find, manifest_of, what_was_run
 from grains.report_steering import evaluation_views
+
+from grains import cli, runs
 
 
 def flags() -> argparse.ArgumentParser:

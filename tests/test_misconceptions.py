@@ -4,7 +4,6 @@ import random
 from collections import Counter
 
 import pytest
-
 from measure_surface import load_questions, measure
 
 FIELDS = ["id", "category", "split", "question", "best_answer"]

@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from grains.report_examples import word_difference
+from grains.report_steering import over_seeds
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -25,8 +27,6 @@ import steering_generation
 import steering_mc
 from grains import data, figures, runs
 from grains.errors import UserError
-from grains.report_examples import word_difference
-from grains.report_steering import over_seeds
 from grains.scoring import Configuration
 from grains.vectors import METHODS
 

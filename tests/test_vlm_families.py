@@ -251,7 +251,7 @@ def test_a_replay_is_the_models_own_forward(either, size):
         assert torch.equal(captured.embeds[0], states[0])
         for start in (0, 2):
             with torch.no_grad():
-                final = replay.replay(either, states[start][None], captured.kwargs, start=start)
+                final = replay.replay(either, states[start][None], captured.calls, start=start)
             assert (
                 difference(logprobs.logits(either, final)[0], own_logits(either, item, response))
                 <= 1e-4
@@ -264,7 +264,7 @@ def test_packed_answers_are_separate_sequences(either, answers):
     packed = pack(item.sequences())
     captured = capture_pack(either, item.inputs, packed)
     with torch.no_grad():
-        found = logprobs.logits(either, replay.replay(either, captured.embeds, captured.kwargs))[0]
+        found = logprobs.logits(either, replay.replay(either, captured.embeds, captured.calls))[0]
     for path, response in zip(packed.paths, item.responses, strict=True):
         assert difference(found[path], own_logits(either, item, response)) <= 1e-4
 
@@ -687,7 +687,7 @@ def test_a_model_that_does_more_with_pictures_is_refused(family):
         models.wrap("adds", model, processor.tokenizer, processor)
 
 
-def test_qwen3_vl_is_refused():
+def test_what_qwen3_vl_adds_between_its_layers_is_replayed():
     """A real family that adds image features between its layers (DeepStack)."""
     tokenizer = vlm_models.tokenizer_of("qwen2.5-vl")
     token = tokenizer.convert_tokens_to_ids
@@ -725,9 +725,17 @@ def test_qwen3_vl_is_refused():
         vision_end_token_id=token("<|vision_end|>"),
     )
     model = randomise(Qwen3VLForConditionalGeneration(config)).eval()
-    models.wrap("text only", model, tokenizer)
-    with pytest.raises(UserError, match=r"with a picture.*does more than its layers do"):
-        models.wrap("qwen3-vl", model, tokenizer, processor)
+    lm = models.wrap("qwen3-vl", model, tokenizer, processor)
+    item = prompts.encode(lm, asked(picture(64, 40), "What is it?", ("A dog", "A red cup")), "chat")
+    captured = capture(lm, item.inputs)
+    assert set(captured.calls.added) == {1, 2}  # behind the layers 0 and 1
+    found = score(lm, [item], [], MAX_TOKENS)[0][0]
+    for value, response in zip(found, item.responses, strict=True):
+        with torch.no_grad():
+            logits = model(**own_inputs(item, response)).logits[0].float()
+        log_probs = logits.log_softmax(-1)[len(item.prompt_ids) - 1 : -1]
+        expected = log_probs.gather(-1, torch.tensor(response)[:, None]).sum().item()
+        assert value == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_processor_that_fails_or_a_picture_that_is_not_found_is_refused():

@@ -33,6 +33,7 @@ from transformers.utils import is_torchvision_available
 from grains import cpu, settings
 from grains.errors import UserError, hub_trouble
 from grains.lm import LanguageModel
+from grains.parts import find_parts
 from grains.selfcheck import check_replay
 from grains.settings import EMBEDDED, MODELS
 
@@ -151,25 +152,31 @@ def wrap(
     Raises UserError if a part of the decoder is not found, or if the self-check fails.
     """
     model.eval().requires_grad_(False)
-    decoder = model.get_decoder()
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
-    layers: Any = getattr(decoder, "layers", None)
-    norm: Any = getattr(decoder, "norm", None)
-    parts = {"layers": layers, "norm": norm, "output embeddings": head, "input embeddings": embed}
-    missing = [part for part, module in parts.items() if module is None]
-    if missing:
-        raise UserError(
-            f"{name}: {type(model).__name__} has no decoder {', '.join(missing)} that "
-            "could be found; this architecture is not supported"
-        )
+    for part, module in (("output", head), ("input", embed)):
+        if module is None:
+            raise UserError(
+                f"{name}: {type(model).__name__} has no {part} embeddings; this architecture is "
+                "not supported"
+            )
     if not isinstance(head, nn.Linear) or not head.weight.dtype.is_floating_point:
         raise UserError(
             f"{name}: its output embeddings ({type(head).__name__}) are not a plain linear "
             "layer; this architecture is not supported"
         )
-    lm = LanguageModel(name, model, tokenizer, layers, norm, head, embed, processor)
+    try:
+        layers, norm, tuples = find_parts(model, name)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a forward of an unknown family may raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name}: its forward fails on a short text ({type(error).__name__}: {reason}); is the "
+            "model whole, and of the kind that its config names?"
+        ) from error
+    lm = LanguageModel(name, model, tokenizer, layers, norm, head, embed, processor, tuples=tuples)
     if self_check:
-        check_replay(lm)
+        lm = check_replay(lm)
     return lm
 
 
