@@ -90,7 +90,7 @@ def test_several_prompts_at_a_time(lm):
     [
         (lambda lm: grains.fit(lm, PAIRS, "means"), "unknown method 'means'"),
         (lambda lm: grains.fit(lm, PAIRS, "pca", mode="neg"), "unknown mode 'neg'"),
-        (lambda lm: grains.fit(lm, []), "found none"),
+        (lambda lm: grains.fit(lm, []), "no pairs are given"),
         (lambda lm: grains.fit(lm, [("a", "b")]), "expected three texts"),
         (lambda lm: grains.fit(lm, [("a", "b", 3)]), "expected three texts"),
         (lambda lm: grains.attribute(lm, "Is it?", "Yes", " "), "tokenizes to nothing"),

@@ -79,7 +79,7 @@ def attribute(
     if settings.objective != "contrastive":
         raise UserError(
             f"objective '{settings.objective}' scores each answer on its own, but attribute "
-            "compares two: give 'contrastive'"
+            "compares two answers: give 'contrastive'"
         )
     encoded = prompts.encode(lm, _example(0, (prompt, chosen, rejected), image), style)
     noise = torch.Generator().manual_seed(seed)
