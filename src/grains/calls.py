@@ -125,7 +125,7 @@ def record(lm: LanguageModel, inputs: dict) -> tuple[Tensor, Calls]:
     Returns the hidden states (B, T, D) that enter layer 0, and the `Calls`.
     Raises UserError if a layer is not called.
     """
-    entered: list[Tensor | None] = [None] * len(lm.layers)
+    entered: dict[int, Tensor] = {}
     layers: list[dict] = [{} for _ in lm.layers]
 
     def idle(index: int, signature: inspect.Signature) -> Callable:
@@ -154,10 +154,10 @@ def record(lm: LanguageModel, inputs: dict) -> tuple[Tensor, Calls]:
     }
     with torch.no_grad(), substituted(substitutes | {lm.head: zeros}):
         lm.model(**inputs, use_cache=False, logits_to_keep=1)
-    missing = [index for index, states in enumerate(entered) if states is None]
+    missing = [index for index in range(len(lm.layers)) if index not in entered]
     if missing:
         raise UserError(f"{lm.name}: its forward does not call decoder layers {missing}")
-    added = {index: states for index, states in enumerate(entered) if index and bool(states.any())}
+    added = {index: states for index, states in entered.items() if index and states.any()}
     return entered[0].detach(), Calls(layers, added)
 
 

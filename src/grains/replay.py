@@ -106,16 +106,16 @@ def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
 def _capture_apart(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
     """The sequences of a trie captured one by one, their hidden states laid out as the trie's."""
     seen = torch.zeros(len(packed), dtype=torch.bool)
-    sequences, embeds = [], None
+    sequences, rows = [], []
     for path in packed.paths:
         ids = packed.tokens[path][prompt["input_ids"].shape[1] :].tolist()
         alone = capture(lm, extend(prompt, ids))
         owned = ~seen[path]
         seen[path] = True
-        if embeds is None:
-            embeds = alone.embeds.new_zeros(1, len(packed), alone.embeds.shape[-1])
-        embeds[0, path[owned]] = alone.embeds[0, owned]
+        rows.append(alone.embeds[0, owned])
         sequences.append(Sequence(0, path, owned, alone.calls.layers, alone.calls.added))
+    # A trie numbers its nodes in the order in which the sequences bring them.
+    embeds = torch.cat(rows)[None]
     return Capture(embeds, Calls([], sequences=sequences), torch.tensor([len(packed)]))
 
 
