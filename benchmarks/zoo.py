@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import torch
+from helpers.families import randomise
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from helpers.families import randomise
-
-WINDOW = 12
+LAYERS, WINDOW = 4, 12
 SIZES = {
     "vocab_size": 420,
     "hidden_size": 48,
     "intermediate_size": 64,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
@@ -21,7 +20,7 @@ SIZES = {
     "eos_token_id": 2,
 }
 GPT = {"n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 256, "vocab_size": 420}
-OWN = {"vocab_size": 420, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+OWN = {"vocab_size": 420, "hidden_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
 LINEAR = {
     "head_dim": 12,
     "linear_num_key_heads": 2,
