@@ -169,7 +169,7 @@ def states(family: Family) -> float:
         read: list[Tensor] = []
         handles = [
             layer.register_forward_hook(
-                lambda module, args, output: read.append(first_tensor(output)[0, -1])
+                lambda module, args, output, read=read: read.append(first_tensor(output)[0, -1])
             )
             for layer in family.layers
         ]

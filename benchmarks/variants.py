@@ -1,8 +1,8 @@
-"""Variants of steering at one price: other positions, layers, moves and directions.
+"""Variants of steering at the same cost: other positions, layers, moves and directions.
 
 The vectors of `gradient` and of the token ablation (`mean`) are varied in one respect at a time, on
 SmolLM2-135M-Instruct. Every variant has the strength at which the perplexity of neutral passages
-is --price higher, and is judged on validation questions and on unrelated ones. Writes the table
+is --price higher, and is compared on validation questions and on unrelated ones. Writes the table
 between its markers of docs/trials.md.
 
     python benchmarks/variants.py --dataset_path truthfulqa.jsonl
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -27,23 +27,37 @@ from torch.nn.functional import normalize
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-import experiment  # noqa: E402
-from grains import cli, costs, models, prompts, runs, stats  # noqa: E402
+from grains import cpu, models, prompts, runs, stats  # noqa: E402
 from grains.ablation import hidden_states  # noqa: E402
+from grains.cli import entry  # noqa: E402
+from grains.cli.documents import print_tables  # noqa: E402
 from grains.errors import UserError  # noqa: E402
-from grains.fronts import SCORES, points, tell  # noqa: E402
+from grains.lm import LanguageModel  # noqa: E402
+from grains.names import StudyNames  # noqa: E402
 from grains.prompts import Encoded  # noqa: E402
 from grains.replay import replay  # noqa: E402
 from grains.scoring import batches, margins, packed_batch  # noqa: E402
-from grains.vectors import StatesFile, steer  # noqa: E402
+from grains.settings import (  # noqa: E402
+    EMBEDDED,
+    SCORES,
+    STUDY_TOPS,
+    AblationSettings,
+    DataSettings,
+    GridSettings,
+    StudySettings,
+)
+from grains.steering import steer  # noqa: E402
+from grains.study import costs, study  # noqa: E402
+from grains.study.pareto import points  # noqa: E402
+from grains.study.study import Study  # noqa: E402
 
 FURTHER_PAIRS = 150  # that steer beside the others in one variant, from questions for test
 SENSITIVE = 32  # directions that neutral text is most sensitive to
 COMPONENTS = 5  # of the gradients of single examples
 RIDGE = 0.1  # added to a second moment, in units of its mean eigenvalue
-PROBE = 0.1  # strength, either way, at which the price of a single layer is measured
-PASSAGES = 8  # neutral ones whose states and gradients are read; others measure prices
-FIRST, STEP, LAST = 0.02, 4.0, 20.0  # strengths tried to enclose the one of a price
+PROBE = 0.1  # strength, in both directions, at which the cost of a single layer is measured
+PASSAGES = 8  # neutral ones whose states and gradients are read; others measure costs
+FIRST, STEP, LAST = 0.02, 4.0, 20.0  # strengths that bracket the one of a cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +78,13 @@ class Variant:
 class Material:
     """What the vectors of one study are made from; what is costly is computed when first read.
 
-    given: the vectors by method. norms: (L,) median ||h_l||. example_gradients: (L, N, D).
+    vectors: by method. norms: (L,) median ||h_l||. example_gradients: (L, N, D).
     """
 
-    def __init__(self, lm, one: experiment.Study, args):
-        self.lm, self.one, self.args = lm, one, args
-        self.given = {item.method: item.vectors for item in one.directions}
-        self.norms = self.given["gradient"].norms
-        states = StatesFile(args.parts_dir / f"{one.name}_pos.safetensors")
+    def __init__(self, lm: LanguageModel, study: Study):
+        self.lm, self.study, states = lm, study, study.states
+        self.vectors = {item.method: item.vectors for item in study.directions}
+        self.norms = self.vectors["gradient"].norms
         self.example_gradients = torch.stack(
             [
                 torch.from_numpy(np.concatenate([*states.layer("gradients", layer)])).float()
@@ -81,14 +94,15 @@ class Material:
 
     def of(self, method: str) -> Tensor:
         """(L, D) the vectors of a method, of unit length."""
-        return normalize(self.given[method].vectors, dim=-1)
+        return normalize(self.vectors[method].vectors, dim=-1)
 
     @cached_property
     def asked(self) -> dict[str, tuple[list[Encoded], list[np.ndarray]]]:
         """Validation questions and unrelated ones, and what the base model scores of them."""
+        style, own = self.study.ablation.prompt_style, self.study.splits["validation"]
         kinds = {
-            "own": experiment.encode(self.lm, self.one.parts["validation"], self.args),
-            "unrelated": experiment.unrelated_items(self.lm, "validation"),
+            "own": [prompts.encode(self.lm, example, style) for example in own],
+            "unrelated": costs.unrelated_questions(self.lm, "validation"),
         }
         return {
             kind: (items, values(self, items, PLAIN, torch.zeros_like(self.of("gradient"))))
@@ -96,9 +110,9 @@ class Material:
         }
 
     @cached_property
-    def priced(self) -> tuple[list[Encoded], float]:
-        """The neutral passages that measure prices, and the base model's perplexity of them."""
-        texts = experiment.neutral_items(self.lm, "test")
+    def measuring(self) -> tuple[list[Encoded], float]:
+        """The neutral passages that measure costs, and the base model's perplexity of them."""
+        texts = costs.passages(self.lm, "test")
         base = values(self, texts, PLAIN, torch.zeros_like(self.of("gradient")))
         return texts, perplexity(texts, base)
 
@@ -106,49 +120,46 @@ class Material:
     def further_gradients(self) -> Tensor:
         """(L, FURTHER_PAIRS, D) gradients of pairs that are for test."""
         pairs = [
-            prompts.encode(self.lm, example.pair(), self.args.prompt_style)
-            for example in self.one.parts["test"][:FURTHER_PAIRS]
+            prompts.encode(self.lm, example.pair(), self.study.ablation.prompt_style)
+            for example in self.study.splits["test"][:FURTHER_PAIRS]
         ]
+        max_tokens = self.study.ablation.batch_tokens
         return torch.stack(
-            [
-                hidden_states(self.lm, item, [], self.args.batch_tokens).gradients[1:]
-                for item in pairs
-            ],
-            dim=1,
+            [hidden_states(self.lm, item, [], max_tokens).gradients[1:] for item in pairs], dim=1
         )
 
     @cached_property
     def neutral(self) -> tuple[Tensor, Tensor]:
         """(L, n, D) directions h / ||h|| of states of neutral passages, and the gradients of the
         passages' loss there; the first tokens, whose states are unlike all others, are left out."""
-        found = []
-        for item in experiment.neutral_items(self.lm, "training")[:PASSAGES]:
-            batch, read = packed_batch(self.lm, [item])
+        read = []
+        for item in costs.passages(self.lm, "training")[:PASSAGES]:
+            batch, scorer = packed_batch(self.lm, [item])
             outputs: list[Tensor] = []
             final = replay(
                 self.lm,
                 batch.embeds.clone().requires_grad_(),
-                batch.kwargs,
+                batch.calls,
                 after=lambda layer, states, outputs=outputs: outputs.append(states),
             )
-            gradients = torch.autograd.grad(-read(final[None]).sum(), outputs)
-            found.append([torch.cat(parts).detach()[:, 1:] for parts in (outputs, gradients)])
-        states, gradients = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+            gradients = torch.autograd.grad(-scorer(final[None]).sum(), outputs)
+            read.append([torch.cat(layers).detach()[:, 1:] for layers in (outputs, gradients)])
+        states, gradients = (torch.cat(items, dim=1) for items in zip(*read, strict=True))
         return normalize(states, dim=-1), gradients
 
     @cached_property
-    def layer_prices(self) -> Tensor:
+    def layer_costs(self) -> Tensor:
         """(L,) rise of the loss of neutral passages per squared strength of one layer's gradient,
-        the mean of both ways."""
-        texts = experiment.neutral_items(self.lm, "training")[:PASSAGES]
+        the mean of both directions."""
+        texts = costs.passages(self.lm, "training")[:PASSAGES]
 
         def loss(vectors: Tensor) -> float:
             return float(np.log(perplexity(texts, values(self, texts, PLAIN, vectors))))
 
         base = loss(torch.zeros_like(self.of("gradient")))
         rises = [
-            (loss(alone) + loss(-alone)) / 2 - base
-            for alone in (
+            (loss(vectors) + loss(-vectors)) / 2 - base
+            for vectors in (
                 PROBE * only([layer], "gradient", self) for layer in range(len(self.norms))
             )
         ]
@@ -156,7 +167,7 @@ class Material:
 
 
 def add(states: Tensor, vector: Tensor, norm: Tensor) -> Tensor:
-    """The paper's: h + norm v at the length of h, whatever h is.
+    """The paper's: h + norm v, scaled to the length of h.
 
     vector: (D,) the strength included. norm: median ||h|| of the layer.
     """
@@ -164,7 +175,7 @@ def add(states: Tensor, vector: Tensor, norm: Tensor) -> Tensor:
 
 
 def rotate(states: Tensor, vector: Tensor, norm: Tensor) -> Tensor:
-    """Turn every state but the first token's towards v by ||v|| radians."""
+    """Rotate every state but the first token's towards v by ||v|| radians."""
     size, angle = states.norm(dim=-1, keepdim=True), vector.norm()
     direction, unit = normalize(states, dim=-1), normalize(vector, dim=-1)
     across = normalize(unit - (direction @ unit)[..., None] * direction, dim=-1)
@@ -173,32 +184,32 @@ def rotate(states: Tensor, vector: Tensor, norm: Tensor) -> Tensor:
 
 
 def fill(states: Tensor, vector: Tensor, norm: Tensor) -> Tensor:
-    """`add` as much as the component along v lacks of norm ||v||, at most twice that, never less
-    than nothing."""
+    """`add` what the component along v lacks of norm ||v||, between 0 and twice that length."""
     unit, wanted = normalize(vector, dim=-1), norm * vector.norm()
     missing = (wanted - states @ unit).clamp(0, 2 * wanted)
     return steer(states, missing[..., None] * unit)
 
 
-def only(layers, method: str, material: Material) -> Tensor:
+def only(layers: Iterable[int], method: str, material: Material) -> Tensor:
+    """(L, D) the vectors of a method at some layers, zero at all others."""
     kept = torch.zeros(len(material.norms), 1)
     kept[list(layers)] = 1
     return kept * material.of(method)
 
 
-def by_gain_and_price(material: Material) -> Tensor:
-    """Gradients as strong as buys the most, for gains linear and prices quadratic in strengths.
+def by_gain_and_cost(material: Material) -> Tensor:
+    """Gradients at the best strength of each layer, for linear gains and quadratic costs.
 
-    What a layer gains is read off one half of the pairs for the direction of the other.
+    The gain of a layer is estimated on one half of the pairs for the direction of the other half.
     """
     halves = [half.mean(1) for half in material.example_gradients.chunk(2, dim=1)]
-    gains = sum((one * normalize(other, dim=-1)).sum(-1) for one, other in (halves, halves[::-1]))
-    bought = material.norms * gains.clamp_min(0) / material.layer_prices
-    return (bought / bought.max())[:, None] * material.of("gradient")
+    gains = sum((a * normalize(b, dim=-1)).sum(-1) for a, b in (halves, halves[::-1]))
+    strengths = material.norms * gains.clamp_min(0) / material.layer_costs
+    return (strengths / strengths.max())[:, None] * material.of("gradient")
 
 
 def without_sensitive(method: str, material: Material) -> Tensor:
-    """The vectors less what lies in the main directions of neutral text's gradients."""
+    """The vectors without their part in the main directions of neutral text's gradients."""
     main = torch.linalg.svd(material.neutral[1], full_matrices=False).Vh[:, :SENSITIVE]
     vectors = material.of(method)[:, None]
     return normalize(vectors - vectors @ main.mT @ main, dim=-1)[:, 0]
@@ -273,7 +284,7 @@ def variants(layers: int) -> list[Variant]:
             partial(only, range(third, 2 * third), "gradient"),
             add,
         ),
-        Variant("gradient, layers by gain over price", by_gain_and_price, add),
+        Variant("gradient, layers by gain over cost", by_gain_and_cost, add),
         Variant(
             f"gradient, without {SENSITIVE} directions that neutral text is sensitive to",
             partial(without_sensitive, "gradient"),
@@ -296,9 +307,10 @@ def values(
     material: Material, items: list[Encoded], variant: Variant, vectors: Tensor
 ) -> list[np.ndarray]:
     """(choices,) log-likelihoods of every item under a variant with its (L, D) vectors, the
-    strength included. Raises UserError for one that is no number."""
-    lm, found = material.lm, [np.empty(0)] * len(items)
-    for members in batches([item.length for item in items], material.args.batch_tokens):
+    strength included. Raises UserError for NaN or infinite values."""
+    lm, scores = material.lm, [np.empty(0)] * len(items)
+    max_tokens = material.study.ablation.batch_tokens
+    for members in batches([item.length for item in items], max_tokens):
         batch, read = packed_batch(lm, [items[index] for index in members])
         ends = torch.tensor([len(items[index].prompt_ids) - 1 for index in members])
         place = torch.arange(batch.embeds.shape[1]) - ends[:, None]
@@ -311,44 +323,44 @@ def values(
                 return moved
             return torch.where((place >= variant.begin)[..., None], moved, states)
 
-        scored = read(replay(lm, batch.embeds, batch.kwargs, after=after)[None])[0]
+        scored = read(replay(lm, batch.embeds, batch.calls, after=after)[None])[0]
         if not scored.isfinite().all():
             raise UserError(f"'{variant.name}' scores NaN or infinite")
         sizes = [len(items[index].responses) for index in members]
-        for index, part in zip(members, scored.split(sizes), strict=True):
-            found[index] = part.double().numpy()
-    return found
+        for index, choices in zip(members, scored.split(sizes), strict=True):
+            scores[index] = choices.double().numpy()
+    return scores
 
 
 def perplexity(texts: list[Encoded], scored: list[np.ndarray]) -> float:
-    return costs.perplexity_of(texts, [one[None] for one in scored])[0]
+    return costs.perplexity_of(texts, [choices[None] for choices in scored])[0]
 
 
-def strength(material: Material, variant: Variant, vectors: Tensor, price: float) -> float:
-    """The strength at which the perplexity of neutral passages is `price` higher, 0.1 for 10 %."""
-    texts, base = material.priced
+def strength(material: Material, variant: Variant, vectors: Tensor, cost: float) -> float:
+    """The strength at which the perplexity of neutral passages is `cost` higher, 0.1 for 10 %."""
+    texts, base = material.measuring
 
-    @cache  # the ends of the bracket are asked for again
+    @cache  # brentq evaluates the ends of the bracket again
     def excess(log_alpha: float) -> float:
         now = perplexity(texts, values(material, texts, variant, np.exp(log_alpha) * vectors))
-        return float(np.log(max(now / base - 1, 1e-4) / price))
+        return float(np.log(max(now / base - 1, 1e-4) / cost))
 
     low = high = np.log(FIRST)
     if excess(low) < 0:
         while excess(high := high + np.log(STEP)) < 0:
             low = high
             if high > np.log(LAST):
-                raise UserError(f"'{variant.name}' costs less than {price:.0%} at any strength")
+                raise UserError(f"'{variant.name}' costs less than {cost:.0%} at any strength")
     else:
         while excess(low := low - np.log(STEP)) > 0:
             high = low
     return float(np.exp(brentq(excess, low, high, xtol=0.02)))
 
 
-def measured(material: Material, variant: Variant, price: float) -> list[dict]:
+def measured(material: Material, variant: Variant, cost: float) -> list[dict]:
     """A row for every validation and unrelated question."""
     vectors = variant.vectors(material)
-    alpha = strength(material, variant, vectors, price)
+    alpha = strength(material, variant, vectors, cost)
     rows = []
     for kind, (items, before) in material.asked.items():
         after = values(material, items, variant, alpha * vectors)
@@ -356,7 +368,7 @@ def measured(material: Material, variant: Variant, price: float) -> list[dict]:
         rows += [
             {
                 "variant": variant.name,
-                "seed": material.one.seed,
+                "seed": material.study.seed,
                 "alpha": alpha,
                 "questions": kind,
                 "id": item.example.id,
@@ -373,21 +385,21 @@ def measured(material: Material, variant: Variant, price: float) -> list[dict]:
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """A line for each variant: mean strength over seeds, gains with their intervals."""
-    found = {}
-    for name, part in rows.groupby("variant", sort=False):
-        found[name] = {"strength": f"{part.groupby('seed').alpha.first().mean():.3g}"}
+    lines = {}
+    for name, of_variant in rows.groupby("variant", sort=False):
+        lines[name] = {"strength": f"{of_variant.groupby('seed').alpha.first().mean():.3g}"}
         for title, kind, score in (
             ("per token", "own", "token"),
             ("summed", "own", "sum"),
             ("unrelated questions", "unrelated", "token"),
         ):
-            here = part[part.questions == kind]
-            gains = (here[f"{score}_after"] - here[f"{score}_before"]).groupby(here.id).mean()
+            asked = of_variant[of_variant.questions == kind]
+            gains = (asked[f"{score}_after"] - asked[f"{score}_before"]).groupby(asked.id).mean()
             low, high = stats.bootstrap_interval(gains.to_numpy())
-            found[name][title] = points(
+            lines[name][title] = points(
                 pd.Series({"gain": gains.mean(), "gain_low": low, "gain_high": high})
             )
-    return pd.DataFrame.from_dict(found, orient="index")
+    return pd.DataFrame.from_dict(lines, orient="index")
 
 
 def main() -> None:
@@ -407,64 +419,71 @@ def main() -> None:
         help="folder where finished measurements are kept",
     )
     parser.add_argument("--document", default=ROOT / "docs" / "trials.md")
-    given = parser.parse_args()
-    args = experiment.flags(cli.LLM).parse_args(
-        [
-            "--model_name",
-            models.EMBEDDED,
-            "--methods",
-            "gradient",
-            "mean",
-            "random",
-            "--batch_tokens",
-            "1024",
-            "--no-train_vectors",
-            "--device",
-            "cpu",
-            "--dtype",
-            "float32",
-        ]
+    args = parser.parse_args()
+    settings = StudySettings(
+        (DataSettings(args.dataset_name, args.dataset_path),),
+        tuple(args.seeds),
+        AblationSettings(tops=STUDY_TOPS, batch_tokens=1024),
+        GridSettings(("gradient", "mean", "random")),
+        train_vectors=False,
     )
-    args.parts_dir = args.steering_vectors_dir = given.work
-    lm = cli.load_model(args)
-    every, found = variants(len(lm.layers)), []
-    for seed in given.seeds:
-        one = experiment.study(lm, args, given.dataset_name, given.dataset_path, seed, {})
-        output = given.work / f"{one.name}_variants.csv"
-        work = runs.Run(
-            [output],
-            one.manifest
-            | {
-                "price": given.price,
-                "variants": [variant.name for variant in every],
-                "constants": [RIDGE, PROBE, PASSAGES],
-            },
-            False,
-        )
-        if not work.finished:
-            material = Material(lm, one, args)
-            for unit in work.todo(len(every), f"{one.name} variants"):
-                work.save(unit, {}, measured(material, every[unit], given.price))
-            runs.write_rows(output, (rows for _, rows in work.units(len(every))))
-            work.finish()
-        found.append(pd.read_csv(output, dtype={"id": str}))
-    rows = pd.concat(found)
+    entry.import_libraries()
+    lm = models.load(EMBEDDED, dtype="float32", device="cpu")
+    cpu.keep_freed_memory()
+    every = variants(len(lm.layers))
+    tables = [
+        measured_study(lm, settings, seed, every, args.price, args.work) for seed in settings.seeds
+    ]
+    rows = pd.concat(tables)
     questions = rows[rows.questions == "own"].groupby("id")[["token_before", "sum_before"]].mean()
-    tell(
-        given.document,
+    print_tables(
+        args.document,
         "variants",
         [
             (
-                f"{given.dataset_name}: gain in points on {len(questions)} validation questions of "
-                f"{len(given.seeds)} seed(s), base {questions.token_before.mean():.1%} per token "
+                f"{args.dataset_name}: gain in points on {len(questions)} validation questions of "
+                f"{len(args.seeds)} seed(s), base {questions.token_before.mean():.1%} per token "
                 f"and {questions.sum_before.mean():.1%} summed, and change on unrelated questions, "
-                f"at {given.price:+.0%} perplexity",
+                f"at {args.price:+.0%} perplexity",
                 table(rows),
             )
         ],
-        {"every question": given.work},
+        {"every question": args.work},
     )
 
 
+def measured_study(
+    lm: LanguageModel,
+    settings: StudySettings,
+    seed: int,
+    every: list[Variant],
+    cost: float,
+    folder: Path,
+) -> pd.DataFrame:
+    """The rows of all variants on one seed's questions, kept in a folder."""
+    (source,) = settings.sources
+    names = StudyNames(folder, folder, source.name, seed)
+    begun = study.begin(lm, settings, source, seed, names, say=print)
+    output = folder / f"{begun.name}_variants.csv"
+    manifest = begun.manifest | {
+        "price": cost,
+        "variants": [variant.name for variant in every],
+        "constants": [RIDGE, PROBE, PASSAGES],
+    }
+
+    @cache
+    def material() -> Material:
+        return Material(lm, begun)
+
+    def make(unit: int) -> tuple[dict[str, Tensor], list[dict]]:
+        return {}, measured(material(), every[unit], cost)
+
+    def write(units: Callable[[], Iterator[tuple[dict[str, Tensor], list[dict]]]]) -> None:
+        runs.write_rows(output, (rows for _, rows in units()))
+
+    runs.resume([output], manifest, len(every), make, write, f"{begun.name} variants")
+    return pd.read_csv(output, dtype={"id": str})
+
+
 if __name__ == "__main__":
-    cli.main(main)
+    entry.run(main)

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import encoded, example, own_loss_log_likelihood
+from helpers.reference import encoded, example, own_loss_log_likelihood
 from scipy.stats import ttest_1samp
 from tokenizers.processors import TemplateProcessing
 
-from grains import costs, data
+from grains import data
 from grains.errors import UserError
-from grains.scoring import Configuration
-from grains.vectors import steered
+from grains.steering import Configuration, steered
+from grains.study import costs
 
 TEXTS = [
     "The ferry was late, and the passengers waited in the hall.",

@@ -1,9 +1,14 @@
-"""The experiment on a tiny model: its tables follow from each other and from the library."""
+"""The experiment on a tiny model: its tables follow from each other and from the library.
+
+`made` reads all passages and questions that costs are measured on. Runs whose check does not
+depend on them read fewer (`short_texts`).
+"""
 
 import itertools
 import json
 import random
 import signal
+from collections import namedtuple
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,22 +16,26 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.command_line import arguments_of
+from helpers.lora import merged, random_adapter
+from helpers.reference import encoded, own_loss_log_likelihood, words
 from pytest import approx
-from reference import encoded, own_loss_log_likelihood, words
-from test_lora import merged, random_adapter
 
 import ablations
 import experiment
-import token_ablation
-from grains import attribution, cli, costs, fronts, models, prompts, runs, stats, strengths
+from grains import attribution, models, prompts, runs, splits, stage1, stats
+from grains.cli.flags import LLM
 from grains.data import Example
 from grains.errors import UserError
-from grains.scoring import Configuration
-from grains.vectors import Gate, SteeringVectors, steered
+from grains.names import ExperimentNames, StudyNames
+from grains.settings import AblationSettings, AttributionSettings, DataSettings
+from grains.steering import Configuration, Gate, SteeringVectors, steered
+from grains.study import costs, evaluate, learned, pareto, protocol, strengths, study
+from grains.study.lora import LoraConfiguration, LoraDirection
 
-pytest_plugins = ("command_line",)
+pytest_plugins = ("helpers.command_line",)
 
 W = words(60, seed=4)
 
@@ -35,7 +44,6 @@ LINES = {
     ("mean", "pos"),
     ("mean", "pos gated"),
     ("gradient", ""),
-    ("gradient", "gated"),
     ("random", ""),
     ("random", "gated"),
     ("shuffled", ""),
@@ -43,77 +51,103 @@ LINES = {
     ("trained_random", "gated"),
     ("lora", ""),
 }
+Made = namedtuple("Made", "flags result folder model")
 
 
 @pytest.fixture(scope="module")
-def made(commands, tmp_path_factory):
-    """The command, its result, its folder, the model's folder."""
+def flags(tmp_path_factory):
+    """A tiny model, two data sets with questions in common, few of everything."""
     model = tiny.save_model(
         tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=2048
     )
     rows = tiny.question_rows()
     data = tmp_path_factory.mktemp("data")
     first, second = (
-        tiny.write_jsonl(data / name, part)
-        for name, part in (("first.jsonl", rows[:14]), ("second.jsonl", rows[10:]))
+        tiny.write_jsonl(data / name, some)
+        for name, some in (("first.jsonl", rows[:14]), ("second.jsonl", rows[10:]))
     )
+    return {
+        "model_name": model,
+        "datasets": [f"first={first}", f"second={second}"],
+        "num_samples": 3,
+        "num_validation": 4,
+        "top_k": 3,
+        "methods": ["mean", "gradient", "random", "shuffled"],
+        "mode": ["pos"],
+        "alphas": ALPHAS,
+        "gated": ["mean", "random"],
+        "seeds": SEEDS,
+        "max_ppl_increase": BUDGETS,
+        "lora": "dpo",
+        "max_unrelated_loss": LIMIT,
+        "num_generations": 8,
+        "max_new_tokens": 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def made(commands, flags, tmp_path_factory):
+    """The flags, the command's result, its folder, the model's folder."""
     folder = tmp_path_factory.mktemp("experiment")
-    command = [
-        "experiment.py",
-        "--model_name",
-        model,
-        "--datasets",
-        f"first={first}",
-        f"second={second}",
-        "--num_samples",
-        3,
-        "--num_validation",
-        4,
-        "--top_k",
-        3,
-        "--methods",
-        "mean",
-        "gradient",
-        "random",
-        "shuffled",
-        "--mode",
-        "pos",
-        "--alphas",
-        *ALPHAS,
-        "--gated",
-        "mean",
-        "gradient",
-        "random",
-        "--seeds",
-        *SEEDS,
-        "--max_ppl_increase",
-        *BUDGETS,
-        "--lora",
-        "dpo",
-        "--max_unrelated_loss",
-        LIMIT,
-        "--num_generations",
-        8,
-        "--max_new_tokens",
-        4,
-        "--document",
-        folder / "results.md",
-        "--output_dir",
-        folder,
-    ]
-    return command, commands.run(*command).ok(), folder, model
+    flags = flags | {"document": folder / "results.md", "output_dir": folder}
+    result = commands.run("experiment.py", *arguments_of(flags)).ok()
+    return Made(flags, result, folder, flags["model_name"])
 
 
-def given(command, **flags):
-    """The command with other values for some of the flags that it has."""
-    command = [str(item) for item in command]
-    for flag, values in flags.items():
-        place = command.index(f"--{flag}")
-        after = next(
-            (i for i in range(place + 1, len(command)) if command[i][:2] == "--"), len(command)
-        )
-        command[place + 1 : after] = values
-    return command
+Again = namedtuple("Again", "result before middle after text")
+
+
+@pytest.fixture(scope="module")
+def again(made, commands):
+    """An experiment with another method and other budgets in the same folder, then `made` again.
+
+    before, middle, after: time of the last change and content of every file, and between them.
+    text: of the document at first.
+    """
+    document = made.flags["document"]
+    text = document.read_text()
+
+    def files():
+        return {
+            path: (path.stat().st_mtime_ns, path.read_bytes())
+            for path in made.folder.rglob("*.*")
+            if path.suffix in (".csv", ".safetensors")
+        }
+
+    before = files()
+    changes = {
+        "methods": ["caa", *made.flags["methods"]],
+        "max_ppl_increase": [0.005, 1000],
+        "seeds": [0],
+        "document": made.folder / "changed.md",
+    }
+    commands.run("experiment.py", *arguments_of(made.flags | changes)).ok()
+    middle = files()
+    document.write_text("before\n" + text + "after\n")
+    result = commands.run("experiment.py", *arguments_of(made.flags)).ok()
+    return Again(result, before, middle, files(), text)
+
+
+@pytest.fixture(scope="module")
+def small(flags):
+    """Flags of a run with everything that is learnt, but little of it."""
+    return flags | {
+        "seeds": 0,
+        "methods": ["mean", "random"],
+        "gated": "mean",
+        "alphas": 0.3,
+        "max_ppl_increase": 1000,
+        "num_generations": 3,
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(commands, small, tmp_path_factory):
+    """The folder of an undisturbed run of `small`."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = arguments_of(small | {"output_dir": folder, "document": folder / "results.md"})
+    commands.run("experiment.py", *words, short_texts=True).ok()
+    return folder
 
 
 def tables(folder):
@@ -124,12 +158,12 @@ def tables(folder):
     )
 
 
-def test_every_question_is_in_one_part(made):
-    folder = made[2]
+def test_every_question_is_in_one_split(made):
+    folder = made.folder
     for name in ("first", "second"):
         for seed in SEEDS:
-            (part,) = folder.glob(f"*_parts/{name}_seed{seed}.manifest.json")
-            assert len(set(json.loads(part.read_text())["data"]["ids"])) == 3
+            (manifest,) = folder.glob(f"*_parts/{name}_seed{seed}.manifest.json")
+            assert len(set(json.loads(manifest.read_text())["data"]["ids"])) == 3
     grid = tables(folder)[0]
     own = grid[grid.dataset == grid.evaluated_on]
     sizes = own.groupby(["dataset", "part"]).questions.unique()
@@ -137,9 +171,9 @@ def test_every_question_is_in_one_part(made):
     assert sizes["first", "test"].tolist() == [14 - 3 - 4]
 
 
-def test_prices_are_the_librarys(made):
-    grid = tables(made[2])[0]
-    lm = models.load(str(made[3]))
+def test_costs_are_the_librarys(made):
+    grid = tables(made.folder)[0]
+    lm = models.load(str(made.model))
     validated = grid[grid.part == "validation"]
     base = validated[validated.method == "base"]
     texts, questions = costs.neutral_texts(), costs.unrelated_examples()
@@ -153,19 +187,17 @@ def test_prices_are_the_librarys(made):
         assert (rows.perplexity_increase == 0).all() and (rows.unrelated_change == 0).all()
         kept = costs.capability(lm, asked, [], 4096)
         assert rows.unrelated_accuracy.to_numpy() == approx(kept["token"][0])
-    changed = validated[
-        (validated.alpha == max(ALPHAS)) & ~validated.method.isin(experiment.LEARNT)
-    ]
+    changed = validated[(validated.alpha == max(ALPHAS)) & ~validated.method.isin(learned.METHODS)]
     assert len(changed) and (changed.perplexity_increase.abs() > 0.001).all()
 
 
-def rows_of(folder, method, part="test"):
+def rows_of(folder, method, split="test"):
     """Rows of the ungated configurations of a method on questions of their own data."""
     grid = tables(folder)[0]
     return grid[
         (grid.method == method)
         & grid["mode"].isna()
-        & (grid.part == part)
+        & (grid.part == split)
         & (grid.dataset == grid.evaluated_on)
     ]
 
@@ -175,8 +207,8 @@ def the_vectors(folder, row):
     return SteeringVectors.load(path)
 
 
-def test_the_price_on_other_kinds_of_text_is_the_librarys(made):
-    folder, lm = made[2], models.load(str(made[3]))
+def test_the_cost_on_other_kinds_of_text_is_the_librarys(made):
+    folder, lm = made.folder, models.load(str(made.model))
     texts = costs.neutral_texts(costs.VARIED)[1::4]
     base = costs.perplexity(lm, texts, [], 4096)[0]
     rows = rows_of(folder, "random")
@@ -187,10 +219,10 @@ def test_the_price_on_other_kinds_of_text_is_the_librarys(made):
     assert len(rows)
 
 
-def test_the_price_on_own_answers_is_the_models(made):
+def test_the_cost_on_own_answers_is_the_models(made):
     """Perplexity of what the base model wrote, from the model's own logits, steered by hooks."""
-    folder, lm = made[2], models.load(str(made[3]))
-    rows = pd.concat([rows_of(folder, "random", part) for part in ("validation", "test")])
+    folder, lm = made.folder, models.load(str(made.model))
+    rows = pd.concat([rows_of(folder, "random", split) for split in ("validation", "test")])
     asked = {}
     for row in rows[rows.alpha == max(ALPHAS)].itertuples():
         base = pd.concat(
@@ -218,31 +250,29 @@ def test_the_price_on_own_answers_is_the_models(made):
         assert row.answers_increase == approx(
             np.exp((losses[1] - losses[0]) / tokens) - 1, rel=1e-3
         )
-    assert any(len(parts) == 2 for parts in asked.values())
-    assert all(not parts[0] & parts[-1] for parts in asked.values() if len(parts) == 2)
+    assert any(len(sets) == 2 for sets in asked.values())
+    assert all(not sets[0] & sets[-1] for sets in asked.values() if len(sets) == 2)
 
 
 def test_answers_to_train_on_are_drawn_several_times(made):
     differing = 0
     for name in ("first", "second"):
         for seed in SEEDS:
-            (path,) = made[2].glob(f"*_parts/{name}_seed{seed}_training_answers_*.csv")
+            (path,) = made.folder.glob(f"*_parts/{name}_seed{seed}_training_answers_*.csv")
             written = pd.read_csv(path, keep_default_na=False).sort_values("number")
-            assert written.number.tolist() == [*range(3 * experiment.DRAWN)]
-            one, other = written[:3], written[3:6]
-            assert one.question.tolist() == other.question.tolist()
-            assert one.question.nunique() == 3
-            differing += (one.text.to_numpy() != other.text.to_numpy()).sum()
+            assert written.number.tolist() == [*range(3 * evaluate.DRAWN)]
+            first, second = written[:3], written[3:6]
+            assert first.question.tolist() == second.question.tolist()
+            assert first.question.nunique() == 3
+            differing += (first.text.to_numpy() != second.text.to_numpy()).sum()
     assert differing > 6  # of 12; greedy ones would not differ at all
 
 
 def test_own_answers_belong_to_their_questions(monkeypatch):
     examples = [Example(name, f"question {name}", ("yes", "no"), 0) for name in "ab"]
     written = pd.DataFrame({"number": [3, 0, 2, 1], "text": ["four", "one", "", "two"]})
-    monkeypatch.setattr(experiment, "free_answers", lambda *_: written)
-    found = experiment.own_answers(
-        None, SimpleNamespace(parts={"training": examples}), "training", None
-    )
+    monkeypatch.setattr(evaluate, "free_answers", lambda *_: written)
+    found = evaluate.own_answers(None, SimpleNamespace(splits={"training": examples}), "training")
     assert [(item.question, item.choices) for item in found] == [
         ("question a", ("one",)),
         ("question b", ("two",)),
@@ -251,8 +281,8 @@ def test_own_answers_belong_to_their_questions(monkeypatch):
 
 
 def test_answers_are_those_of_the_configurations(made):
-    grid = tables(made[2])[0]
-    (path,) = made[2].glob("*_generations.csv")
+    grid = tables(made.folder)[0]
+    (path,) = made.folder.glob("*_generations.csv")
     written = pd.read_csv(path, keep_default_na=False)
     tested = grid[(grid.part == "test") & (grid.dataset == grid.evaluated_on)]
     for row in tested.itertuples():
@@ -264,23 +294,22 @@ def test_answers_are_those_of_the_configurations(made):
         assert len(mine) == 7
         assert row.words == approx(mine.text.str.split().str.len().mean())
         assert row.repetition == approx(mine.repetition.mean())
-    other = grid[grid.dataset != grid.evaluated_on]
-    assert len(other) and other.words.isna().all() and other.perplexity.isna().all()
+    transferred = grid[grid.dataset != grid.evaluated_on]
+    assert len(transferred) and transferred.words.isna().all()
+    assert transferred.perplexity.isna().all()
 
 
-def test_the_document_has_every_gain_and_the_rest_of_the_file(made, commands):
-    command, _, folder, _ = made
-    path = folder / "results.md"
-    written = path.read_text()
-    front = tables(folder)[1]
+def test_the_document_has_every_gain_and_the_rest_of_the_file(made, again):
+    written = again.text
+    front = tables(made.folder)[1]
     own = front[front.dataset == front.evaluated_on]
     sections = written.split("\n**")
     for names, rows in own.groupby(["dataset", "score", "limit", "method", "mode"]):
         (section,) = (
-            part
-            for part in sections
-            if part.startswith("{}: gain in {} accuracy".format(*names))
-            and f"chosen on validation {names[2]};" in part
+            some
+            for some in sections
+            if some.startswith("{}: gain in {} accuracy".format(*names))
+            and f"chosen on validation, constraint: {names[2]};" in some
         )
         cells = [
             f"{100 * r.gain:+.1f} [{100 * r.gain_low:+.1f}, {100 * r.gain_high:+.1f}]"
@@ -288,11 +317,9 @@ def test_the_document_has_every_gain_and_the_rest_of_the_file(made, commands):
         ]
         line = " ".join(names[3:]).strip()
         assert f"| {line} | {' | '.join(cells)} |" in section
-    assert "--document results.md" in written and str(path) not in written
-    path.write_text("before\n" + written + "after\n")
-    commands.run(*command).ok()
-    assert path.read_text() == "before\n" + written + "after\n"
-    path.write_text(written)
+    document = made.flags["document"]
+    assert "--document results.md" in written and str(document) not in written
+    assert document.read_text() == "before\n" + written + "after\n"
 
 
 @pytest.mark.parametrize(
@@ -300,8 +327,7 @@ def test_the_document_has_every_gain_and_the_rest_of_the_file(made, commands):
     [("all", range(10, 30)), ("5-12", range(10, 13)), ("20-29", range(20, 30)), ("4", [4])],
 )
 def test_vectors_are_trained_behind_the_first_third(given, trained):
-    lm, args = SimpleNamespace(layers=range(30)), SimpleNamespace(layer_idxs=[given])
-    assert experiment.later_layers(lm, args) == [*trained]
+    assert learned.later_layers([given], 30) == [*trained]
 
 
 def test_strengths_follow_a_power_between_what_was_tried():
@@ -325,40 +351,53 @@ def test_the_strongest_that_costs_no_more_is_taken():
     assert strengths.strongest(curve[:1] + curve[2:], [0.02]) == [2.0]
 
 
-def test_strengths_are_set_by_the_price(made, commands, tmp_path):
-    command = [str(item) for item in made[0]]
-    place = command.index("--alphas")
-    command = [*command[:place], *command[place + 1 + len(ALPHAS) :]]
-    command += ["--strengths_at", "0.01", "0.04"]
-    commands.run(
-        *given(
-            command,
-            max_ppl_increase=["0.02", "0.08"],
-            seeds=["0"],
-            lora=["none"],
-            output_dir=[str(tmp_path)],
-        )
-    ).ok()
-    grid = tables(tmp_path)[0]
-    validated = grid[(grid.part == "validation") & (grid.method != "base")]
-    for dataset, method in itertools.product(("first", "second"), ("trained", "trained_random")):
+def test_what_is_learnt_is_tried_at_multiples_of_its_length(made):
+    grid = tables(made.folder)[0]
+    validated = grid[(grid.part == "validation") & (grid.seed == 0)]
+    for dataset, method in itertools.product(("first", "second"), learned.METHODS):
         rows = validated[(validated.dataset == dataset) & (validated.method == method)]
-        assert [*zip(rows.layers, rows.alpha, strict=True)] == [
-            *itertools.product(["1 2"], experiment.SCALES)
-        ]  # of three layers the later ones
+        layers = "" if method == "lora" else "1 2"  # of three layers the later ones
+        assert [*zip(rows.layers.fillna(""), rows.alpha, strict=True)] == [
+            *itertools.product([layers], learned.SCALES)
+        ]
+
+
+def test_strengths_are_set_by_the_cost(flags, tmp_path):
+    """Of two data sets' directions, gated and not, none of what is learnt."""
+    changes = {"seeds": 0, "max_ppl_increase": [0.02, 0.08], "strengths_at": [0.04, 0.01]}
+    changes |= {"alphas": None, "lora": "none", "no-train_vectors": True}
+    changes["gated"] = ["mean", "gradient", "random"]
+    settings = settings_of(flags | changes)
+    assert settings.grid.alphas == ()
+    names = ExperimentNames("llm", "tiny", settings, str(tmp_path))
+    lm = models.load(str(flags["model_name"]))
     strongest = strengths.FIRST_STRENGTH * strengths.STEPS[1] ** (strengths.ROUNDS - 1)
     reached, shares = {}, []
-    validated = validated[~validated.method.isin(experiment.LEARNT)]
-    for (_, method, _), rows in validated.groupby(["dataset", "method", "mode"], dropna=False):
-        # A price that even the strongest does not cost stands last, for all that it costs.
-        paid = rows[rows.alpha < strongest].perplexity_bound.to_numpy()
-        shares += [*(paid / [0.01, 0.04][: len(paid)])]
-        assert len(paid) == 2 or rows.alpha.iloc[-1] == approx(strongest)
-        assert (rows[rows.alpha == strongest].perplexity_bound < 0.04).all()
-        reached[method] = max(len(paid), reached.get(method, 0))
+    for source in settings.sources:
+        begun = study.begin(lm, settings, source, 0, names.study(source.name, 0))
+        current = replace(begun, directions=[*begun.directions, *learned.learn(lm, begun)])
+        configurations = protocol.with_strengths(lm, current)
+        passages = costs.passages(lm, "validation")
+        scores = evaluate.scores_of(lm, current, passages, configurations, "validation_texts")
+        bounds = costs.perplexity_bound(passages, scores)[1:]
+        lines = {}
+        for item, bound in zip(configurations, bounds, strict=True):
+            lines.setdefault((item.method, item.variant), []).append((item.alpha, bound))
+        assert len(lines) == 7
+        for (method, _), points in lines.items():
+            # A cost that even the strongest does not reach stands last, whatever it is.
+            paid = [bound for alpha, bound in points if alpha < strongest]
+            shares += [*(np.array(paid) / [0.01, 0.04][: len(paid)])]
+            assert len(paid) == 2 or points[-1][0] == approx(strongest)
+            assert all(bound < 0.04 for alpha, bound in points if alpha == strongest)
+            reached[method] = max(len(paid), reached.get(method, 0))
     assert reached["gradient"] == 2 and reached["mean"]
     # One curve, of two methods, falls before it rises: three strengths between are too few for it.
     assert max(shares) <= 1 and sum(share < 0.84 for share in shares) <= 2 < len(shares) / 10
+
+
+def settings_of(flags):
+    return experiment.study_settings(experiment.parser(LLM).parse_args(arguments_of(flags)))
 
 
 def test_a_stronger_strength_is_tried_where_the_square_law_says():
@@ -371,55 +410,89 @@ def test_a_stronger_strength_is_tried_where_the_square_law_says():
     assert strengths.stronger([(0.0, 0.0), (0.1, 0.29)], 0.3) == approx(0.1 * least)
 
 
-def test_a_strength_given_twice_and_layers_from_one_on(made, commands, tmp_path):
-    """--alphas 0.02 0.02: one configuration. Layer 2 is not named, and has a gate."""
-    command = given(
-        made[0],
-        alphas=["0.02", "0.02"],
-        seeds=["0"],
-        methods=["random"],
-        lora=["none"],
-        output_dir=[str(tmp_path)],
-    )
-    commands.run(
-        *command,
-        "--no-train_vectors",
-        "--gated",
-        "random",
-        "--layer_mode",
-        "from",
-        "--layer_idxs",
-        1,
-    ).ok()
+def test_layers_from_one_on_in_the_papers_setting(commands, flags, tmp_path):
+    """--alphas 0.02 0.02: one configuration. Layer 2 is not named, and has a gate. What is
+    attributed, how and from where reaches stage 1."""
+    changes = {"datasets": flags["datasets"][0], "seeds": 0, "output_dir": tmp_path}
+    changes |= {"alphas": [0.02, 0.02], "methods": "random", "gated": "random", "lora": "none"}
+    changes |= {"no-train_vectors": True, "layer_mode": "from", "layer_idxs": 1}
+    changes |= {"ig_baseline": "zeros", "ig_steps": 2, "attribute": "all"}
+    commands.run("experiment.py", *arguments_of(flags | changes), short_texts=True).ok()
     grid = tables(tmp_path)[0]
-    validated = grid[(grid.part == "validation") & (grid.dataset == "first")]
+    validated = grid[grid.part == "validation"]
     assert validated.configuration.tolist() == [
         "base",
         "random @ 1-2 x 0.02",
         "random gated @ 1-2 x 0.02",
     ]
+    assert validated["mode"].fillna("").tolist() == ["", "", "gated"]
     assert validated.perplexity.nunique() == 3 and validated.margin_sum.notna().all()
-
-
-def test_other_prices_score_only_what_is_new(made, commands):
-    """The same folder, more methods and another price: old scores are read, files are added."""
-    command, _, folder, _ = made
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*_scores_*.safetensors")}
-    grid, front = (
-        path.read_bytes()
-        for path in (next(folder.glob("*_grid.csv")), next(folder.glob("*_front.csv")))
+    (manifest,) = tmp_path.glob(
+        "*_baseline-zeros_attribute-all_steps-2_*_parts/*_seed0.manifest.json"
     )
-    # Other prices may choose other configurations, and ask them freely.
-    commands.run(
-        *given(
-            command,
-            methods=["caa", "mean", "gradient", "random", "shuffled"],
-            max_ppl_increase=["0.005", "1000"],
-        )
-    ).ok()
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    settings = json.loads(manifest.read_text())["settings"]
+    assert (settings["baseline"], settings["ig_steps"], settings["attribute"]) == (
+        "zeros",
+        2,
+        "all",
+    )
+    attributed = pd.read_csv(manifest.with_name("first_seed0.csv"))
+    assert set(attributed.gradients_computed) == {2}
+
+
+def test_settings_are_those_of_the_flags(flags):
+    settings = settings_of(flags | {"ig_steps": 20, "ig_baseline": "zeros", "attribute": "all"})
+    first, second = (item.partition("=") for item in flags["datasets"])
+    assert settings.sources == tuple(
+        DataSettings(name, path, num_samples=3, num_validation=4)
+        for name, _, path in (first, second)
+    )
+    assert settings.seeds == SEEDS and settings.budgets == BUDGETS
+    assert settings.ablation.attribution == AttributionSettings(
+        baseline="zeros", attribute="all", ig_steps=20
+    )
+    assert settings.ablation.top_k == 3 and settings.grid.alphas == ALPHAS
+    assert (settings.gated, settings.lora, settings.max_unrelated_loss) == (
+        ("mean", "random"),
+        "dpo",
+        LIMIT,
+    )
+    assert (settings.num_generations, settings.max_new_tokens) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        ["--evaluate_on", "all"],
+        ["--score", "sum"],
+        ["--hidden_states_path", "x"],
+        ["--hidden_states_neg_path", "x"],
+        ["--hidden_states_rand_path", "x"],
+    ],
+)
+def test_flags_without_effect_are_no_flags(unknown, capsys):
+    with pytest.raises(SystemExit) as end:
+        experiment.parser(LLM).parse_args(unknown)
+    assert end.value.code == 2 and unknown[0] in capsys.readouterr().err
+
+
+def test_a_gated_method_is_one_of_the_methods(commands, tmp_path):
+    result = commands.run(
+        "experiment.py", "--gated", "mean", "--methods", "caa", "--output_dir", tmp_path
+    )
+    assert "mean is not among the methods (caa)" in result.error()
+    with pytest.raises(UserError, match="are not all different"):
+        settings_of({"datasets": ["a=x.jsonl", "a=y.jsonl"]})
+
+
+def test_what_was_scored_is_read_and_what_is_new_is_added(made, again):
+    """The same folder, another method and budget, then as before."""
+    scores = {path for path in again.before if "_scores_" in path.name}
+    assert scores and all(again.before[path] == again.after[path] for path in scores)
     added = [
-        path for path in folder.rglob("*_validation_*_scores_*.safetensors") if path not in before
+        path
+        for path in again.middle
+        if "_validation_" in path.name and "_scores_" in path.name and path not in again.before
     ]
     for path in added:
         base, *scored = runs.read_header(path)["configurations"]
@@ -427,50 +500,49 @@ def test_other_prices_score_only_what_is_new(made, commands):
             f"caa @ 0-2 x {alpha:g}" for alpha in ALPHAS
         ]
     assert added
-    commands.run(*command).ok()
-    assert (
-        next(folder.glob("*_grid.csv")).read_bytes(),
-        next(folder.glob("*_front.csv")).read_bytes(),
-    ) == (grid, front)
+    for name in ("grid", "front", "generations"):
+        (path,) = made.folder.glob(f"*_{name}.csv")
+        contents = [files[path][1] for files in (again.before, again.middle, again.after)]
+        assert contents[0] == contents[2] != contents[1]
 
 
 def test_a_configuration_is_more_than_its_label():
     gate = Gate(torch.ones(3, 4), torch.ones(3))
-    one = Configuration("m", "", (0, 2), 0.1, {0: torch.ones(4), 2: torch.ones(4)}, gate)
+    item = Configuration("m", "", (0, 2), 0.1, {0: torch.ones(4), 2: torch.ones(4)}, gate)
     same = replace(
-        one, gate=Gate(torch.tensor([1.0, 9.0, 1.0])[:, None].expand(3, 4).clone(), torch.ones(3))
+        item, gate=Gate(torch.tensor([1.0, 9.0, 1.0])[:, None].expand(3, 4).clone(), torch.ones(3))
     )  # differs at a layer that is not steered
-    assert experiment.identity(one) == experiment.identity(same)
+    assert evaluate.identity(item) == evaluate.identity(same)
     others = [
-        replace(one, gate=None),
-        replace(one, gate=Gate(torch.ones(3, 4), torch.zeros(3))),
-        replace(one, vectors={0: torch.ones(4), 2: torch.zeros(4)}),
+        replace(item, gate=None),
+        replace(item, gate=Gate(torch.ones(3, 4), torch.zeros(3))),
+        replace(item, vectors={0: torch.ones(4), 2: torch.zeros(4)}),
         *(
-            experiment.Tuned("m", "", (), 0.1, adapter={"a": torch.ones(2, dtype=dtype)})
+            LoraConfiguration("m", "", (), 0.1, adapter={"a": torch.ones(2, dtype=dtype)})
             for dtype in (torch.bfloat16, torch.float32)
         ),
     ]
-    assert len({experiment.identity(item) for item in [one, *others]}) == 6
+    assert len({evaluate.identity(each) for each in [item, *others]}) == 6
 
 
 def test_random_directions_are_as_long_as_the_vectors():
     lengths = torch.tensor([[0.0], [0.5], [3.0], [7.0]])
     vectors = SteeringVectors(lengths * torch.eye(4, 300), torch.ones(4), {}, "the gate")
-    one, other = (experiment.random_like(vectors, seed) for seed in (0, 1))
-    for drawn in (one, other):
+    first, second = (learned.random_like(vectors, seed) for seed in (0, 1))
+    for drawn in (first, second):
         assert drawn.vectors.norm(dim=-1).tolist() == approx(lengths[:, 0].tolist())
         assert drawn.gate == "the gate"
         assert drawn.info["method"] == "trained_random"
         cosines = torch.cosine_similarity(drawn.vectors[1:], vectors.vectors[1:], dim=-1)
         assert cosines.abs().max() < 0.3
-    assert (one.vectors - other.vectors).norm(dim=-1)[1:].min() > 0.5
+    assert (first.vectors - second.vectors).norm(dim=-1)[1:].min() > 0.5
 
 
 def test_the_front_follows_from_the_grid(made):
     """What is chosen is affordable and best on validation; its test accuracy is the grid's."""
-    grid, front = tables(made[2])
+    grid, front = tables(made.folder)
     own = front[front.dataset == front.evaluated_on]
-    # of data sets, methods, scores, prices and limits
+    # of data sets, methods, scores, budgets and constraints
     assert len(own) == 2 * len(LINES) * 2 * len(BUDGETS) * 3 and len(front) == 2 * len(own)
     free, _, strictest = front.limit.unique()
     assert set(zip(own.method, own["mode"], strict=True)) == LINES
@@ -526,7 +598,7 @@ def test_what_unrelated_questions_lose_by_hand():
                     "max_ppl_increase": 0.1,
                     "limit": "none",
                     "configuration": "m x 1",
-                    **dict.fromkeys(fronts.PRICES, 0.0),
+                    **dict.fromkeys(pareto.COSTS, 0.0),
                 }
             ]
         )
@@ -543,13 +615,13 @@ def test_what_unrelated_questions_lose_by_hand():
             for tested, configuration, answered in (
                 ("d", "base", [0, 0]),
                 ("d", "m x 1", [1, 1]),
-                (fronts.UNRELATED, "base", [1, 1, 1, 1, 1, 0]),
-                (fronts.UNRELATED, "m x 1", right),
+                (pareto.UNRELATED, "base", [1, 1, 1, 1, 1, 0]),
+                (pareto.UNRELATED, "m x 1", right),
             )
             for number, is_right in enumerate(answered)
         ]
         answers.append((chosen, pd.DataFrame(rows)))
-    (row,) = fronts.front(answers).itertuples()
+    (row,) = pareto.front(answers).itertuples()
     assert row.evaluated_on == "d" and row.gain == 1 and row.questions == 2
     low, high = stats.bootstrap_interval(np.array([-1, -0.5, 0, 0, 0, 0.5]))
     assert low < -1 / 6 < high
@@ -557,11 +629,11 @@ def test_what_unrelated_questions_lose_by_hand():
 
 
 def test_what_is_chosen_by_hand():
-    """Of six strengths: too dear, loses other questions and breaks free answers, breaks these,
-    loses those, best, safe."""
+    """Of six strengths: too costly; loses unrelated questions and breaks free answers; breaks
+    these; loses those; best; safe."""
     validated = pd.DataFrame(
         {
-            "configuration": ["base", "dear", "breaks", "reckless", "loses", "best", "safe"],
+            "configuration": ["base", "costly", "breaks", "reckless", "loses", "best", "safe"],
             "method": ["base", *["m"] * 6],
             "mode": "",
             "accuracy_token": [0.3, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5],
@@ -573,13 +645,13 @@ def test_what_is_chosen_by_hand():
             "unrelated_change_sum": [0.0, 0.0, 0.0, 0.0, -0.03, 0.0, 0.0],
         }
     )
-    chosen = fronts.choose(validated, budgets=[0.005, 0.02, 0.1, 0.3], max_unrelated_loss=0.02)
+    chosen = pareto.choose(validated, budgets=[0.005, 0.02, 0.1, 0.3], max_unrelated_loss=0.02)
     for limit, expected in zip(
-        fronts.limits(0.02),
+        pareto.constraints(0.02),
         (
-            ["base", "safe", "breaks", "dear"],
-            ["base", "safe", "reckless", "dear"],
-            ["base", "safe", "best", "dear"],
+            ["base", "safe", "breaks", "costly"],
+            ["base", "safe", "reckless", "costly"],
+            ["base", "safe", "best", "costly"],
         ),
         strict=True,
     ):
@@ -590,20 +662,15 @@ def test_what_is_chosen_by_hand():
     )
 
 
-def test_what_is_done_is_not_done_again(made, commands):
-    command, result, folder, _ = made
-    learnt = ("gate", "trained", "lora", "scores")
-    before = {
-        path: path.stat().st_mtime_ns
-        for path in folder.rglob("*.safetensors")
-        if any(what in path.name for what in learnt)
-    }
-    assert all(any(what in path.name for path in before) for what in learnt)
-    again = commands.run(*command).ok()
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    for what in ("training vectors", "LoRA (dpo)", "gates", "_test_", "free answers"):
-        assert what in result.err and what not in again.err
-    assert result.out.splitlines()[-2:] == again.out.splitlines()[-2:]
+def test_what_is_done_is_not_done_again(made, again):
+    kinds = ("gate", "trained", "lora", "scores")
+    kept = [path for path in again.before if any(kind in path.name for kind in kinds)]
+    kept = [path for path in kept if path.suffix == ".safetensors"]
+    assert all(any(kind in path.name for path in kept) for kind in kinds)
+    assert all(again.after[path] == again.before[path] for path in kept)
+    for name in ("training vectors", "LoRA (dpo)", "gates", "_test_", "free answers"):
+        assert name in made.result.err and name not in again.result.err
+    assert made.result.out.splitlines()[-2:] == again.result.out.splitlines()[-2:]
 
 
 def test_a_training_is_taken_up_after_its_last_whole_run(tmp_path):
@@ -616,11 +683,11 @@ def test_a_training_is_taken_up_after_its_last_whole_run(tmp_path):
         made.append(unit)
         return {"a": torch.full((2,), float(unit))}
 
-    def once():
-        experiment.once(
+    def compute_once():
+        learned.compute_once(
             tmp_path / "a.safetensors",
             {},
-            SimpleNamespace(overwrite=False),
+            False,
             "runs",
             make,
             lambda units: saved.append([unit["a"].tolist() for unit in units]),
@@ -628,30 +695,22 @@ def test_a_training_is_taken_up_after_its_last_whole_run(tmp_path):
         )
 
     with suppress(UserError):
-        once()
-    once()
+        compute_once()
+    compute_once()
     assert made == [0, 1, "stopped", 2, 3]
     assert saved == [[[0, 0], [1, 1], [2, 2], [3, 3]]]
 
 
-def test_a_run_killed_again_and_again_makes_the_tables_of_one_that_was_not(
-    made, commands, tmp_path
+def test_a_run_killed_again_and_again_makes_the_files_of_one_that_was_not(
+    commands, small, whole, tmp_path
 ):
     """Each process puts a few files in place, then SIGKILL."""
-    command, chance, kills = made[0], random.Random(0), 0
-    first = command[command.index("--datasets") + 1]
+    chance, kills = random.Random(0), 0
+    arguments = arguments_of(small | {"output_dir": tmp_path, "document": tmp_path / "results.md"})
 
-    def run(folder, **how):
-        return commands.run(
-            *given(
-                command,
-                datasets=[first],
-                seeds=["0"],
-                output_dir=[str(folder)],
-                document=[str(folder / "results.md")],
-            ),
-            **how,
-        )
+    def run():
+        after = chance.randint(15, 35)
+        return commands.run("experiment.py", *arguments, die_after=after, short_texts=True)
 
     def files(folder):
         return {
@@ -660,12 +719,11 @@ def test_a_run_killed_again_and_again_makes_the_tables_of_one_that_was_not(
             if path.suffix in (".csv", ".safetensors")
         }
 
-    run(tmp_path / "whole").ok()
-    while (result := run(tmp_path / "killed", die_after=chance.randint(5, 15))).code:
+    while (result := run()).code:
         assert result.code == -signal.SIGKILL, result
         kills += 1
     assert kills > 5
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert files(tmp_path) == files(whole)
     assert not [*tmp_path.rglob("*.parts"), *tmp_path.rglob("*.lock"), *tmp_path.rglob(".*")]
 
 
@@ -682,12 +740,16 @@ def test_scores_are_kept_by_configuration(make_tiny, tmp_path, monkeypatch):
     ]
     steered_ones[1] = replace(steered_ones[1], method="other")
     adapter = random_adapter(lm)
-    tuned = [experiment.Lora(adapter).at(scale) for scale in (0.5, 2.0, -1.0)]
-    args = SimpleNamespace(parts_dir=tmp_path, overwrite=False, batch_tokens=64)
-    one = SimpleNamespace(name="one", manifest={})
+    adapted = [LoraDirection(adapter).at(scale) for scale in (0.5, 2.0, -1.0)]
+    current = SimpleNamespace(
+        names=StudyNames(tmp_path, tmp_path, "one", 0),
+        manifest={},
+        overwrite=False,
+        ablation=AblationSettings(batch_tokens=64),
+    )
 
     def check(configurations):
-        found = experiment.scores_of(lm, items, configurations, args, one, "some")
+        found = evaluate.scores_of(lm, current, items, configurations, "some")
         for (prompt, responses), values in zip(questions, found, strict=True):
             assert values.shape == (1 + len(configurations), len(responses))
             for column, response in enumerate(responses):
@@ -720,61 +782,46 @@ def test_scores_are_kept_by_configuration(make_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(runs.Run, "finish", finish)
     for lock in tmp_path.glob("*.lock"):  # which a killed process does not hold
         lock.unlink()
-    check([steered_ones[0], *tuned[:2]])
-    check([*steered_ones, *tuned])
-    monkeypatch.setattr(experiment, "write_scores", None)
-    check([steered_ones[1], tuned[1]])
+    check([steered_ones[0], *adapted[:2]])
+    check([*steered_ones, *adapted])
+    monkeypatch.setattr(evaluate, "write_scores", None)
+    check([steered_ones[1], adapted[1]])
     check([])
     assert not [*tmp_path.glob("*.parts"), *tmp_path.glob("*.lock")]
     assert len([*tmp_path.glob("*.safetensors")]) == len([*tmp_path.glob("*.json")]) == 4
 
 
-def test_two_processes_make_the_tables_of_one(made, commands, tmp_path):
-    command, _, folder, _ = made
-    for process in commands.together(
-        *given(command, document=[str(tmp_path / "results.md")], output_dir=[str(tmp_path)])
-    ):
+def test_two_processes_make_the_tables_of_one(commands, small, whole, tmp_path):
+    arguments = arguments_of(small | {"output_dir": tmp_path, "document": tmp_path / "results.md"})
+    for process in commands.together("experiment.py", *arguments, short_texts=True):
         process.wait().ok()
     for kind in ("grid", "front", "generations"):
-        (path,), (alone,) = (list(place.glob(f"*_{kind}.csv")) for place in (tmp_path, folder))
+        (path,), (alone,) = (list(folder.glob(f"*_{kind}.csv")) for folder in (tmp_path, whole))
         assert path.read_bytes() == alone.read_bytes()
     assert not list(tmp_path.rglob("*.parts")) and not list(tmp_path.rglob("*.lock"))
 
 
 def test_scenes_through_a_chat_template(commands, tmp_path):
     """The embedded vision-language model: pictures train, choose and are answered freely."""
-    commands.run(
-        "experiment_vlm.py",
-        "--model_name",
-        "shapes-vlm",
-        "--dataset_name",
-        "shapes",
-        "--num_samples",
-        3,
-        "--num_validation",
-        3,
-        "--num_test",
-        4,
-        "--seeds",
-        0,
-        "--top_k",
-        3,
-        "--methods",
-        "random",
-        "--alphas",
-        0.1,
-        "--max_ppl_increase",
-        1000,
-        "--num_generations",
-        2,
-        "--max_new_tokens",
-        4,
-        "--output_dir",
-        tmp_path,
-    ).ok()
+    flags = {
+        "model_name": "shapes-vlm",
+        "dataset_name": "shapes",
+        "num_samples": 3,
+        "num_validation": 3,
+        "num_test": 4,
+        "seeds": 0,
+        "top_k": 3,
+        "methods": "random",
+        "alphas": 0.1,
+        "max_ppl_increase": 1000,
+        "num_generations": 2,
+        "max_new_tokens": 4,
+        "output_dir": tmp_path,
+    }
+    commands.run("experiment_vlm.py", *arguments_of(flags), short_texts=True).ok()
     grid = tables(tmp_path)[0]
     validated = grid[grid.part == "validation"].set_index("configuration")
-    assert len(validated) == 2 + 2 * len(experiment.SCALES)
+    assert len(validated) == 2 + 2 * len(learned.SCALES)
     assert validated.answers_increase["base"] == 0
     assert (validated.answers_increase.drop("base").abs() > 1e-9).all()
     assert set(grid[grid.part == "test"].questions) == {4}
@@ -782,68 +829,100 @@ def test_scenes_through_a_chat_template(commands, tmp_path):
     assert set(written.number) == {0, 1} and (written.text != "").all()
 
 
-def test_an_answer_alone_is_refused(made, commands, tmp_path):
-    command = made[0]
+def test_an_answer_alone_is_refused_before_anything_is_computed(commands, flags, tmp_path):
     single = [
         row | {"choices": row["choices"][:1], "label": 0} if index == 7 else row
         for index, row in enumerate(tiny.question_rows())
     ]
     path = tiny.write_jsonl(tmp_path / "single.jsonl", single)
-    place = command.index("--datasets")
-    changed = [*command[: place + 1], f"single={path}", *command[place + 3 : -1], tmp_path]
-    result = commands.run(*changed)
-    assert result.code != 0 and "single answer" in result.err and "Traceback" not in result.err
+    folder = tmp_path / "results"
+    changes = {"datasets": f"single={path}", "seeds": 0, "output_dir": folder}
+    result = commands.run("experiment.py", *arguments_of(flags | changes))
+    assert "single answer" in result.error() and not folder.exists()
 
 
-def test_ablations_are_experiments_with_one_setting_changed(made, commands, tmp_path):
-    command = given(
-        made[0],
-        seeds=["0"],
-        methods=["mean", "gradient"],
-        lora=["none"],
-        alphas=["0.3", "2"],
-        max_ppl_increase=["1000"],
-    )
-    command = [*command[: command.index("--gated")], *command[command.index("--seeds") :]]
-    command = given(command, document=[str(tmp_path / "results.md")], output_dir=[str(tmp_path)])
+def test_ablations_are_experiments_with_one_setting_changed(commands, flags, tmp_path):
+    """Each setting's tables are those of an experiment with that flag."""
+    changes = {"seeds": 0, "methods": ["mean", "gradient"], "gated": None, "lora": "none"}
+    changes |= {"alphas": [0.3, 2], "max_ppl_increase": 1000, "num_generations": 2}
+    flags = flags | changes
     settings = ("grad_method=vanilla", "top_k=1", "num_samples=2")
-    result = commands.run("ablations.py", *command[1:], "--change", *settings).ok()
+    result = commands.run(
+        "ablations.py",
+        *arguments_of(flags | {"document": tmp_path / "results.md", "output_dir": tmp_path}),
+        "--change",
+        *settings,
+        short_texts=True,
+    ).ok()
     (path,) = tmp_path.glob("*_ablations.csv")
     table = pd.read_csv(path, keep_default_na=False)
     assert [*table.setting.unique()] == [ablations.GIVEN, *settings]
     for setting in table.setting.unique():
         alone = tmp_path / setting
-        changed = [f"--{setting}"] if setting != ablations.GIVEN else []
+        name, _, value = setting.partition("=")
+        changed = {name: value} if value else {}
         commands.run(
-            *given(command, output_dir=[str(alone)], document=[str(alone / "own.md")]),
-            "--no-train_vectors",
-            *changed,
+            "experiment.py",
+            *arguments_of(flags | {"no-train_vectors": True, "output_dir": alone} | changed),
+            short_texts=True,
         ).ok()
         expected = tables(alone)[1]
-        found = table[table.setting == setting].drop(columns="setting").reset_index(drop=True)
-        pd.testing.assert_frame_equal(found, expected)
-    own = table[(table.dataset == table.evaluated_on) & (table.limit == fronts.UNLIMITED)]
+        rows = table[table.setting == setting].drop(columns="setting").reset_index(drop=True)
+        pd.testing.assert_frame_equal(rows, expected)
+        (grid,) = alone.glob("*_grid.csv")  # under the same name among those of all settings
+        assert (tmp_path / grid.name).read_bytes() == grid.read_bytes()
+    own = table[(table.dataset == table.evaluated_on) & (table.limit == pareto.UNCONSTRAINED)]
     written = (tmp_path / "results.md").read_text()
     for (dataset, score), rows in own.groupby(["dataset", "score"]):
         (section,) = (
-            part
-            for part in written.split("\n**")
-            if part.startswith(f"{dataset}: gain in {score} accuracy")
+            some
+            for some in written.split("\n**")
+            if some.startswith(f"{dataset}: gain in {score} accuracy")
         )
         lines = section.strip().splitlines()[2 : 5 + len(settings)]
         assert lines[0] == "|  | mean pos | gradient |" and len(lines) == 2 + 1 + len(settings)
-        for line, (setting, here) in zip(
+        for line, (setting, of_setting) in zip(
             lines[2:], rows.groupby("setting", sort=False), strict=True
         ):
-            cells = " | ".join(fronts.points(row) for row in here.itertuples())
+            cells = " | ".join(pareto.points(row) for row in of_setting.itertuples())
             assert line == f"| {setting} | {cells} |"
     grids = {path.read_bytes() for path in tmp_path.glob("*_grid.csv")}
     assert len(grids) == 1 + len(settings) and own.gain.any()  # settings do differ here
     assert result.out.splitlines()[-1].endswith(str(path))
 
 
+def test_one_setting_is_changed_and_no_other(flags):
+    settings = settings_of(flags)
+    ablation = settings.ablation
+    for text, expected in (
+        ("top_k=7", replace(settings, ablation=replace(ablation, top_k=7))),
+        (
+            "num_samples=2",
+            replace(
+                settings,
+                sources=tuple(replace(source, num_samples=2) for source in settings.sources),
+            ),
+        ),
+        (
+            "attribution=normal",
+            replace(
+                settings,
+                ablation=replace(ablation, attribution=AttributionSettings(objective="normal")),
+            ),
+        ),
+        (
+            "grad_method=vanilla",
+            replace(
+                settings,
+                ablation=replace(ablation, attribution=AttributionSettings(grad_method="vanilla")),
+            ),
+        ),
+    ):
+        assert ablations.changed(settings, text) == expected != settings
+
+
 @pytest.mark.parametrize("method", ["smoothgrad", "integrated_gradients"])
-def test_what_is_attributed_alike_is_attributed_once(method, made, tmp_path, monkeypatch):
+def test_what_is_attributed_alike_is_attributed_once(method, flags, tmp_path, monkeypatch):
     """By all k, numbers of examples and seeds, unless the seed draws noise."""
     counted = []
 
@@ -851,52 +930,30 @@ def test_what_is_attributed_alike_is_attributed_once(method, made, tmp_path, mon
         counted.append(rest)
         return attribution.attribute(*rest)
 
-    monkeypatch.setattr(token_ablation, "attribute", attribute)
-    lm, path = models.load(str(made[3])), made[0][made[0].index("--datasets") + 1]
+    monkeypatch.setattr(stage1, "attribute", attribute)
+    lm, path = models.load(str(flags["model_name"])), flags["datasets"][0].partition("=")[2]
     written, examples = {}, {0: set(), 1: set()}
     for known in (None, {}):
         for k, count, seed in ((3, 3, 0), (1, 3, 0), (1, 7, 0), (1, 7, 1)):
             folder = tmp_path / f"{known is None}{k}{count}{seed}"
-            files = token_ablation.run(
-                token_ablation.flags(cli.LLM).parse_args(
-                    [
-                        "--dataset_name",
-                        "first",
-                        "--dataset_path",
-                        path.partition("=")[2],
-                        "--top_k",
-                        str(k),
-                        "--num_samples",
-                        str(count),
-                        "--grad_method",
-                        method,
-                        "--seed",
-                        str(seed),
-                        "--top",
-                        "pos",
-                        "rand",
-                        "--output_path_meta",
-                        str(folder / "meta.csv"),
-                        "--output_path_hidden",
-                        str(folder / "states.safetensors"),
-                        "--model_name",
-                        str(made[3]),
-                    ]
-                ),
-                lm,
-                known,
+            source = DataSettings("first", path, count)
+            settings = AblationSettings(
+                AttributionSettings(grad_method=method), ("pos", "rand"), k, seed=seed
             )
-            examples[seed] |= {*pd.read_csv(folder / "meta.csv").id}
+            pairs = [example.pair() for example in splits.steering_examples(source, seed)]
+            files = {top: folder / f"states_{top}.safetensors" for top in settings.tops}
+            stage1.run(lm, pairs, source, settings, folder / "attributions.csv", files, known=known)
+            examples[seed] |= {example.id for example in pairs}
             written.setdefault((k, count, seed), []).append(
-                [file.read_bytes() for file in (folder / "meta.csv", *files.values())]
+                [file.read_bytes() for file in (folder / "attributions.csv", *files.values())]
             )
         both = examples[0] | examples[1]
         assert 7 < len(both) < 14
-        once = 7 + 7 if method == "smoothgrad" else len(both)
-        assert len(counted) == (3 + 3 + 7 + 7 if known is None else once)
+        expected = 7 + 7 if method == "smoothgrad" else len(both)
+        assert len(counted) == (3 + 3 + 7 + 7 if known is None else expected)
         counted.clear()
-    for one, other in written.values():
-        assert one == other
+    for alone, shared in written.values():
+        assert alone == shared
 
 
 def test_only_settings_that_have_files_of_their_own_are_changed(commands, tmp_path):

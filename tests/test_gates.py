@@ -6,16 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from reference import encoded, layer_outputs, own_loss_log_likelihood, relative, words
+from helpers.decoding import greedy, random_configuration, text_of
+from helpers.reference import encoded, layer_outputs, own_loss_log_likelihood, relative, words
 from sklearn.linear_model import LogisticRegression
-from test_generation import one_at_a_time, some, text_of
 
-from grains import gates
 from grains.errors import UserError
 from grains.generation import generate
 from grains.runs import write_tensors
-from grains.scoring import Direction, score
-from grains.vectors import Gate, SteeringVectors, steer, steered
+from grains.scoring import score
+from grains.steering import Direction, Gate, SteeringVectors, steer, steered
+from grains.study import gates
 
 W = words(120, seed=5)
 QUESTIONS = [
@@ -61,7 +61,7 @@ def test_scores_are_those_of_hooks_on_every_sequence(lm):
     layers = {"all": tuple(range(len(lm.layers))), "last": (len(lm.layers) - 1,)}
     first, second = a_gate(lm), a_gate(lm, 1)
     grid = [
-        replace(some(lm, layers[name], 2.0, seed), gate=gate)
+        replace(random_configuration(lm, layers[name], 2.0, seed), gate=gate)
         for name, seed, gate in (
             ("all", 1, first),
             ("all", 1, None),
@@ -83,9 +83,11 @@ def test_scores_are_those_of_hooks_on_every_sequence(lm):
 
 def test_a_batch_decodes_gated_and_not_side_by_side(smollm2):
     items = [encoded(smollm2, words(9 - size, seed=size), [[5]]) for size in range(3)]
-    gated = replace(some(smollm2, tuple(range(10, 30)), 0.5, 2), gate=a_gate(smollm2))
+    gated = replace(
+        random_configuration(smollm2, tuple(range(10, 30)), 0.5, 2), gate=a_gate(smollm2)
+    )
     plain = replace(gated, gate=None)
-    late = some(smollm2, (25,), 5.0, 3)
+    late = random_configuration(smollm2, (25,), 5.0, 3)
     found = generate(smollm2, items, [gated, plain, late], 8)
     opening = {layer: gated.gate.at(layer) for layer in gated.layers}
     for texts, vectors, gate in zip(
@@ -96,7 +98,7 @@ def test_a_batch_decodes_gated_and_not_side_by_side(smollm2):
     ):
         for prompt, text in zip(items, texts, strict=True):
             with steered(smollm2, vectors, gate):
-                expected = one_at_a_time(smollm2, prompt.prompt_ids, {}, 8)
+                expected = greedy(smollm2, prompt.prompt_ids, {}, 8)
             assert text == text_of(smollm2, expected)
     assert found[1] != found[2] and found[1] != found[0]
 
@@ -193,7 +195,8 @@ def test_vectors_keep_their_gate(lm, tmp_path):
     assert torch.equal(read.gate.weights, gate.weights)
     assert torch.equal(read.gate.biases, gate.biases)
     layers = tuple(range(len(lm.layers)))
-    configuration = Direction("trained", "gated", layers, read).at(0.8)
+    configuration = Direction("trained", "", layers, read).at(0.8)
+    assert configuration.gated and configuration.label == "trained gated @ 0-3 x 0.8"
     (prompt, responses), item = QUESTIONS[0], questions(lm)[0]
     values = score(lm, [item], [configuration, replace(configuration, gate=None)], 1000)[0]
     with read.apply(lm, 0.8, list(layers)):

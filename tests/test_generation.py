@@ -1,12 +1,11 @@
 """Batched decoding, base and steered rows side by side, is one prompt at a time."""
 
 import pytest
-import torch
+from helpers.decoding import greedy, random_configuration, text_of
 from helpers.reference import encoded, example, no_hooks, words
 
 from grains import prompts
 from grains.generation import generate, pad_left
-from grains.steering import Configuration, steered
 
 NEW = 12
 PROMPTS = [
@@ -21,37 +20,7 @@ PROMPTS = [
 ]
 
 
-def one_at_a_time(lm, prompt_ids, vectors, count):
-    """Greedy token ids from one unpadded prompt, by the model's forward and its own cache."""
-    stop = lm.model.generation_config.eos_token_id
-    stop = stop if isinstance(stop, list) else [stop]
-    new, ids, past = [], torch.tensor([prompt_ids]), None
-    with torch.no_grad(), steered(lm, vectors):
-        for _ in range(count):
-            output = lm.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-            ids, past = output.logits[:, -1:].argmax(-1), output.past_key_values
-            if int(ids) in stop:
-                break
-            new.append(int(ids))
-    return new
-
-
-def text_of(lm, ids):
-    return lm.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def some(lm, layers, strength, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return Configuration(
-        "some",
-        "",
-        layers,
-        strength,
-        {layer: strength * torch.randn(lm.hidden_size, generator=generator) for layer in layers},
-    )
-
-
-def test_smollm2_decodes_a_batch_as_one_at_a_time(smollm2):
+def test_smollm2_decodes_a_batch_as_greedy(smollm2):
     """Base and a configuration that steers jointly, prompts of two styles."""
     styles = ["chat", "plain"] * 4
     items = [
@@ -59,14 +28,14 @@ def test_smollm2_decodes_a_batch_as_one_at_a_time(smollm2):
         for text, style in zip(PROMPTS, styles, strict=True)
     ]
     assert len({len(item.prompt_ids) for item in items}) >= 6
-    configurations = [some(smollm2, tuple(range(10, 30)), 0.15, 2)]
+    configurations = [random_configuration(smollm2, tuple(range(10, 30)), 0.15, 2)]
     found = generate(smollm2, items, configurations, NEW)
     assert no_hooks(smollm2)
     assert [len(texts) for texts in found] == [8, 8]
     for row, configuration in enumerate([None, *configurations]):
         vectors = configuration.vectors if configuration else {}
         for item, text in zip(items, found[row], strict=True):
-            assert text == text_of(smollm2, one_at_a_time(smollm2, item.prompt_ids, vectors, NEW))
+            assert text == text_of(smollm2, greedy(smollm2, item.prompt_ids, vectors, NEW))
     changed = sum(base != other for base, other in zip(*found, strict=True))
     assert changed >= 4
 
@@ -80,11 +49,14 @@ def test_tiny_models_with_sliding_layers_too(tiny):
         encoded(tiny, W[start : start + length], [[5]])
         for start, length in [(0, 2), (10, 13), (30, 7), (40, 20)]
     ]
-    configurations = [some(tiny, (1,), 0.5, 3), some(tiny, (0, 3), 0.5, 4)]
+    configurations = [
+        random_configuration(tiny, (1,), 0.5, 3),
+        random_configuration(tiny, (0, 3), 0.5, 4),
+    ]
     found = generate(tiny, items, configurations, 10)
     for texts, vectors in zip(found, [{}, *(item.vectors for item in configurations)], strict=True):
         for item, text in zip(items, texts, strict=True):
-            expected = one_at_a_time(tiny, item.prompt_ids, vectors, 10)
+            expected = greedy(tiny, item.prompt_ids, vectors, 10)
             assert text == text_of(tiny, expected)
     assert found[0] != found[1] != found[2]
 

@@ -7,14 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import vlm_models
+from helpers import vlm_models
+from helpers.lora import MODULES, RANK, merged, random_adapter
+from helpers.reference import embeds, encoded, example, log_likelihood, own_logits, relative, words
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from reference import embeds, encoded, example, log_likelihood, own_logits, relative, words
 
-from grains import lora, models, prompts
+from grains import models, prompts
 from grains.errors import UserError
 from grains.runs import write_tensors
 from grains.scoring import score
+from grains.settings import LORA_OBJECTIVES
+from grains.study import lora
 
 W = words(80, seed=5)
 PAIRS = [
@@ -24,31 +27,10 @@ PAIRS = [
     (W[46:53], [W[60:61], W[70:75]]),
     (W[53:60], [W[62:66], W[21:22]]),
 ]
-MODULES = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
-RANK = 3
 
 
 def encode_all(lm, pairs=PAIRS):
     return [encoded(lm, prompt, responses) for prompt, responses in pairs]
-
-
-def random_adapter(lm, rank=RANK, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    adapter = {}
-    for index, layer in enumerate(lm.layers):
-        for part, names in MODULES.items():
-            for name in names:
-                outputs, inputs = getattr(getattr(layer, part), name).weight.shape
-                adapter[f"{index}.{part}.{name}.lora_A.weight"] = (
-                    torch.randn(rank, inputs, generator=generator) / inputs**0.5
-                )
-                adapter[f"{index}.{part}.{name}.lora_B.weight"] = 0.3 * torch.randn(
-                    outputs, rank, generator=generator
-                )
-    return adapter
 
 
 def peft_model(lm, adapter, rank=RANK):
@@ -65,20 +47,6 @@ def peft_model(lm, adapter, rank=RANK):
     )
     assert not result.unexpected_keys
     return tuned
-
-
-def merged(lm, adapter, scale):
-    """A copy of the model with weights W + scale * 2 B A."""
-    model = copy.deepcopy(lm.model)
-    layers = model.get_decoder().layers
-    with torch.no_grad():
-        for name in adapter:
-            if name.endswith(".lora_A.weight"):
-                module = name.removesuffix(".lora_A.weight")
-                layers.get_submodule(module).weight += (
-                    scale * 2 * adapter[f"{module}.lora_B.weight"] @ adapter[name]
-                )
-    return model
 
 
 def own_values(model, items):
@@ -138,8 +106,8 @@ def same_state(lm, before):
         and tensors.keys() == before[1].keys()
         and all(tensor.grad is None for tensor in lm.model.parameters())
         and all(
-            one[:2] == other[:2] and torch.equal(one[2], other[2])
-            for one, other in zip(tensors.values(), before[1].values(), strict=True)
+            now[:2] == then[:2] and torch.equal(now[2], then[2])
+            for now, then in zip(tensors.values(), before[1].values(), strict=True)
         )
     )
 
@@ -252,7 +220,7 @@ def moved(adapter, start):
     return torch.cat([(adapter[name] - start[name]).flatten() for name in start])
 
 
-@pytest.mark.parametrize("objective", lora.OBJECTIVES)
+@pytest.mark.parametrize("objective", LORA_OBJECTIVES)
 def test_training_is_pefts_own_on_separate_sequences(family, objective):
     """Few pairs make one step an epoch. The first leaves A as it began, for B is zero."""
     items, rate = encode_all(family), 1e-3

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import embeds, encoded, log_likelihood, no_hooks, relative, words
+from helpers.reference import embeds, encoded, log_likelihood, no_hooks, relative, words
 
-from grains import trained
 from grains.errors import UserError
-from grains.vectors import Gate
+from grains.steering import Gate
+from grains.study import trained
 
 W = words(120, seed=9)
 PAIRS = [
@@ -263,7 +263,7 @@ def test_no_step_computes_what_no_vector_changes(lm):
 
 def test_what_is_kept_for_all_steps_is_known_before(lm):
     pairs = items(lm)[0]
-    part = trained._Part(lm, 1, 10**6, pairs, 1, 1.0, 1.0, trained.pair_losses)
+    part = trained._Term(lm, 1, 10**6, pairs, 1, 1.0, 1.0, trained.pair_losses)
     kept = sum(
         batch.states.nbytes + batch.calls[0]["attention_mask"].nbytes for (batch,) in part.groups
     )

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 import variants
+from helpers.reference import encoded, layer_outputs, own_logits, relative, words
 from pytest import approx
-from reference import encoded, layer_outputs, own_logits, relative, words
 from torch.nn.functional import normalize
 
-from grains import costs
 from grains.errors import UserError
-from grains.scoring import Configuration
-from grains.vectors import SteeringVectors
+from grains.settings import AblationSettings
+from grains.steering import Configuration, SteeringVectors
+from grains.study import costs
 
 W = words(60)
 GENERATOR = torch.Generator()
@@ -29,16 +29,10 @@ def material(make_tiny):
     vectors = SteeringVectors(
         torch.randn(layers, size, generator=GENERATOR), torch.linspace(20.0, 40.0, layers), {}
     )
-    one = SimpleNamespace(
-        name="one",
-        parts={},
-        directions=[
-            SimpleNamespace(method=method, vectors=vectors) for method in ("gradient", "mean")
-        ],
-    )
     made = object.__new__(variants.Material)
-    made.lm, made.one, made.args = lm, one, SimpleNamespace(batch_tokens=64, prompt_style="qa")
-    made.given, made.norms = {"gradient": vectors, "mean": vectors}, vectors.norms
+    made.lm = lm
+    made.study = SimpleNamespace(ablation=AblationSettings(batch_tokens=64, prompt_style="qa"))
+    made.vectors, made.norms = {"gradient": vectors, "mean": vectors}, vectors.norms
     made.example_gradients = torch.randn(layers, 30, size, generator=GENERATOR)
     made.neutral = tuple(torch.randn(layers, 90, size, generator=GENERATOR) for _ in range(2))
     return made
@@ -54,7 +48,7 @@ def test_a_state_is_rotated_by_the_angle_in_the_plane_of_both():
     cosine = torch.cosine_similarity(moved, states, dim=-1)
     assert cosine.numpy() == approx(math.cos(0.3))
     along = [torch.cosine_similarity(some, vector, dim=-1) for some in (states, moved)]
-    angles = [one.acos() for one in along]
+    angles = [cosine.acos() for cosine in along]
     assert (angles[0] - angles[1]).numpy() == approx(0.3)  # nearer by all of it: the same plane
 
 
@@ -149,7 +143,7 @@ def test_what_neutral_text_gives(material, monkeypatch):
     """Directions at every position but the first; gradients of the loss by finite differences."""
     lm = material.lm
     texts = [costs.continuation(lm, text) for text in ("The sea is wide and blue.", "Bees dance.")]
-    monkeypatch.setattr("experiment.neutral_items", lambda lm, part: texts)
+    monkeypatch.setattr(costs, "passages", lambda lm, split: texts)
     del material.__dict__["neutral"]
     states, gradients = material.neutral
     ids = texts[0].prompt_ids + texts[0].responses[0]
@@ -178,14 +172,14 @@ def test_what_neutral_text_gives(material, monkeypatch):
     assert gradients[layer, 1, 3].item() == approx(expected, rel=0.05, abs=0.01)
 
 
-def test_the_strength_of_a_price(material, monkeypatch):
+def test_the_strength_of_a_cost(material, monkeypatch):
     lm = material.lm
     texts = [costs.continuation(lm, text) for text in ("The sea is wide and blue.", "Bees dance.")]
-    monkeypatch.setattr("experiment.neutral_items", lambda lm, part: texts)
+    monkeypatch.setattr(costs, "passages", lambda lm, split: texts)
     vectors = material.of("gradient")
     alpha = variants.strength(material, variants.PLAIN, vectors, 0.1)
     layers = tuple(range(len(lm.layers)))
-    scaled = material.given["gradient"].scaled(alpha, list(layers))
+    scaled = material.vectors["gradient"].scaled(alpha, list(layers))
     steered = Configuration("it", "", layers, alpha, scaled)
     before, after = costs.perplexity(
         lm, [text.text + lm.tokenizer.decode(text.responses[0]) for text in texts], [steered], 64
@@ -195,14 +189,15 @@ def test_the_strength_of_a_price(material, monkeypatch):
         variants.strength(material, variants.PLAIN, 0 * vectors, 0.1)
 
 
-def test_layers_by_gain_over_price(material):
-    material.layer_prices = torch.tensor([1.0, 2.0, 4.0, 1.0])
+def test_layers_by_gain_over_cost(material):
+    material.layer_costs = torch.tensor([1.0, 2.0, 4.0, 1.0])
     rows = material.example_gradients.double().numpy()
-    one, two = rows[:, :15].mean(1), rows[:, 15:].mean(1)
+    first, second = rows[:, :15].mean(1), rows[:, 15:].mean(1)
     gains = [
-        a @ b / np.linalg.norm(b) + a @ b / np.linalg.norm(a) for a, b in zip(one, two, strict=True)
+        a @ b / np.linalg.norm(b) + a @ b / np.linalg.norm(a)
+        for a, b in zip(first, second, strict=True)
     ]
     expected = np.maximum(gains, 0) * material.norms.numpy() / [1, 2, 4, 1]
-    found = variants.by_gain_and_price(material)
+    found = variants.by_gain_and_cost(material)
     assert found.norm(dim=-1).numpy() == approx(expected / expected.max(), abs=1e-5)
     assert max(gains) > 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from grains.settings import LAYER_MODES, AblationSettings, DataSettings, GridSettings
+from grains.settings import LAYER_MODES, AblationSettings, DataSettings, GridSettings, StudySettings
 
 LONGEST = 200  # bytes of a name without its endings; file systems allow 255 with them
 
@@ -118,9 +118,8 @@ class Names:
         self, states: Path, method: str, mode: str, folder: str | Path | None = None
     ) -> Path:
         """The steering vectors that a method makes from a file of hidden states."""
-        seed = f"seed{self.ablation.seed}" if method == "random" else None
         folder = Path(folder or Path("data", self.kind, "steering_vectors"))
-        return folder / f"{stem([states.stem, method, seed, mode])}.safetensors"
+        return _vectors(folder, states, method, mode, self.ablation.seed)
 
     def multiple_choice(
         self, grid: GridSettings, default: GridSettings, score: str, folder: str | None = None
@@ -193,20 +192,26 @@ class Names:
     def _evaluation(
         self, grid: GridSettings, default: GridSettings, more: Sequence[str | None]
     ) -> str:
-        return stem([*self._shared(), *grid_parts(grid, default), *self._splits(), *more])
+        return stem([*self._shared(), *grid_parts(grid, default), *_splits(self.data), *more])
 
-    def _splits(self) -> list[str]:
-        return differing(
-            self.data,
-            DataSettings(""),
-            {
-                "validation_split": "validation-split",
-                "test_split": "test-split",
-                "evaluate_on": "on",
-                "num_validation": "validation",
-                "num_test": "test",
-            },
-        )
+
+def _vectors(folder: Path, states: Path, method: str, mode: str, seed: int) -> Path:
+    drawn = f"seed{seed}" if method == "random" else None
+    return folder / f"{stem([states.stem, method, drawn, mode])}.safetensors"
+
+
+def _splits(data: DataSettings) -> list[str]:
+    return differing(
+        data,
+        DataSettings(""),
+        {
+            "validation_split": "validation-split",
+            "test_split": "test-split",
+            "evaluate_on": "on",
+            "num_validation": "validation",
+            "num_test": "test",
+        },
+    )
 
 
 def grid_parts(grid: GridSettings, default: GridSettings) -> list[str]:
@@ -222,24 +227,119 @@ def grid_parts(grid: GridSettings, default: GridSettings) -> list[str]:
     ]
 
 
-def experiment_stem(
-    datasets: Iterable[str],
-    model: str,
-    samples: int,
-    ablation: AblationSettings,
-    grid: GridSettings,
-    more: Sequence[str | None] = (),
-) -> str:
-    """The beginning of the names of an experiment's files. more: further parts."""
+@dataclass(frozen=True)
+class ExperimentNames:
+    """The files of an experiment.
+
+    Methods, strengths, budgets and seeds are not among the names: experiments that differ in these
+    share what they attribute, train and score, and the tables are those of the last.
+
+    kind: llm or vlm. model: its name as given. folder: of the tables, and of `parts`.
+    vectors_folder: of the vectors that methods make (None: `parts`).
+    stage: experiment, or ablations for those that an ablation study compares.
+    """
+
+    kind: str
+    model: str
+    settings: StudySettings
+    folder: str | None = None
+    vectors_folder: str | None = None
+    stage: str = "experiment"
+
+    @property
+    def stem(self) -> str:
+        return experiment_stem(self.model, self.settings)
+
+    def _beside(self, ending: str) -> Path:
+        folder = Path(self.folder or Path("results", self.kind, self.stage))
+        return folder / (self.stem + ending)
+
+    @property
+    def parts(self) -> Path:
+        """The folder of what an experiment makes on the way to its tables."""
+        return self._beside("_parts")
+
+    def tables(self) -> dict[str, Path]:
+        """The tables of an experiment."""
+        return {name: self._beside(f"_{name}.csv") for name in ("grid", "front", "generations")}
+
+    def ablations(self) -> Path:
+        """The table that compares experiments, named after the one with no setting changed."""
+        return self._beside("_ablations.csv")
+
+    def study(self, dataset: str, seed: int) -> StudyNames:
+        """The files of one data set and seed."""
+        vectors = Path(self.vectors_folder) if self.vectors_folder else self.parts
+        return StudyNames(self.parts, vectors, dataset, seed)
+
+
+@dataclass(frozen=True)
+class StudyNames:
+    """The files of one data set and seed of an experiment."""
+
+    folder: Path
+    vectors_folder: Path
+    dataset: str
+    seed: int
+
+    @property
+    def stem(self) -> str:
+        return f"{slug(self.dataset)}_seed{self.seed}"
+
+    def attributions(self) -> Path:
+        """CSV of stage 1."""
+        return self.folder / f"{self.stem}.csv"
+
+    def states(self, tops: Sequence[str]) -> dict[str, Path]:
+        """Hidden-states file of each selection."""
+        return {top: self.folder / f"{self.stem}_{top}.safetensors" for top in tops}
+
+    def vectors(self, method: str, mode: str) -> Path:
+        """Steering vectors that a method makes of the hidden states."""
+        states = self.states(["pos"])["pos"]
+        return _vectors(self.vectors_folder, states, method, mode, self.seed)
+
+    def gate(self) -> Path:
+        return self.folder / f"{self.stem}_gate.safetensors"
+
+    def trained(self) -> Path:
+        return self.folder / f"{self.stem}_trained.safetensors"
+
+    def lora(self, objective: str) -> Path:
+        return self.folder / f"{self.stem}_lora_{objective}.safetensors"
+
+    def scores(self, items: str, digest: str) -> Path:
+        """Log-likelihoods of some items. digest: of the manifest and the configurations."""
+        return self.folder / f"{self.stem}_{items}_scores_{digest}.safetensors"
+
+    def all_scores(self, items: str) -> list[Path]:
+        """Log-likelihoods of these items that are there."""
+        begin = glob.escape(f"{self.stem}_{items}_scores_")
+        return sorted(self.folder.glob(f"{begin}*.safetensors"))
+
+    def answers(self, split: str, digest: str) -> Path:
+        """Free answers to the questions of a split. digest: of their manifest."""
+        return self.folder / f"{self.stem}_{split}_answers_{digest}.csv"
+
+
+def experiment_stem(model: str, settings: StudySettings) -> str:
+    """What the names of an experiment's files begin with."""
+    first = settings.sources[0]
     return stem(
         [
-            "+".join(map(slug, datasets)),
+            "+".join(slug(source.name) for source in settings.sources),
             slug(model),
-            f"n{samples}",
-            ablation.prompt_style,
-            *_attribution(ablation),
-            grid.layer_mode,
-            "+".join(grid.layers),
-            *more,
+            first.split,
+            f"n{first.num_samples}",
+            settings.ablation.prompt_style,
+            *_attribution(settings.ablation),
+            settings.grid.layer_mode,
+            "+".join(settings.grid.layers),
+            *differing(
+                settings,
+                StudySettings((), (), AblationSettings(), GridSettings(())),
+                {"max_new_tokens": "new-tokens"},
+            ),
+            *_splits(first),
         ]
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grains.errors import UserError
+
 # Short name -> hub id. Any other hub id or local folder is taken as it is.
 MODELS = {
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
@@ -45,6 +47,10 @@ MODES = ("pos", "both")
 LAYER_MODES = ("joint", "each", "from")
 UNITS = ("relative", "absolute")
 SCORES = ("token", "sum")  # an answer's log-likelihood per token, or summed over its tokens
+
+# The experiment: the selections that its methods need, and how LoRA is trained beside them.
+STUDY_TOPS = ("pos", "neg", "rand")
+LORA_OBJECTIVES = ("dpo", "sft")
 
 
 @dataclass(frozen=True)
@@ -152,3 +158,47 @@ class GridSettings:
     layer_mode: str = "joint"
     alphas: tuple[float, ...] = ()
     units: str = "relative"
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What an experiment tries, by which examples, and how it chooses.
+
+    sources: the data sets; with several, the vectors of each are also tested on the others.
+    seeds: each draws its own steering, validation and test questions.
+    ablation: stage 1 with the selections STUDY_TOPS; each of the seeds takes its seed's place.
+    grid: where it has no alphas, strengths are searched that cost `strengths_at`.
+    budgets: how much the perplexity of neutral text may rise, 0.1 for 10 %.
+    strengths_at: rises of perplexity that the search aims at (none: every second budget).
+    max_unrelated_loss: accuracy on unrelated questions that the stricter constraints allow to lose.
+    gated: methods of the grid that are also tried behind a gate.
+    train_vectors: whether vectors are trained as well; lora: dpo, sft or none.
+    num_generations: questions of a split that are answered freely, with max_new_tokens at most.
+    Raises UserError for data sets of one name, and for a gated method that the grid lacks.
+    """
+
+    sources: tuple[DataSettings, ...]
+    seeds: tuple[int, ...]
+    ablation: AblationSettings
+    grid: GridSettings
+    budgets: tuple[float, ...] = (0.02, 0.05, 0.1, 0.25, 1.0)
+    strengths_at: tuple[float, ...] = ()
+    max_unrelated_loss: float = 0.02
+    gated: tuple[str, ...] = ()
+    train_vectors: bool = True
+    lora: str = "none"
+    num_generations: int = 24
+    max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if len({*names}) < len(names):
+            raise UserError(
+                f"datasets: {' '.join(names)} are not all different: give each a name of its own"
+            )
+        missing = [method for method in self.gated if method not in self.grid.methods]
+        if missing:
+            raise UserError(
+                f"gated: {', '.join(missing)} is not among the methods "
+                f"({', '.join(self.grid.methods)}): add it to them"
+            )

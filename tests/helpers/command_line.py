@@ -108,12 +108,14 @@ class Commands:
         die_after: int | None = None,
         largest_file: int | None = None,
         seconds: int = 120,
+        short_texts: bool = False,
     ) -> Process:
         """Start src/`script`.
 
         die_after: kill the process when it has put that many files in place (renamed them).
         largest_file: bytes a file may have at most (the write after that fails).
         seconds: of CPU time, after which it is killed.
+        short_texts: the experiment measures costs on less text (see `helpers.short_texts`).
         """
         self.count += 1
         folder = Path(self.folder.name) / str(self.count)
@@ -127,6 +129,7 @@ class Commands:
                 "die_after": die_after,
                 "largest_file": largest_file,
                 "seconds": seconds,
+                "short_texts": short_texts,
             }
         )["pid"]
         return Process(self, pid, folder)
@@ -140,7 +143,7 @@ class Commands:
             listener.bind(("127.0.0.1", 0))
             return listener.getsockname()[1]
 
-    def together(self, script: str, *arguments) -> list[Process]:
+    def together(self, script: str, *arguments, **options) -> list[Process]:
         """Start a command as two processes that know of each other, as a launcher does."""
         port = self.free_port()
         return [
@@ -155,6 +158,7 @@ class Commands:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 },
+                **options,
             )
             for rank in range(2)
         ]
@@ -242,6 +246,8 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "run" in request:
+            if Path(request["run"][0]).stem.startswith(("experiment", "ablations")):
+                _import_study()
             pid = os.fork()
             if pid == 0:
                 _child(request)
@@ -250,6 +256,13 @@ def _serve() -> None:
             done, status = os.waitpid(request["wait"], 0 if request["block"] else os.WNOHANG)
             answer = {"status": status if done else None}
         print(json.dumps(answer), flush=True)
+
+
+def _import_study() -> None:
+    import peft  # noqa: F401
+    import sklearn.linear_model  # noqa: F401
+
+    import grains.study.protocol  # noqa: F401
 
 
 def _child(request: dict) -> None:
@@ -266,6 +279,10 @@ def _child(request: dict) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
         if request["die_after"]:
             _die_after(request["die_after"])
+        if request["short_texts"]:
+            import short_texts  # beside this file, which is run as a script
+
+            short_texts.install()
         sys.argv = request["run"]
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0

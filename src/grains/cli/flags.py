@@ -67,7 +67,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def parser(description: str | None, kind: Kind | None = None) -> argparse.ArgumentParser:
     """A parser with --debug, which every script has. kind: kept as a default for `add_*`."""
-    flags = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
     flags.set_defaults(kind=kind)
     flags.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
     return flags

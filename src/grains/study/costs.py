@@ -1,11 +1,15 @@
 """What steering costs: does the model still predict ordinary text and answer easy questions?
 
 Both are measured as steered at inference: at every position, by replay above the base pass.
+Passages and unrelated questions are split into train, validation and test: vectors and gates are
+trained on the first, strengths and configurations are chosen on the second, and costs are reported
+on test only.
 """
 
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +18,18 @@ from scipy.stats import t as student_t
 from grains import data
 from grains.data import Example
 from grains.errors import UserError
-from grains.models import LanguageModel
+from grains.lm import LanguageModel
 from grains.prompts import Encoded, encode
-from grains.scoring import Configuration, margins, score_all
+from grains.scoring import margins, score_all
+from grains.steering import Configuration
 
 NEUTRAL = data.PACKAGED / "neutral_text.jsonl"
 VARIED = data.PACKAGED / "varied_text.jsonl"
 UNRELATED = data.PACKAGED / "unrelated.jsonl"
 UNRELATED_TRAINING = data.PACKAGED / "unrelated_training.jsonl"
+# The split of a passage by its number modulo 8. Of the unrelated questions the even ones are for
+# validation, the odd ones for test; those for training have a file of their own.
+PASSAGES = {"training": (2, 3, 4, 6, 7), "validation": (0,), "test": (1, 5)}
 
 
 def neutral_texts(path: Path = NEUTRAL) -> list[str]:
@@ -34,6 +42,32 @@ def unrelated_examples(path: Path = UNRELATED) -> list[Example]:
     """The embedded easy questions of four choices, in the order of the file."""
     rows, source = data.load("unrelated", "train", str(path))
     return [data.read(rows, source, index) for index in range(len(rows))]
+
+
+@cache
+def passages(lm: LanguageModel, split: str, path: Path = NEUTRAL) -> list[Encoded]:
+    """The passages of a file in a split (training, validation or test)."""
+    return [
+        continuation(lm, text)
+        for index, text in enumerate(neutral_texts(path))
+        if index % 8 in PASSAGES[split]
+    ]
+
+
+@cache
+def unrelated_questions(lm: LanguageModel, split: str) -> list[Encoded]:
+    """The unrelated questions in a split (training, validation or test)."""
+    examples = (
+        unrelated_examples(UNRELATED_TRAINING)
+        if split == "training"
+        else unrelated_examples()[("validation", "test").index(split) :: 2]
+    )
+    return [encode(lm, example, "qa") for example in examples]
+
+
+def training_passages(lm: LanguageModel) -> list[Encoded]:
+    """The passages of prose and of other kinds that gates and vectors are trained on."""
+    return passages(lm, "training") + passages(lm, "training", VARIED)
 
 
 def perplexity(
@@ -53,7 +87,8 @@ def perplexity(
 
 def perplexity_of(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:
     """(1 + C,) perplexities of texts (see `continuation`) from what `score` gives of them."""
-    return np.exp(-sum(scores)[:, 0] / sum(len(item.responses[0]) for item in encoded))
+    total = sum(scores, np.zeros_like(scores[0]))
+    return np.exp(-total[:, 0] / sum(len(item.responses[0]) for item in encoded))
 
 
 def capability(
@@ -70,17 +105,17 @@ def capability(
 
 
 def perplexity_bound(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:
-    """(1 + C,) how much the perplexity may have risen over the base model's, 0.05 for +5 %.
+    """(1 + C,) upper bound of the rise of perplexity over the base model's, 0.05 for +5 %.
 
-    The upper end of a one-sided 95 % interval (Student's t) of the loss per token over texts, each
-    counting by its tokens: what a few passages of other texts may cost as well.
+    The upper end of a one-sided 95 % interval (Student's t) of the rise of the loss per token over
+    texts, each weighted by its tokens: a bound for other texts of the same kind.
     """
     tokens = np.array([len(item.responses[0]) for item in encoded])
     losses = -np.stack([values[:, 0] for values in scores])  # (texts, 1 + C)
     rises = (losses - losses[:, :1]).sum(axis=0) / tokens.sum()
-    apart = losses - losses[:, :1] - rises * tokens[:, None]
+    residuals = losses - losses[:, :1] - rises * tokens[:, None]
     count = len(tokens)
-    error = np.sqrt((apart**2).sum(axis=0) * count / (count - 1)) / tokens.sum()
+    error = np.sqrt((residuals**2).sum(axis=0) * count / (count - 1)) / tokens.sum()
     return np.expm1(rises + student_t.ppf(0.95, count - 1) * error)
 
 

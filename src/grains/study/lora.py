@@ -19,44 +19,65 @@ An adapter is a dict of tensors: <layer>.<module>.lora_A.weight (r, in) and .lor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from peft import (
-    LoraConfig,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict,
-)
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
 from grains.errors import UserError
-from grains.models import LanguageModel
+from grains.lm import LanguageModel
+from grains.packing import pack
 from grains.prompts import Encoded
-from grains.replay import capture_pack, gradient_rows, pack, replay
+from grains.replay import capture_pack, gradient_rows, replay
 from grains.runs import read_tensors, write_tensors
 from grains.scoring import batches, packed_batch
+from grains.settings import LORA_OBJECTIVES
+from grains.steering import Configuration
 
-OBJECTIVES = ("dpo", "sft")
+# peft is imported in the functions that use it: most experiments train no LoRA.
+
 BETA = 0.1
 PAIRS_PER_STEP = 8
-DEFAULTS = {"rank": 16, "learning_rate": 1e-4, "epochs": 3}
-ADAPTER = "default"  # peft's name of the only adapter there is
+RANK, LEARNING_RATE, EPOCHS = 16, 1e-4, 3
+RECIPE = {"rank": RANK, "learning_rate": LEARNING_RATE, "epochs": EPOCHS}
+ADAPTER = "default"  # peft's name for a single adapter
+
+
+@dataclass(frozen=True)
+class LoraConfiguration(Configuration):
+    """The model with LoRA in place of vectors; its strength is the adapter's scale."""
+
+    adapter: dict[str, Tensor] = field(compare=False, repr=False, default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} x {self.alpha:g}"
+
+
+@dataclass(frozen=True, eq=False)
+class LoraDirection:
+    """An adapter at every scale: for LoRA what `Direction` is for vectors."""
+
+    adapter: dict[str, Tensor]
+    method: str = "lora"
+
+    def at(self, alpha: float, units: str = "relative") -> LoraConfiguration:
+        """The adapter at a scale; the units of a grid do not apply."""
+        return LoraConfiguration(self.method, "", (), alpha, adapter=self.adapter)
 
 
 def train(
     lm: LanguageModel,
     pairs: list[Encoded],
     objective: str = "dpo",
-    rank: int = DEFAULTS["rank"],
-    learning_rate: float = DEFAULTS["learning_rate"],
-    epochs: int = DEFAULTS["epochs"],
+    rank: int = RANK,
+    learning_rate: float = LEARNING_RATE,
+    epochs: int = EPOCHS,
     seed: int = 0,
     max_tokens: int = 2048,
 ) -> dict[str, Tensor]:
@@ -65,10 +86,13 @@ def train(
     pairs: examples with two responses, the preferred one first. objective: dpo or sft.
     max_tokens: positions computed at a time, which changes no more than rounding: a step of AdamW
         always takes the mean gradient of PAIRS_PER_STEP pairs, drawn anew in every epoch.
-    Returns the adapter. Raises UserError if there are no pairs, or if the loss is no number.
+    Returns the adapter. Raises UserError if there are no pairs, or if the loss becomes NaN or
+    infinite.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective '{objective}': expected {', '.join(OBJECTIVES)}")
+    from peft import get_peft_model_state_dict
+
+    if objective not in LORA_OBJECTIVES:
+        raise ValueError(f"unknown objective '{objective}': expected {', '.join(LORA_OBJECTIVES)}")
     if not pairs:
         raise UserError("LoRA needs pairs to be trained on, found none: give more examples")
     if objective == "sft":
@@ -86,13 +110,13 @@ def train(
         for epoch in range(epochs):
             for step in torch.randperm(len(pairs), generator=generator).split(PAIRS_PER_STEP):
                 total = 0.0
-                for part in batches([pairs[index].length for index in step], width):
-                    some = step[part]
-                    values = log_likelihoods(lm, [pairs[index] for index in some], checkpointed)
+                for members in batches([pairs[index].length for index in step], width):
+                    batch = step[members]
+                    values = log_likelihoods(lm, [pairs[index] for index in batch], checkpointed)
                     losses = (
-                        -values[:, 0] / answers[some]
+                        -values[:, 0] / answers[batch]
                         if reference is None
-                        else dpo_losses(values, reference[some])
+                        else dpo_losses(values, reference[batch])
                     )
                     loss = losses.sum() / len(step)
                     loss.backward(inputs=parameters)
@@ -112,13 +136,15 @@ def train(
 
 
 @contextmanager
-def adapted(lm: LanguageModel, adapter: dict[str, Tensor]):
+def adapted(lm: LanguageModel, adapter: dict[str, Tensor]) -> Iterator[Callable[[float], None]]:
     """The model computes with the adapter within the block, and leaves as it came.
 
-    Yields a function that sets its scale: 1 is the adapter as it was trained, as at first, 0 the
-    model without it.
+    Yields a function that sets its scale: 1 (also at first) is the adapter as trained, 0 the model
+    without it.
     Raises UserError if the adapter is of another model.
     """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
 
     def set_scale(scale: float) -> None:
         for module in lm.layers.modules():
@@ -147,7 +173,12 @@ def adapted(lm: LanguageModel, adapter: dict[str, Tensor]):
 
 @contextmanager
 def _injected(lm: LanguageModel, rank: int, seed: int = 0) -> Iterator[None]:
-    """Fresh LoRA layers around all linear layers of the decoder, alone trainable, in the block."""
+    """Within the block, new LoRA layers around all linear layers of the decoder.
+
+    Only these are trainable.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
     linear = {
         name: module for name, module in lm.layers.named_modules() if isinstance(module, nn.Linear)
     }
@@ -177,7 +208,7 @@ def log_likelihoods(
     checkpointed: see `replay`.
     """
     batch, read = packed_batch(lm, encoded)
-    final = replay(lm, batch.embeds, batch.kwargs, checkpointed=checkpointed)
+    final = replay(lm, batch.embeds, batch.calls, checkpointed=checkpointed)
     return read(final[None])[0].view(len(encoded), -1)
 
 

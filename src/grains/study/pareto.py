@@ -1,44 +1,50 @@
-"""Gain over price: what is chosen on validation, what it gains on test, and tables of it."""
+"""Gain and cost: the configurations chosen on validation, their gains on test, and tables."""
 
 from __future__ import annotations
 
-import shlex
-import sys
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from grains import runs, stats
-from grains.vectors import CONTROLS
+from grains import stats
+from grains.settings import CONTROLS, SCORES
+from grains.steering import BASE
 
-SCORES = ("token", "sum")
-OF_ANSWERS = ["answers_increase", "repetition"]  # prices on the data set's own questions
-PRICES = ["perplexity_increase", "varied_increase", "unrelated_change", *OF_ANSWERS]
-UNRELATED = "unrelated questions"  # what all data sets are evaluated on beside their own
-UNLIMITED = "whatever else happens"  # the first of `limits`
+# The columns of costs; the last two are measured on the questions of the data set itself.
+ANSWER_COSTS = ("answers_increase", "repetition")
+COSTS = ("perplexity_increase", "varied_increase", "unrelated_change", *ANSWER_COSTS)
+UNRELATED = "unrelated questions"  # the data set that all vectors are evaluated on
+UNCONSTRAINED = "no further constraint"  # the first of `constraints`
+Titled = tuple[str, pd.DataFrame]
 
 
-def limits(max_unrelated_loss: float) -> list[str]:
-    """What a configuration must keep, beside its price on neutral text."""
-    kept = f"losing at most {100 * max_unrelated_loss:g} points on unrelated questions"
+def constraints(max_unrelated_loss: float) -> list[str]:
+    """The constraints that a configuration is chosen under, beside its perplexity budget."""
+    kept = f"at most {100 * max_unrelated_loss:g} points lost on unrelated questions"
     return [
-        UNLIMITED,
+        UNCONSTRAINED,
         kept,
-        f"{kept}, and within the same price on what the base model answers freely",
+        f"{kept}, and the same perplexity budget on the base model's own answers",
     ]
 
 
 def choose(
-    validated: pd.DataFrame, budgets: list[float], max_unrelated_loss: float
+    validated: pd.DataFrame, budgets: Sequence[float], max_unrelated_loss: float
 ) -> pd.DataFrame:
-    """For every method, mode, price and limit: the configuration best on validation.
+    """The configuration that is best on validation: for each method, mode, budget and constraint.
 
-    Best is the mean of the two accuracies, in sum and per token, so that one configuration stands
-    for both. The price of a configuration is the upper bound of what it costs on neutral text
-    (`costs.perplexity_bound`). Once whatever else happens; once within `max_unrelated_loss`; once
-    also, on what the model itself answers freely, within the same price. The base model is one of
-    the choices: where no configuration is affordable and better, the rows say base. A row for each
-    score.
+    Best is the largest mean of the two accuracies, summed and per token, so that there is one
+    choice for both. A configuration is within a budget if the upper bound of its cost on neutral
+    text is (`costs.perplexity_bound`). The constraints (see `constraints`): none; at most
+    `max_unrelated_loss` lost on unrelated questions; also the same perplexity budget on the base
+    model's own answers. Where no configuration is allowed and better than the base model, the
+    base model is chosen.
+
+    validated: rows of the grid on validation questions, the base model first. Returns a row for
+    each score.
     """
     validated = validated.assign(both=validated[[f"accuracy_{kind}" for kind in SCORES]].mean(1))
     base, steered = validated.iloc[0], validated.iloc[1:]
@@ -49,9 +55,11 @@ def choose(
             affordable = table[(table.perplexity_bound <= budget) & (table.both > base.both)]
             kept = affordable[lost[affordable.index] <= max_unrelated_loss + 1e-9]
             allowed = affordable, kept, kept[kept.answers_increase <= budget]
-            for limit, choices in zip(limits(max_unrelated_loss), allowed, strict=True):
-                best = choices.sort_values(["both", "perplexity_increase"], ascending=[False, True])
-                found = best.iloc[0] if len(best) else base
+            for limit, choices in zip(constraints(max_unrelated_loss), allowed, strict=True):
+                ranked = choices.sort_values(
+                    ["both", "perplexity_increase"], ascending=[False, True]
+                )
+                chosen = ranked.iloc[0] if len(ranked) else base
                 rows += [
                     {
                         "method": method,
@@ -59,45 +67,58 @@ def choose(
                         "score": kind,
                         "max_ppl_increase": budget,
                         "limit": limit,
-                        "configuration": found.configuration,
-                        "validation_gain": found[f"accuracy_{kind}"] - base[f"accuracy_{kind}"],
+                        "configuration": chosen.configuration,
+                        "validation_gain": chosen[f"accuracy_{kind}"] - base[f"accuracy_{kind}"],
                     }
                     for kind in SCORES
                 ]
     return pd.DataFrame(rows)
 
 
-def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
-    """A row per data set, method, score, price and limit: test accuracy and gain over all seeds.
+def front(chosen_and_tested: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
+    """Accuracy and gain on test over all seeds: by data set, method, score, budget and constraint.
 
     A question that several seeds test counts once, with its mean over them; intervals are
-    bootstrapped over questions, the p-value flips the signs of their gains. What the unrelated
-    questions lose or gain, with its interval, stands in every row.
+    bootstrapped over questions, the p-value flips the signs of their gains. Each row also has the
+    change on unrelated questions, with its interval.
+
+    chosen_and_tested: for each study (one data set, one seed) and each data set it is tested on,
+    the chosen configurations (`choose`, with COSTS on test) and a row per question and
+    configuration.
     """
-    parts = []
-    for chosen, questions in answers:
+    scored = []
+    for chosen, questions in chosen_and_tested:
         questions = questions.set_index(["evaluated_on", "id"])
-        base = questions[questions.configuration == "base"]
+        base = questions[questions.configuration == BASE.label]
         for row in chosen.itertuples():
-            here = questions[questions.configuration == row.configuration]
-            parts.append(
+            steered = questions[questions.configuration == row.configuration]
+            scored.append(
                 pd.DataFrame(
                     {
-                        "dataset": here.dataset,
-                        "seed": here.seed,
+                        "dataset": steered.dataset,
+                        "seed": steered.seed,
                         "method": row.method,
                         "mode": row.mode,
                         "score": row.score,
                         "max_ppl_increase": row.max_ppl_increase,
                         "limit": row.limit,
                         "configuration": row.configuration,
-                        **{price: getattr(row, price) for price in PRICES},
-                        "right": here[row.score].astype(float),
+                        **{cost: getattr(row, cost) for cost in COSTS},
+                        "right": steered[row.score].astype(float),
                         "was": base[row.score].astype(float),
                     }
                 )
             )
-    every = pd.concat(parts).reset_index()
+
+    @cache  # budgets and constraints often choose the same configuration
+    def interval(values: bytes) -> tuple[float, float]:
+        return stats.bootstrap_interval(np.frombuffer(values))
+
+    @cache
+    def p_value(values: bytes) -> float:
+        return stats.sign_flip_p_value(np.frombuffer(values))
+
+    every = pd.concat(scored).reset_index()
     keys = ["dataset", "evaluated_on", "method", "mode", "score", "max_ppl_increase", "limit"]
     rows = []
     for names, table in every.groupby(keys, sort=False):
@@ -105,8 +126,8 @@ def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
         gains = (by_question.right - by_question.was).to_numpy()
         by_seed = table.groupby("seed")[["right", "was"]].mean()
         row = dict(zip(keys, names, strict=True))
-        accuracy_low, accuracy_high = stats.bootstrap_interval(by_question.right.to_numpy())
-        gain_low, gain_high = stats.bootstrap_interval(gains)
+        accuracy_low, accuracy_high = interval(by_question.right.to_numpy().tobytes())
+        gain_low, gain_high = interval(gains.tobytes())
         seeds = table.drop_duplicates("seed")
         rows.append(
             row
@@ -125,8 +146,8 @@ def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
                 "gain_seed_sd": (by_seed.right - by_seed.was).std(ddof=1)
                 if len(seeds) > 1
                 else 0.0,
-                "p_value": stats.sign_flip_p_value(gains),
-                **seeds[PRICES].mean(),
+                "p_value": p_value(gains.tobytes()),
+                **seeds[[*COSTS]].mean(),
             }
         )
     table = pd.DataFrame(rows)
@@ -137,51 +158,55 @@ def front(answers: list[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
     return table[~unrelated].merge(kept, on=same)
 
 
-def summaries(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Titles and tables: gains on each data set's own test questions at every price, and on the
-    others' questions."""
-    found = []
+def summaries(table: pd.DataFrame) -> list[Titled]:
+    """Tables of a front with their titles.
+
+    The gains on each data set's own test questions and their costs, by budget; then the gains on
+    the questions of the other data sets.
+    """
+    tables = []
     own = table[table.dataset == table.evaluated_on]
     for (dataset, limit), limited in own.groupby(["dataset", "limit"], sort=False):
-        for kind, rows in limited.groupby("score", sort=False):
-            found.append(
+        for score, rows in limited.groupby("score", sort=False):
+            tables.append(
                 (
-                    f"{dataset}: gain in {kind} accuracy in points, {rows.questions.max()} test "
+                    f"{dataset}: gain in {score} accuracy in points, {rows.questions.max()} test "
                     f"questions, base {rows.base_accuracy.iloc[0]:.1%}, "
-                    f"{rows.seeds.max()} seed(s); chosen "
-                    f"on validation {limit}; by the rise of perplexity allowed",
+                    f"{rows.seeds.max()} seed(s); chosen on validation, constraint: {limit}; "
+                    "columns: perplexity budget",
                     pivot(rows, "max_ppl_increase", "+{:.0%}"),
                 )
             )
-        found.append(
+        tables.append(
             (
-                f"{dataset}: what these cost on test, rise of perplexity on neutral text / "
-                "on code, dialogue, other languages and the like / on the model's own free "
-                "answers / change on unrelated questions in points / repetition in free "
-                "answers",
-                pivot(limited[limited.score == SCORES[0]], "max_ppl_increase", "+{:.0%}", prices),
+                f"{dataset}: cost on test, constraint: {limit}; rise of perplexity on neutral text "
+                "/ on code, dialogue, other languages and the like / on the model's own free "
+                "answers / change on unrelated questions in points / repetition in free answers",
+                pivot(limited[limited.score == SCORES[0]], "max_ppl_increase", "+{:.0%}", costs),
             )
         )
-    away = table[(table.dataset != table.evaluated_on) & (table.limit == UNLIMITED)]
-    for (dataset, kind, budget), rows in away.groupby(
+    transferred = table[(table.dataset != table.evaluated_on) & (table.limit == UNCONSTRAINED)]
+    for (dataset, score, budget), rows in transferred.groupby(
         ["dataset", "score", "max_ppl_increase"], sort=False
     ):
-        found.append(
+        tables.append(
             (
-                f"{dataset}'s vectors at +{budget:.0%} on other data sets: gain in {kind} "
+                f"{dataset}'s vectors at +{budget:.0%} on other data sets: gain in {score} "
                 "accuracy in points",
                 pivot(rows, "evaluated_on", "{}"),
             )
         )
-    return found
+    return tables
 
 
-def points(row, name: str = "gain") -> str:
+def points(row: Any, name: str = "gain") -> str:
+    """A share of a row of a front in points, with its interval."""
     value, low, high = (100 * getattr(row, name + end) for end in ("", "_low", "_high"))
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def prices(row) -> str:
+def costs(row: Any) -> str:
+    """All costs of a row of a front."""
     return (
         f"{row.perplexity_increase:+.1%} / {row.varied_increase:+.1%} / "
         f"{row.answers_increase:+.1%} / {points(row, 'unrelated_change')} / "
@@ -189,7 +214,9 @@ def prices(row) -> str:
     )
 
 
-def pivot(rows: pd.DataFrame, by: str, header: str, cell=points) -> pd.DataFrame:
+def pivot(
+    rows: pd.DataFrame, by: str, header: str, cell: Callable[[Any], str] = points
+) -> pd.DataFrame:
     """A line for each method, a column for each value of `by`."""
     cells = rows.assign(
         method=(rows.method + " " + rows["mode"]).str.strip(),
@@ -200,47 +227,4 @@ def pivot(rows: pd.DataFrame, by: str, header: str, cell=points) -> pd.DataFrame
         .reindex(cells.method.unique())
         .rename(columns=header.format)
         .rename_axis(columns=None)
-    )
-
-
-def tell(
-    into: str | None, stem: str, found: list[tuple[str, pd.DataFrame]], files: dict[str, Path]
-) -> None:
-    """Print tables with their titles, write them into a document, say where the files are."""
-    for title, cells in found:
-        print(f"\n{title}\n{cells.to_string()}")
-    if into:
-        document(Path(into), stem, found)
-        files = {"tables": Path(into)} | files
-    print()
-    for what, path in files.items():
-        print(f"{what + ':':20} {path}")
-
-
-def document(path: Path, stem: str, found: list[tuple[str, pd.DataFrame]]) -> None:
-    """Write the tables into a Markdown file, in place of what the same experiment wrote there."""
-    begin, end = f"<!-- {stem}: begin -->", f"<!-- {stem}: end -->"
-    command = [
-        Path(sys.argv[0]).name,
-        *(word.replace(str(path), path.name) for word in sys.argv[1:]),
-    ]
-    lines = [begin, "```", "python " + shlex.join(command), "```"]
-    for title, table in found:
-        rows = [
-            ["", *table.columns],
-            ["---"] * (1 + len(table.columns)),
-            *([name, *cells] for name, cells in zip(table.index, table.to_numpy(), strict=True)),
-        ]
-        lines += [
-            "",
-            f"**{title}**",
-            "",
-            *("| " + " | ".join(map(str, row)) + " |" for row in rows),
-        ]
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, _, after = text.partition(begin)
-    after = after.partition(end)[2] or "\n"
-    runs.write_whole(
-        path,
-        lambda file: file.write_text(before + "\n".join([*lines, end]) + after, encoding="utf-8"),
     )

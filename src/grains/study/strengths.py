@@ -1,40 +1,42 @@
-"""Which strengths to try, so that some cost certain prices.
+"""Search for the strengths whose cost is just below given targets.
 
-Prices and targets are rises of the loss of neutral text, in nats a token.
+Costs and targets are rises of the loss of neutral text, in nats per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from itertools import takewhile
+from typing import TypeVar
 
 import numpy as np
 
-# What was measured of one direction: (strength, rise of the loss), by strength, from (0, 0) on.
+Key = TypeVar("Key", bound=Hashable)
+# The measurements of one direction: (strength, rise of the loss), by strength, from (0, 0) on.
 Curve = list[tuple[float, float]]
 
-# The first strength tried for its price, how much stronger the next may be, and how many are.
+# The first strength, the least and the largest factor to the next one, and the number of rounds.
 FIRST_STRENGTH, STEPS, ROUNDS = 0.02, (2.0, 4.0), 5
-# How often strengths between those are tried, until one costs no less than this share of a price.
+# Rounds of strengths in between, which end once one costs at least this share of a target.
 REFINEMENTS, NEAR = 3, 0.85
 
 
 def search(
-    directions: list[Hashable],
-    rises: Callable[[list[tuple[Hashable, float]]], Iterable[float]],
+    directions: list[Key],
+    rises: Callable[[list[tuple[Key, float]]], Iterable[float]],
     targets: np.ndarray,
-) -> dict[Hashable, list[float]]:
-    """For each direction the strongest strengths measured that cost no more than the targets.
+) -> dict[Key, list[float]]:
+    """For each direction, the largest strength measured within each target.
 
     rises: measures the rise of the loss for each of a list of (direction, strength).
-    targets: rises that may be paid, ascending.
+    targets: rises of the loss, ascending.
     """
-    curves: dict[Hashable, Curve] = {direction: [(0.0, 0.0)] for direction in directions}
+    curves: dict[Key, Curve] = {direction: [(0.0, 0.0)] for direction in directions}
 
-    def measure(tried: list[tuple[Hashable, float]]) -> None:
-        if not tried:
+    def measure(points: list[tuple[Key, float]]) -> None:
+        if not points:
             return
-        for (direction, alpha), rise in zip(tried, rises(tried), strict=True):
+        for (direction, alpha), rise in zip(points, rises(points), strict=True):
             curves[direction] = sorted({*curves[direction], (alpha, rise)})
 
     for _ in range(ROUNDS):
@@ -59,7 +61,7 @@ def search(
 def stronger(curve: Curve, target: float) -> float:
     """The strength to try next, where a curve is below a target.
 
-    A rise goes with the square of the strength at first, faster then.
+    The loss rises with the square of the strength at first, later faster.
     """
     alpha, rise = curve[-1]
     if not alpha:
@@ -68,32 +70,32 @@ def stronger(curve: Curve, target: float) -> float:
     return float(f"{alpha * np.clip(factor, *STEPS):.3g}")
 
 
-def between(curve: Curve, targets) -> list[float]:
-    """Strengths to try for targets that no affordable point of a curve is near to yet.
+def between(curve: Curve, targets: Iterable[float]) -> list[float]:
+    """Strengths to try for targets that no point of a curve within them is near to yet.
 
-    Between points with a price a rise goes with a power of the strength, before them with its
-    square. Nothing for a target that the curve never exceeds.
+    Interpolates with a power of the strength between points that have a cost, with its square
+    below them. Nothing for a target that the curve never exceeds.
     """
-    found = []
+    strengths = []
     for target in targets:
         index = len(affordable_points(curve, target))
         if index == len(curve) or curve[index - 1][1] >= NEAR * target:
             continue
-        (weaker, below), (dearer, above) = curve[index - 1 : index + 1]
+        (lower, below), (upper, above) = curve[index - 1 : index + 1]
         aim = (1 + NEAR) / 2 * target
         if below > 0:
             share = np.log(aim / below) / np.log(above / below)
-            found.append(weaker * (dearer / weaker) ** share)
+            strengths.append(lower * (upper / lower) ** share)
         else:
             share = (aim - below) / (above - below)
-            found.append(np.sqrt(weaker**2 + (dearer**2 - weaker**2) * share))
-    return list(dict.fromkeys(float(f"{alpha:.3g}") for alpha in found))
+            strengths.append(np.sqrt(lower**2 + (upper**2 - lower**2) * share))
+    return list(dict.fromkeys(float(f"{alpha:.3g}") for alpha in strengths))
 
 
-def strongest(curve: Curve, targets) -> list[float]:
-    """The largest strength tried for each target that costs no more; at least the weakest tried."""
-    found = [affordable_points(curve, target)[-1][0] for target in targets]
-    return [alpha for alpha in dict.fromkeys(found) if alpha] or [curve[1][0]]
+def strongest(curve: Curve, targets: Iterable[float]) -> list[float]:
+    """The largest strength within each target; the smallest strength if none is within any."""
+    largest = [affordable_points(curve, target)[-1][0] for target in targets]
+    return [alpha for alpha in dict.fromkeys(largest) if alpha] or [curve[1][0]]
 
 
 def affordable_points(curve: Curve, target: float) -> Curve:

@@ -1,9 +1,9 @@
-"""Steering vectors trained on the preference pairs, held to what the model could do before.
+"""Steering vectors trained on the preference pairs, with penalties for what else they change.
 
 The vectors of the method `gradient` are one step of an ascent on the pairs' objective. Here the
 ascent goes on, at all steered layers jointly, as in BiPO (Cao et al. 2024, arXiv 2406.00045),
-behind a gate (`grains.gates`), with a margin for a loss and with a price: of a batch of pairs, of
-texts, of questions and of answers,
+behind a gate (`grains.study.gates`), with a margin as the loss and with penalties. On a batch of
+pairs, of texts, of questions and of answers, the loss is
 
     - PAIR_WEIGHT/2 (log sigmoid(margin per token / 1.5) + log sigmoid(summed margin / 24))
     + TEXT_WEIGHT max(0, rise of a text's negative log-likelihood per token)
@@ -11,11 +11,11 @@ texts, of questions and of answers,
     + max(0, rise of an answer's negative log-likelihood per token - ALLOWED)
 
 where a margin is log P(y+) - log P(y-). The answers are what the base model itself writes to the
-prompts of the pairs, where the gate is open: without them the vectors win the pairs by breaking its
-language there. They are drawn, as the most likely ones of a small model repeat themselves. Texts
-and questions are held at vectors longer than those that learn, and every step leaves out layers
-drawn at random (dropout), as 50 pairs are soon known by heart; what is made is the mean of several
-runs, which share what the pairs teach and not what their order did. The paper has no such vectors.
+prompts of the pairs, where the gate is open: without this penalty the vectors raise the margins by
+breaking the language of answers. They are sampled, because a small model's greedy answers repeat
+themselves. Text and question penalties use vectors scaled by HELD_AT. Every step leaves out layers
+drawn at random (dropout), as 50 pairs are soon learnt by heart; the result averages RUNS runs,
+which cancels effects of the order of examples. The paper has no such vectors.
 """
 
 from __future__ import annotations
@@ -30,26 +30,31 @@ from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid
 from tqdm import tqdm
 
+from grains.calls import Calls
 from grains.errors import UserError
-from grains.lora import fitting
-from grains.models import LanguageModel
+from grains.lm import LanguageModel
+from grains.logprobs import ResponseScorer
 from grains.prompts import Encoded
 from grains.replay import replay
-from grains.scoring import Scored, batches, packed_batch
-from grains.vectors import Gate, steer
+from grains.scoring import batches, packed_batch
+from grains.steering import Gate, steer
+from grains.study.lora import fitting
 
-DEFAULTS = {"epochs": 5, "learning_rate": 4e-4}
+EPOCHS, LEARNING_RATE = 5, 4e-4
 PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT = 2.2, 3.0, 1.0, 1.0
 PAIRS, TEXTS, QUESTIONS, ANSWERS = 10, 3, 12, 10  # of a step
-# Units of the margins, five times their spread over a small model's questions: with smaller ones
-# pairs that are right already teach nothing, and fewer other questions follow.
+# Units of the margins, five times their standard deviation over a small model's questions: with
+# smaller ones, pairs that are right already have no gradient, and test questions gain less.
 TOKEN_UNIT, SUM_UNIT = 1.5, 24.0
-CHOICE_UNIT = 0.3  # of the log-likelihoods per token that other questions are answered by
-ALLOWED = 1.2  # nats per token of an answer: what the model would say is to change
-DROPPED = 0.5  # chance of one of many layers to be left out in a step
-RUNS = 4  # in other orders and with other layers left out, whose mean is made
-HELD_AT = 1.5  # length at which texts and questions are held, so that others are kept at 1
+CHOICE_UNIT = 0.3  # temperature of the choice by log-likelihoods per token
+ALLOWED = 1.2  # nats per token that an answer may lose for free: answers are meant to change
+DROPPED = 0.5  # probability that a layer is left out in a step, where there are many layers
+RUNS = 4  # averaged; each has its own order of examples and its own dropout
+HELD_AT = 1.5  # scale of the vectors in the text and question penalties, a margin of safety
+# All that trained vectors depend on beside their examples.
 RECIPE = {
+    "epochs": EPOCHS,
+    "learning_rate": LEARNING_RATE,
     "weights": [PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT],
     "sizes": [PAIRS, TEXTS, QUESTIONS, ANSWERS],
     "units": [TOKEN_UNIT, SUM_UNIT, CHOICE_UNIT],
@@ -69,24 +74,24 @@ def trainer(
     norms: Tensor,
     gate: Gate,
     layers: list[int],
-    epochs: int = DEFAULTS["epochs"],
-    learning_rate: float = DEFAULTS["learning_rate"],
+    epochs: int = EPOCHS,
+    learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     max_tokens: int = 2048,
 ) -> Callable[[int], Tensor]:
-    """What trains one vector a layer, in one of `RUNS` runs; the model leaves as it came.
+    """Prepare the training of one vector a layer, in `RUNS` runs; the model leaves as it came.
 
     pairs: examples with two responses, the preferred one first. texts: see `costs.continuation`.
-    questions: with equally many answers, of which none need be the right one.
-    answers: prompts with an answer drawn from the model itself, one response each.
-    norms: (L,) median ||h_l||, the unit in which the vectors of all layers learn alike.
-    gate: where they steer, in training as later.
+    questions: each with the same number of answers; which is right does not matter.
+    answers: prompts with an answer sampled from the model itself, one response each.
+    norms: (L,) median ||h_l||, the unit of each layer's vector in training.
+    gate: scales the vectors at each position, in training as later.
     layers: those that are steered. max_tokens: positions computed at a time, which changes no
         more than rounding.
-    Returns a function from the number of a run to (L, D), zero at the other layers. The mean of all
-    runs is to be added as it is (alpha 1, absolute units) or longer. It does not matter where and
-    in what order they are made. Raises UserError if something to train on is missing, the function
-    if the loss is no number.
+    Returns a function from the number of a run to (L, D), zero at layers that are not steered. The
+    mean of all runs has strength 1 in absolute units. A run depends on its number alone, not on
+    the process or the order. Raises UserError if pairs, texts, questions or answers are missing;
+    so does the function if the loss becomes NaN or infinite.
     """
     for name, items in (
         ("pairs", pairs),
@@ -99,11 +104,11 @@ def trainer(
                 f"training vectors needs pairs, texts, questions and answers, found no {name}"
             )
     kinds = (pairs, texts, questions, answers)
-    spared = replace(lm, memory=lm.memory - sum(_kept_bytes(lm, items) for items in kinds))
-    fits = [fitting(spared, items, max_tokens) for items in kinds]
-    width, checkpointed = min(width for width, _ in fits), any(tight for _, tight in fits)
-    parts = [
-        _Part(lm, min(layers), width, *settings)
+    remaining = replace(lm, memory=lm.memory - sum(_kept_bytes(lm, items) for items in kinds))
+    fits = [fitting(remaining, items, max_tokens) for items in kinds]
+    width, checkpointed = min(width for width, _ in fits), any(flag for _, flag in fits)
+    terms = [
+        _Term(lm, min(layers), width, *settings)
         for settings in (
             (pairs, PAIRS, PAIR_WEIGHT, 1.0, pair_losses),
             (texts, TEXTS, TEXT_WEIGHT, HELD_AT, text_losses),
@@ -113,7 +118,7 @@ def trainer(
     ]
     generator = torch.Generator().manual_seed(seed)
     plans = [
-        _plan(parts, len(layers), epochs * len(parts[0].groups), generator) for _ in range(RUNS)
+        _plan(terms, len(layers), epochs * len(terms[0].groups), generator) for _ in range(RUNS)
     ]
     row = {layer: index for index, layer in enumerate(layers)}
 
@@ -135,8 +140,8 @@ def trainer(
         for step, (kept, groups) in enumerate(bar):
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / len(plan))
             total = sum(
-                part.backward(group, checkpointed, vectors, partial(after, part.stretch * kept))
-                for part, group in zip(parts, groups, strict=True)
+                term.backward(group, checkpointed, vectors, partial(after, term.stretch * kept))
+                for term, group in zip(terms, groups, strict=True)
             )
             if not math.isfinite(total):
                 raise UserError(
@@ -144,25 +149,25 @@ def trainer(
                 )
             optimizer.step()
             optimizer.zero_grad()
-        found = torch.zeros(len(lm.layers), lm.hidden_size)
-        found[layers] = norms[layers, None] * vectors.detach()
-        return found
+        trained = torch.zeros(len(lm.layers), lm.hidden_size)
+        trained[layers] = norms[layers, None] * vectors.detach()
+        return trained
 
     return run
 
 
 def _plan(
-    parts: list[_Part], layers: int, steps: int, generator: torch.Generator
+    terms: list[_Term], layers: int, steps: int, generator: torch.Generator
 ) -> list[tuple[Tensor, list[_Group]]]:
-    """For every step of a run what its layers are multiplied by, and a group of each part."""
-    queues = [part.queue(generator) for part in parts]
+    """For every step of a run: the factor of each layer, and a group of items for each term."""
+    queues = [term.queue(generator) for term in terms]
     return [(dropout(layers, generator), [next(queue) for queue in queues]) for _ in range(steps)]
 
 
 def dropout(layers: int, generator: torch.Generator) -> Tensor:
-    """(layers,) what their vectors are multiplied by in a step: 0 or more than 1, 1 on average.
+    """(layers,) factors of the vectors in a step: 0 or more than 1, with mean 1.
 
-    The fewer layers there are, the fewer are left out; a single one never is.
+    The fewer layers there are, the fewer are left out; a single layer never is.
     """
     share = DROPPED * (1 - 1 / layers)
     return (torch.rand(layers, generator=generator) >= share) / (1 - share)
@@ -181,12 +186,12 @@ def pair_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
 
 
 def text_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
-    """(n,) how much less likely a text (n, 1) is than to the base model, per token; 0 if more."""
+    """(n,) rise of a text's negative log-likelihood (n, 1) over the base's, per token, or 0."""
     return ((base - values) / lengths)[:, 0].clamp_min(0)
 
 
 def answer_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
-    """(n,) how much less likely than to the base model an answer (n, 1) is, beyond `ALLOWED`."""
+    """(n,) rise of an answer's negative log-likelihood (n, 1), per token, beyond `ALLOWED`."""
     return (((base - values) / lengths)[:, 0] - ALLOWED).clamp_min(0)
 
 
@@ -209,13 +214,13 @@ class _Batch:
     """Items that are computed together.
 
     states: (n, T, D) base output of the first steered layer, which no vector changes.
-    kwargs: what the layers are called with (see `Capture`). read: gives the log-likelihoods.
+    calls: what the layers are called with. read: gives the log-likelihoods.
     base: (n, C) the base model's log-likelihoods; lengths: (n, C) the responses' tokens.
     """
 
     states: Tensor
-    kwargs: list[dict]
-    read: Scored
+    calls: Calls
+    read: ResponseScorer
     base: Tensor
     lengths: Tensor
 
@@ -224,17 +229,17 @@ _Group = list[_Batch]
 
 
 def _kept_bytes(lm: LanguageModel, items: list[Encoded]) -> int:
-    """About what the states and masks of items take that are kept for all steps."""
+    """About the size of the states and masks of items, which are kept for all steps."""
     position = lm.hidden_size * lm.dtype.itemsize
     return sum(item.length * (position + item.length) for item in items)
 
 
-class _Part:
-    """One kind of items to train on, in groups of like length, with its loss.
+class _Term:
+    """A term of the loss: the items it is computed on, in groups of similar length.
 
     The base model computes every item once; a step replays the layers above `first`.
     first: the first steered layer. width: positions computed at a time. size: items of a group.
-    stretch: the loss is computed with vectors so many times as long as those that are trained.
+    stretch: scale of the vectors in this loss.
     """
 
     def __init__(
@@ -246,7 +251,7 @@ class _Part:
         size: int,
         weight: float,
         stretch: float,
-        losses,
+        losses: Callable[[Tensor, Tensor, Tensor], Tensor],
     ):
         self.lm, self.first, self.weight, self.losses = lm, first, weight, losses
         self.stretch = stretch
@@ -257,22 +262,28 @@ class _Part:
         ]
         self.groups = [
             [
-                self._computed([some[index] for index in batch])
-                for batch in batches([item.length for item in some], width)
+                self._computed([group[index] for index in batch])
+                for batch in batches([item.length for item in group], width)
             ]
-            for some in members
+            for group in members
         ]
 
     @torch.no_grad()
     def _computed(self, items: list[Encoded]) -> _Batch:
         captured, read = packed_batch(self.lm, items)
-        states = replay(self.lm, captured.embeds, captured.kwargs, stop=self.first + 1)
-        final = replay(self.lm, states, captured.kwargs, start=self.first + 1)
+        states = replay(self.lm, captured.embeds, captured.calls, stop=self.first + 1)
+        final = replay(self.lm, states, captured.calls, start=self.first + 1)
         lengths = torch.tensor([list(map(len, item.responses)) for item in items])
-        return _Batch(states, captured.kwargs, read, read(final[None]).view(lengths.shape), lengths)
+        return _Batch(states, captured.calls, read, read(final[None]).view(lengths.shape), lengths)
 
-    def backward(self, group: _Group, checkpointed: bool, vectors: Tensor, after) -> float:
-        """Add the gradient of the weighted mean loss of a group to the vectors'; the loss.
+    def backward(
+        self,
+        group: _Group,
+        checkpointed: bool,
+        vectors: Tensor,
+        after: Callable[[int, Tensor], Tensor],
+    ) -> float:
+        """Add the gradient of a group's weighted mean loss to the vectors'; returns the loss.
 
         after, checkpointed: see `replay`.
         """
@@ -281,7 +292,7 @@ class _Part:
             final = replay(
                 self.lm,
                 after(self.first, batch.states),
-                batch.kwargs,
+                batch.calls,
                 start=self.first + 1,
                 after=after,
                 checkpointed=checkpointed,
@@ -290,12 +301,12 @@ class _Part:
             losses = self.losses(values, batch.base, batch.lengths)
             loss = self.weight * losses.sum() / count
             total += loss.item()
-            if loss != 0:  # nothing to learn from what is kept as it should be
+            if loss != 0:  # a penalty of zero has no gradient
                 loss.backward(inputs=[vectors])
         return total
 
     def queue(self, generator: torch.Generator) -> Iterator[_Group]:
-        """The groups over and over, each time in another order."""
+        """The groups, endlessly, in a new random order each time."""
         while True:
             for index in torch.randperm(len(self.groups), generator=generator):
                 yield self.groups[index]

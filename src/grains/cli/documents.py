@@ -1,0 +1,64 @@
+"""Tables on the screen and in a Markdown document."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from grains import runs
+
+
+def print_tables(
+    document: str | Path | None,
+    stem: str,
+    tables: Sequence[tuple[str, pd.DataFrame]],
+    files: dict[str, Path],
+) -> None:
+    """Print tables with their titles, write them into a document, say where the files are.
+
+    stem: names the tables' place in the document. files: by what they hold.
+    """
+    for title, table in tables:
+        print(f"\n{title}\n{table.to_string()}")
+    if document:
+        write_document(Path(document), stem, tables)
+        files = {"tables": Path(document)} | files
+    print()
+    for content, path in files.items():
+        print(f"{content + ':':20} {path}")
+
+
+def write_document(path: Path, stem: str, tables: Sequence[tuple[str, pd.DataFrame]]) -> None:
+    """Write tables and this command into a Markdown file, in place of the same stem's before.
+
+    The rest of the file stays as it is.
+    """
+    begin, end = f"<!-- {stem}: begin -->", f"<!-- {stem}: end -->"
+    command = [
+        Path(sys.argv[0]).name,
+        *(word.replace(str(path), path.name) for word in sys.argv[1:]),
+    ]
+    lines = [begin, "```", "python " + shlex.join(command), "```"]
+    for title, table in tables:
+        rows = [
+            ["", *table.columns],
+            ["---"] * (1 + len(table.columns)),
+            *([name, *cells] for name, cells in zip(table.index, table.to_numpy(), strict=True)),
+        ]
+        lines += [
+            "",
+            f"**{title}**",
+            "",
+            *("| " + " | ".join(map(str, row)) + " |" for row in rows),
+        ]
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, _, after = text.partition(begin)
+    after = after.partition(end)[2] or "\n"
+    runs.write_whole(
+        path,
+        lambda file: file.write_text(before + "\n".join([*lines, end]) + after, encoding="utf-8"),
+    )

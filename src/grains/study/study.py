@@ -1,0 +1,113 @@
+"""A study: one data set with one seed, its examples and the directions that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from grains import data, manifests, runs, splits, stage1, vectors
+from grains.data import Example
+from grains.errors import UserError
+from grains.lm import LanguageModel
+from grains.names import StudyNames
+from grains.settings import AblationSettings, DataSettings, StudySettings
+from grains.states import StatesFile
+from grains.steering import Direction, directions
+from grains.study.lora import LoraDirection
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """One data set with one seed.
+
+    splits: the examples by split: training (the pairs that steer), validation and test.
+    states: the hidden states of the pairs.
+    directions: what is tried, without strengths.
+    manifest: all that scores and answers depend on beside what is scored or asked.
+    overwrite: whether files of other settings are replaced.
+    """
+
+    settings: StudySettings
+    source: DataSettings
+    seed: int
+    names: StudyNames
+    splits: dict[str, list[Example]]
+    states: StatesFile
+    directions: Sequence[Direction | LoraDirection]
+    manifest: dict
+    overwrite: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.names.stem
+
+    @property
+    def ablation(self) -> AblationSettings:
+        """The settings of stage 1, with this study's seed."""
+        return replace(self.settings.ablation, seed=self.seed)
+
+    def tested(self, examples: Sequence[Example]) -> list[Example]:
+        """Those of another study's test questions that neither steered nor chose in this one."""
+        used = {*self.states.info["data"]["questions"]}
+        used |= {*map(data.question_key, self.splits["validation"])}
+        return [example for example in examples if data.question_key(example) not in used]
+
+
+def begin(
+    lm: LanguageModel,
+    settings: StudySettings,
+    source: DataSettings,
+    seed: int,
+    names: StudyNames,
+    overwrite: bool = False,
+    attributed: stage1.Known | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Study:
+    """Draw the examples, do stage 1 and make the vectors of every method of the grid.
+
+    Raises UserError for questions with a single answer, and where none are left to evaluate on.
+
+    attributed: attributions that studies have in common, to which this one's are added.
+    say: takes a line that says what is being done.
+    """
+    ablation = replace(settings.ablation, seed=seed)
+    pairs = [example.pair() for example in splits.steering_examples(source, seed)]
+    if len(pairs) < source.num_samples:
+        say(f"note: {source.num_samples} steering examples asked for, {len(pairs)} available")
+    steering = {
+        "ids": [example.id for example in pairs],
+        "questions": [data.question_key(example) for example in pairs],
+    }
+    evaluated = splits.evaluation_examples(source, seed, steering)
+    for example in (example for examples in evaluated.values() for example in examples):
+        if len(example.choices) < 2:  # better said now than after the training
+            raise UserError(
+                f"example {example.id} has a single answer: the experiment compares answers"
+            )
+    say(f"\n{source.name}, seed {seed}: attribution and hidden states")
+    files = names.states(ablation.tops)
+    stage1.run(
+        lm, pairs, source, ablation, names.attributions(), files, overwrite, known=attributed
+    )
+    states = {top: StatesFile(path) for top, path in files.items()}
+    made: list[Direction | LoraDirection] = []
+    for method, mode, steering_vectors in vectors.make_all(states, settings.grid, seed):
+        if runs.processes().is_main_process:
+            steering_vectors.save(names.vectors(method, mode))
+        made += directions(steering_vectors, method, mode, settings.grid)
+    manifest = manifests.evaluation(
+        "experiment", lm, states["pos"], source, ablation, settings.grid, evaluated
+    )
+    # What a configuration scores does not depend on what else is tried.
+    shared = {name: manifest["flags"][name] for name in ("prompt_style", "batch_tokens", "seed")}
+    return Study(
+        settings,
+        source,
+        seed,
+        names,
+        {"training": pairs, **evaluated},
+        states["pos"],
+        made,
+        manifest | {"flags": shared},
+        overwrite,
+    )
