@@ -120,14 +120,18 @@ def main() -> None:
                     note("a wrong flag", script, side, ended(src, script, "--no_such_flag"))
                 for script in STAGES:
                     place = folder / f"{side}-{run}-{script}"
-                    paths = (
-                        ["--output_path_meta", str(place / "tokens.csv")]
-                        + ["--output_path_hidden", str(place / "states.safetensors")]
-                        if script == "token_ablation.py"
-                        else ["--hidden_states_path", str(folder / side / "states_pos.safetensors")]
-                        + ["--output_dir", str(place), "--steering_vectors_dir", str(place)]
-                    )
-                    note("first example", script, side, until_first_example(src, script, *paths))
+                    paths = {
+                        "--output_path_meta": place / "tokens.csv",
+                        "--output_path_hidden": place / "states.safetensors",
+                    }
+                    if script != "token_ablation.py":
+                        paths = {
+                            "--hidden_states_path": folder / side / "states_pos.safetensors",
+                            "--output_dir": place,
+                            "--steering_vectors_dir": place,
+                        }
+                    words = [str(word) for pair in paths.items() for word in pair]
+                    note("first example", script, side, until_first_example(src, script, *words))
         for (what, script), seconds in measured.items():
             ours, baseline = (statistics.median(seconds[side]) for side in ("ours", "baseline"))
             rows.append(

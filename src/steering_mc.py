@@ -37,13 +37,7 @@ COLUMNS = [*ROW, *(name.format(score) for score in SCORED for name in PER_SCORE)
 
 def parser(kind: Kind) -> argparse.ArgumentParser:
     parser = flags.evaluation_parser(__doc__, kind)
-    parser.add_argument(
-        "--score",
-        default="token",
-        choices=SCORES,
-        help="what the choice of a configuration goes by: accuracy of the summed "
-        "or of the per-token log-likelihood (both are reported)",
-    )
+    flags.add_score(parser)
     return parser
 
 

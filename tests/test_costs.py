@@ -13,7 +13,7 @@ from helpers.reference import encoded, example, own_loss_log_likelihood
 from scipy.stats import ttest_1samp
 from tokenizers.processors import TemplateProcessing
 
-from grains import data
+from grains import data, stats
 from grains.errors import UserError
 from grains.steering import Configuration, steered
 from grains.study import costs
@@ -161,11 +161,11 @@ def test_no_question_is_both_for_training_and_for_the_report():
 
 
 def test_repetition():
-    assert costs.repetition("a b a b a b a") == pytest.approx(3 / 5)  # aba bab aba bab aba
-    assert costs.repetition("one two three one two three") == pytest.approx(1 / 4)
-    assert costs.repetition("no no  no\nno") == pytest.approx(1 / 2)
-    assert costs.repetition("a b c d e") == 0
-    assert [costs.repetition(text) for text in ("", "a", "a a", "a a a")] == [0, 0, 0, 0]
+    assert stats.repetition("a b a b a b a") == pytest.approx(3 / 5)  # aba bab aba bab aba
+    assert stats.repetition("one two three one two three") == pytest.approx(1 / 4)
+    assert stats.repetition("no no  no\nno") == pytest.approx(1 / 2)
+    assert stats.repetition("a b c d e") == 0
+    assert [stats.repetition(text) for text in ("", "a", "a a", "a a a")] == [0, 0, 0, 0]
 
 
 def test_the_bound_of_a_price_is_scipys(smollm2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,19 +18,24 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-import tiny
 from datasets import Dataset, Features, Image, List, Value
+from helpers import tiny
 from PIL import Image as Picture
 
 import score_generations
 import steering_generation
-from demo import shapes
-from grains import cli, data, judging, models, runs
+from demo import registered, shapes  # noqa: F401  the data set shapes, by its short name
+from grains import data, models, runs
+from grains.cli import flags
 from grains.data import Example
 from grains.errors import UserError
-from grains.scoring import Configuration
+from grains.judge import generations as generations_of
+from grains.judge import judges, metrics
+from grains.judge.scores import summary as summary_of
+from grains.settings import DataSettings
+from grains.steering import Configuration
 
-pytest_plugins = ("command_line",)
+pytest_plugins = ("helpers.command_line",)
 
 SRC = Path(__file__).parents[1].absolute() / "src"
 KEY = "sk-of-a-test"
@@ -50,7 +56,7 @@ KEY = "sk-of-a-test"
     ],
 )
 def test_token_f1(text, reference, f1):
-    assert judging.token_f1(text, reference) == pytest.approx(f1)
+    assert metrics.token_f1(text, reference) == pytest.approx(f1)
 
 
 def test_overlap_is_with_the_best_of_several_answers():
@@ -61,10 +67,10 @@ def test_overlap_is_with_the_best_of_several_answers():
         1,
         references=("white",),
     )
-    right, margin = judging.overlap(example, "White, not yellow")
+    right, margin = metrics.overlap(example, "White, not yellow")
     assert (right, margin) == pytest.approx((1 / 2, 1 / 2 - 1 / 3))
     alone = Example("2", "Which?", ("it is white",), 0)
-    right, margin = judging.overlap(alone, "White, not yellow")
+    right, margin = metrics.overlap(alone, "White, not yellow")
     assert right == pytest.approx(1 / 3) and isnan(margin)
 
 
@@ -111,12 +117,12 @@ KNOWN = [
     ],
 )
 def test_objects_named(text, named):
-    assert judging.Objects(KNOWN).named(text) == named
-    assert judging.Objects([]).named(text) == set()
+    assert metrics.Objects(KNOWN).named(text) == named
+    assert metrics.Objects([]).named(text) == set()
 
 
 def test_objects_that_are_not_there():
-    known = judging.Objects(KNOWN)
+    known = metrics.Objects(KNOWN)
     text = "A man with two dogs and a flower at a traffic light; the dogs bark."
     assert known.count(text, ["Man", "Traffic light", "Child", "Flowers"]) == (4, 1)
     assert known.count("Nothing.", ["Man"]) == (0, 0)
@@ -134,7 +140,7 @@ def test_objects_of_drawn_scenes(tmp_path):
         example = data.read(rows, source, index)
         pairs = scenes[example.id].pairs
         assert example.objects == tuple(" ".join(pair) for pair in pairs)
-        known = judging.Objects([" ".join(pair) for pair in shapes.PAIRS])
+        known = metrics.Objects([" ".join(pair) for pair in shapes.PAIRS])
         assert known.count(example.chosen, example.objects) == (len(pairs), 0)
         assert known.count(example.rejected, example.objects) == (len(pairs) + 1, 1)
 
@@ -175,11 +181,11 @@ def test_objects_in_a_users_file(tmp_path, written):
         ("I rate it 5", None),
         ("Rating: good", None),
         ("", None),
-        (judging.RUBRIC, None),
+        (judges.RUBRIC, None),
     ],
 )
 def test_rating(answer, expected):
-    found = judging.rating(answer)
+    found = judges.rating(answer)
     assert isnan(found) if expected is None else found == expected
 
 
@@ -194,7 +200,7 @@ def test_what_a_judge_is_told():
         objects=("Man", "Bicycle"),
         question_type="attribute",
     )
-    prompt = judging.judge_prompt(example, "He rides {a} bus.")
+    prompt = judges.judge_prompt(example, "He rides {a} bus.")
     for told in (
         "picture",
         "Objects in the picture: Man, Bicycle",
@@ -206,37 +212,45 @@ def test_what_a_judge_is_told():
     ):
         assert told in prompt
     assert "horse" not in prompt
-    assert "picture" not in judging.judge_prompt(Example("2", "Why?", ("So",), 0), "Thus")
+    assert "picture" not in judges.judge_prompt(Example("2", "Why?", ("So",), 0), "Thus")
 
 
 # --- an endpoint ---
 
 
 class Chat:
-    """An OpenAI-compatible server; reply(number of the request, prompt) -> status, content.
+    """An OpenAI-compatible server; reply(number of request, prompt) -> status, content, headers.
 
-    The content is a text, or bytes that are sent as they are. asked: what it was sent.
+    The content is a text, something else that stands for it in the JSON of an answer, or bytes
+    that are sent as they are; headers may be left out. asked: what it was sent.
     """
 
     def __init__(self, reply):
-        self.reply, self.asked, self.paths, self.keys = reply, [], [], []
+        self.reply, self.asked, self.paths, self.headers, self.got = reply, [], [], [], 0
         chat = self
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *args) -> None:
                 pass
 
+            def do_GET(self) -> None:
+                chat.got += 1
+                self._send(200, "Rating: 6")
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 chat.asked.append(body)
                 chat.paths.append(self.path)
-                chat.keys.append(self.headers.get("Authorization"))
-                status, content = chat.reply(len(chat.asked), body["messages"][0]["content"])
-                if isinstance(content, str):
-                    message = {"role": "assistant", "content": content}
-                    content = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+                chat.headers.append(self.headers)
+                self._send(*chat.reply(len(chat.asked), body["messages"][0]["content"]))
+
+            def _send(self, status, content, headers=()) -> None:
+                if not isinstance(content, bytes):
+                    content = json.dumps(completion(content)).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
+                for name, value in dict(headers).items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -245,7 +259,7 @@ class Chat:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
     def __enter__(self) -> Chat:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
@@ -256,23 +270,43 @@ class Chat:
     def prompts(self) -> list[str]:
         return [body["messages"][0]["content"] for body in self.asked]
 
+    @property
+    def keys(self) -> list[str | None]:
+        return [headers.get("Authorization") for headers in self.headers]
+
+
+def completion(content) -> dict:
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]}
+
 
 @pytest.fixture
-def direct(monkeypatch):
-    """No proxy, no key."""
+def waits(monkeypatch):
+    """Nothing waits: the seconds it would have."""
+    slept = []
+    monkeypatch.setattr("grains.judge.judges.time.sleep", slept.append)
+    return slept
+
+
+@pytest.fixture
+def direct(monkeypatch, waits):
+    """No proxy, no key, no waiting."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name in ("API_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.delenv(f"OPENAI_{name}", raising=False)
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_what_an_endpoint_is_sent(direct, monkeypatch, slash):
     with Chat(lambda number, prompt: (200, f"{prompt}!")) as chat:
-        judge = judging.Endpoint(chat.url + slash, "some-model", 17)
+        judge = judges.Endpoint(chat.url + slash, "some-model", 17)
         assert judge.ask(["one", "two"]) == ["one!", "two!"]
         assert chat.keys == [None, None]
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        judge.ask(["three"])
+        monkeypatch.setenv("OPENAI_ORG_ID", "org-of-a-test")
+        monkeypatch.setenv("OPENAI_PROJECT_ID", "project-of-a-test")
+        judges.Endpoint(chat.url + slash, "some-model", 17).ask(["three"])
     assert chat.keys[2] == f"Bearer {KEY}" and set(chat.paths) == {"/v1/chat/completions"}
+    assert "of-a-test" not in str(chat.headers[2]).replace(KEY, "")
     assert chat.asked[0] == {
         "model": "some-model",
         "temperature": 0,
@@ -282,27 +316,55 @@ def test_what_an_endpoint_is_sent(direct, monkeypatch, slash):
 
 
 def test_a_refusal_is_an_answer_without_a_rating(direct):
-    with Chat(lambda *_: (200, b'{"choices": [{"message": {"content": null}}]}')) as chat:
-        assert judging.Endpoint(chat.url, "m", 9).ask(["one"]) == [""]
+    with Chat(lambda *_: (200, None)) as chat:
+        assert judges.Endpoint(chat.url, "m", 9).ask(["one"]) == [""]
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_endpoint_is_asked_again(direct, status):
+def test_a_busy_endpoint_is_asked_again(direct, waits, status):
+    said = []
     with Chat(lambda number, prompt: (status if number == 1 else 200, "good")) as chat:
-        assert judging.Endpoint(chat.url, "m", 9).ask(["one"]) == ["good"]
-    assert chat.prompts == ["one", "one"]
+        assert judges.Endpoint(chat.url, "m", 9, said.append).ask(["one"]) == ["good"]
+    assert chat.prompts == ["one", "one"] and waits == [1]
+    assert said == [f"the judge at {chat.url} is busy (status {status}): asking again in 1 s"]
 
 
-def test_an_endpoint_that_stays_busy(direct, monkeypatch):
-    waits = []
-    monkeypatch.setattr("urllib3.util.retry.time.sleep", waits.append)
+def test_an_endpoint_that_stays_busy(direct, waits):
+    said = []
     with (
         Chat(lambda *_: (429, b"slow down")) as chat,
         pytest.raises(UserError, match=r"status 429 \(slow down\); run the same command again"),
     ):
-        judging.Endpoint(chat.url, "m", 9).ask(["one"])
-    assert len(chat.asked) == 7
+        judges.Endpoint(chat.url, "m", 9, said.append).ask(["one"])
+    assert len(chat.asked) == 7 and len(said) == 6
     assert waits == sorted(waits) and 30 < sum(waits) < 90
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [("20", 20), ("0.5", 0.5), ("0", 1), ("-5", 1), ("soon", 1), ("nan", 1), ("1e9", 1)],
+)
+def test_a_busy_endpoint_says_when(direct, waits, wanted, expected):
+    def reply(number, prompt):
+        return (429, b"busy", {"Retry-After": wanted}) if number == 1 else (200, "good")
+
+    with Chat(reply) as chat:
+        assert judges.Endpoint(chat.url, "m", 9).ask(["one"]) == ["good"]
+    assert waits == [expected]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "slept"),
+    [("100000", []), ("66", []), ("40", [40]), ("9" * 99, [1, 2, 4, 8, 16, 32])],
+)
+def test_an_endpoint_that_asks_to_wait_for_long(direct, waits, wanted, slept):
+    with (
+        Chat(lambda *_: (429, b"busy", {"Retry-After": wanted})) as chat,
+        pytest.raises(UserError, match="the answers so far are kept") as error,
+    ):
+        judges.Endpoint(chat.url, "m", 9).ask(["one"])
+    assert waits == slept and len(chat.asked) == len(slept) + 1
+    assert (f"asks to wait {wanted} s" in str(error.value)) == (len(slept) < 2)
 
 
 @pytest.mark.parametrize(
@@ -311,31 +373,120 @@ def test_an_endpoint_that_stays_busy(direct, monkeypatch):
         (401, b'{"error": {"message": "bad key"}}', r"status 401 .*bad key.*set OPENAI_API_KEY"),
         (404, b"Not Found", r"status 404 .*/chat/completions.*'some-model'"),
         (400, b"too\nlong", r"status 400 \(too long\)"),
-        (200, b"<html>Welcome</html>", r"<html>Welcome.*no chat completion.*--judge_url"),
+        (200, b"<html>Welcome</html>", r"<html>Welcome.*no chat completion.*judge_url"),
+        (200, b"", "no chat completion"),
         (200, b'{"choices": []}', "no chat completion"),
+        (200, b'{"choices": null}', "no chat completion"),
         (200, b'{"choices": [{"text": "Rating: 4"}]}', "no chat completion"),
         (200, b'["Rating: 4"]', "no chat completion"),
+        (200, b"[" * 100_000, "no chat completion"),
+        (200, b"[" * 100_000 + b"]" * 100_000, "no chat completion"),
+        (200, ["Rating: 4"], "content is not a text"),
+        (200, [{"type": "text", "text": "Rating: 4"}], "content is not a text"),
+        (200, 4, "content is not a text"),
+        (200, False, "content is not a text"),
+        (200, {"rating": 4}, "content is not a text"),
+        (200, "Rating: 4 \ud800", "content is not a text"),
     ],
 )
-def test_an_endpoint_that_cannot_answer(direct, status, content, expected):
-    with Chat(lambda *_: (status, content)) as chat, pytest.raises(UserError, match=expected):
-        judging.Endpoint(chat.url, "some-model", 9).ask(["one"])
+@pytest.mark.parametrize("kind", [None, "application/json; charset=utf-8"])
+def test_an_endpoint_that_cannot_answer(direct, status, content, expected, kind):
+    headers = {"Content-Type": kind} if kind else {}
+    with (
+        Chat(lambda *_: (status, content, headers)) as chat,
+        pytest.raises(UserError, match=expected) as error,
+    ):
+        judges.Endpoint(chat.url, "some-model", 9).ask(["one"])
     assert len(chat.asked) == 1
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
-def test_an_endpoint_where_nobody_listens(direct):
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/v1 cannot be reached.*--judge_url"):
-        judging.Endpoint("http://127.0.0.1:9/v1", "m", 9).ask(["one"])
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("place", ["{}/chat/completions", "http://[oh no", "//x:y:z/"])
+def test_redirects_are_refused(direct, monkeypatch, status, place):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Chat(lambda *_: (200, "Rating: 6")) as target:
+        place = place.format(target.url)
+        with (
+            Chat(lambda *_: (status, b"moved", {"Location": place})) as chat,
+            pytest.raises(
+                UserError, match=f"status {status} .*redirects to .*not followed"
+            ) as error,
+        ):
+            judges.Endpoint(chat.url, "m", 9).ask(["one"])
+    assert place in str(error.value)
+    assert not target.asked and not target.got and len(chat.asked) == 1
+
+
+def test_an_endpoint_where_nobody_listens(direct, waits):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/v1 cannot be reached.*judge_url"):
+        judges.Endpoint("http://127.0.0.1:9/v1", "m", 9).ask(["one"])
+    assert waits == [1]
+
+
+@pytest.mark.parametrize(
+    "greeting", [b"", b"220 mail.example ESMTP\r\n", b"HTTP/1.1 two OK\r\n\r\n"]
+)
+def test_a_server_of_another_kind(direct, waits, greeting):
+    """One that hangs up, and two that speak no HTTP."""
+    said = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet():
+            for _ in range(2):
+                connection, _ = listener.accept()
+                connection.recv(65536)
+                connection.sendall(greeting)
+                connection.close()
+
+        threading.Thread(target=greet, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with pytest.raises(UserError, match=f"{url} cannot be reached"):
+            judges.Endpoint(url, "m", 9, said.append).ask(["one"])
+    assert waits == [1] and len(said) == 1
 
 
 @pytest.mark.parametrize(
     "url",
-    ["localhost:8000/v1", "https://me:secret@host/v1", "ftp://x/v1", "https://host/v1?key=secret"],
+    [
+        "localhost:8000/v1",
+        "https://me:secret@host/v1",
+        "ftp://x/v1",
+        "https://host/v1?key=secret",
+        "http://ho st/v1",
+        "http://host/v1\n",
+    ],
 )
 def test_an_address_that_is_none(url):
-    with pytest.raises(UserError, match="--judge_url: expected http") as error:
-        judging.Endpoint(url, "m", 9)
+    with pytest.raises(UserError, match="judge_url: expected http") as error:
+        judges.Endpoint(url, "m", 9)
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["sk-secret\n", "sk-secret\r\nX: y", "sk-secrét", "sk-secret☃", "se cret"]
+)
+def test_keys_that_are_none(direct, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="OPENAI_API_KEY holds a character") as error:
+        judges.Endpoint("http://127.0.0.1:9/v1", "m", 9)
+    assert "secr" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [200, 400, 302])
+def test_a_key_that_is_sent_back_is_struck_out(direct, monkeypatch, status):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    echo = f"you are {KEY}. {'x' * 180}{KEY}"
+    content = f"{echo}\nRating: 4" if status == 200 else echo.encode()
+    with Chat(lambda *_: (status, content, {"Location": f"http://x/{KEY}"})) as chat:
+        judge = judges.Endpoint(chat.url, "m", 9)
+        try:
+            (answer,) = judge.ask(["one"])
+        except UserError as error:
+            answer = str(error)
+    assert chat.keys == [f"Bearer {KEY}"]
+    assert "you are (OPENAI_API_KEY)." in answer and KEY[:8] not in answer
+    assert (judges.rating(answer) == 4) == (status == 200)
 
 
 # --- the summary ---
@@ -361,7 +512,7 @@ def test_summary_of_pairs_against_all_sign_flips():
     random = np.random.default_rng(0)
     base, steered = random.integers(0, 5, 9) / 4, random.integers(1, 6, 9) / 4
     steered[4] = np.nan
-    table = score_generations.summary(
+    table = summary_of(
         scores_of(
             [
                 (i, name, name, 0.0, value, 1, 0, 3)
@@ -387,7 +538,7 @@ def test_share_of_false_objects_is_a_ratio_of_sums():
     named = random.integers(0, 6, 150)
     false = random.binomial(named, 0.4)
     fewer = random.binomial(named, 0.2)
-    table = score_generations.summary(
+    table = summary_of(
         scores_of(
             [
                 (i, name, name, 0.0, 0.5, n, f, 3)
@@ -412,7 +563,7 @@ def test_share_of_false_objects_is_a_ratio_of_sums():
 
 
 def test_no_object_is_named_by_anyone():
-    table = score_generations.summary(
+    table = summary_of(
         scores_of([(0, "base", "base", 0.0, 1.0, 0, 0, 3), (0, "mean", "mean", 0.1, 1.0, 0, 0, 3)])
     )
     rows = table[table.score == "object_hallucination"]
@@ -696,16 +847,16 @@ def test_a_text_that_stands_twice_is_asked_once(commands, mmhal, tmp_path):
 
 
 def test_killed_and_refused_runs_go_on_without_asking_again(commands, mmhal, tmp_path):
-    broken = [(401, b"expired"), (200, b"<html>"), (404, b"gone")]
+    broken = [(401, b"expired"), (200, ["Rating: 4"]), (200, "\ud800"), (404, b"gone")]
 
     def reply(number, prompt):
-        return broken.pop() if number in (3, 5, 7) else rate(number, prompt)
+        return broken.pop() if number in (3, 5, 7, 8) else rate(number, prompt)
 
     with Chat(reply) as chat:
         command = [mmhal, *judged(chat, "--output_dir", tmp_path)]
         # After the manifest of the parts and the first two answers.
         assert score(commands, *command, die_after=3).code == -signal.SIGKILL
-        for expected in ("status 404", "no chat completion", "status 401"):
+        for expected in ("status 404", "no chat completion", "not a text", "status 401"):
             result = score(commands, *command)
             assert result.code == 1 and "Traceback" not in result.err
             assert expected in result.err.splitlines()[-1]
@@ -713,40 +864,33 @@ def test_killed_and_refused_runs_go_on_without_asking_again(commands, mmhal, tmp
         score(commands, *command).ok()
         score(commands, *command).ok()
     assert not broken
-    good = [prompt for number, prompt in enumerate(chat.prompts, 1) if number not in (3, 5, 7)]
+    good = [prompt for number, prompt in enumerate(chat.prompts, 1) if number not in (3, 5, 7, 8)]
     assert len(good) == len(set(good)) == len(RATINGS)
     assert next(tables(tmp_path)).judge_answer.tolist() == RATINGS
 
 
-def test_ratings_of_a_local_chat_model(commands, smollm2, mmhal, tmp_path):
+def test_ratings_of_a_local_chat_model(commands, mmhal, tmp_path):
+    model = tiny.save_model(tmp_path / "judge", max_position_embeddings=2048)
     result = score(
-        commands,
-        mmhal,
-        "--judge",
-        models.EMBEDDED,
-        "--judge_max_tokens",
-        8,
-        "--output_dir",
-        tmp_path,
+        commands, mmhal, "--judge", model, "--judge_max_tokens", 8, "--output_dir", tmp_path
     ).ok()
     scores = next(tables(tmp_path))
+    lm = models.load(str(model), device="cpu")
     rows, source = data.load("mmhal-bench", "train", str(next(mmhal.parent.glob("*.parquet"))))
     for index in (0, 4):
-        prompt = judging.judge_prompt(data.read(rows, source, index % 3), scores.text[index])
-        ids = smollm2.tokenizer.apply_chat_template(
+        prompt = judges.judge_prompt(data.read(rows, source, index % 3), scores.text[index])
+        ids = lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,
         )
-        new = smollm2.model.generate(**ids, do_sample=False, max_new_tokens=8)
-        answer = smollm2.tokenizer.decode(
-            new[0, ids["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        assert scores.judge_answer.fillna("")[index] == answer.strip()
+        new = lm.model.generate(**ids, do_sample=False, max_new_tokens=8)
+        answer = lm.tokenizer.decode(new[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer.strip() and scores.judge_answer.fillna("")[index] == answer.strip()
     unrated = scores.judge_rating.isna()
     assert unrated.tolist() == [
-        isnan(judging.rating(answer)) for answer in scores.judge_answer.fillna("")
+        isnan(judges.rating(answer)) for answer in scores.judge_answer.fillna("")
     ]
     assert f"{unrated.sum()} of 6 texts have no rating" in result.out
 
@@ -756,7 +900,7 @@ def test_a_judge_that_does_not_chat():
     tokenizer.chat_template = None
     lm = models.wrap("bare", tiny.llama(len(tokenizer)), tokenizer, self_check=False)
     with pytest.raises(UserError, match="judge bare has no chat template"):
-        judging.LocalJudge(lm, 8, 1000)
+        judges.LocalJudge(lm, 8, 1000)
 
 
 # --- mistakes ---
@@ -788,43 +932,116 @@ def test_tables_that_cannot_be_scored(commands, mmhal, tmp_path, change, expecte
     assert not (tmp_path / "scores").exists()
 
 
-def test_flags_that_cannot_be(commands, mmhal, tmp_path):
-    assert "steering_generation.py" in score(commands, tmp_path / "none.csv").error()
-    (tmp_path / "alone.csv").write_bytes(mmhal.read_bytes())
-    assert "give --dataset_name" in score(commands, tmp_path / "alone.csv").error()
-    assert "--judge MODEL" in score(commands, mmhal, "--judge_url", "http://x/v1").error()
-    assert "no split" in score(commands, mmhal, "--split", "nowhere").error()
+@pytest.mark.parametrize("save", ["pandas", "empty row"])
+def test_tables_that_were_saved_again(mmhal, tmp_path, save):
+    expected = generations_of.read(mmhal)
+    table = pd.read_csv(mmhal, dtype=None if save == "pandas" else str, keep_default_na=False)
+    if save == "empty row":
+        table.loc[len(table)] = ""
+    table.to_csv(tmp_path / "again.csv", index=False)
+    again = generations_of.read(tmp_path / "again.csv")
+    columns = list(generations_of.COLUMNS)
+    pd.testing.assert_frame_equal(again[columns], expected[columns])
 
 
-# --- the shell scripts ---
+@pytest.mark.parametrize("column", ["prompt", "alpha"])
+@pytest.mark.parametrize("cell", ["x", "", "inf"])
+def test_numbers_that_are_none(mmhal, tmp_path, column, cell):
+    path = tmp_path / "texts.csv"
+    pd.read_csv(mmhal, dtype=str).assign(**{column: cell}).to_csv(path, index=False)
+    with pytest.raises(UserError, match=f"column {column}: expected finite numbers") as error:
+        generations_of.read(path)
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "kind, script", [("llm", "run_score_generations"), ("vlm", "run_score_generations_vlm")]
+    "content", ['{"data": 5}', '{"data": {"name": 5}}', '{"data": null}', "{}", None]
 )
-def test_shell_scripts(commands, generations, mmhal, tmp_path, kind, script):
-    def run(*more, python=sys.executable, **environment):
-        return subprocess.run(
-            ["bash", f"scripts/{kind}/{script}.sh", *map(str, more)],
+def test_manifests_that_name_no_data_set(tmp_path, content):
+    path = tmp_path / "texts.csv"
+    if content:
+        path.with_suffix(".manifest.json").write_text(content)
+    with pytest.raises(UserError, match="give dataset_name"):
+        generations_of.source_of(path)
+    assert generations_of.source_of(path, "own", "x.jsonl", "test") == DataSettings(
+        "own", "x.jsonl", split="test"
+    )
+
+
+def test_the_data_set_is_that_of_the_manifest(tmp_path):
+    path = tmp_path / "texts.csv"
+    manifest = {"data": {"name": "own", "path": "x.jsonl"}}
+    runs.write_json(path.with_suffix(".manifest.json"), manifest)
+    assert generations_of.source_of(path) == DataSettings("own", "x.jsonl")
+    assert generations_of.source_of(path, "own") == DataSettings("own", "x.jsonl")
+    assert generations_of.source_of(path, "truthfulqa") == DataSettings("truthfulqa")
+
+
+def test_flags_that_cannot_be(commands, mmhal, tmp_path):
+    assert "steering_generation.py" in score(commands, tmp_path / "none.csv").error()
+    (tmp_path / "alone.csv").write_bytes(mmhal.read_bytes())
+    assert "give dataset_name" in score(commands, tmp_path / "alone.csv").error()
+    assert "--judge MODEL" in score(commands, mmhal, "--judge_url", "http://x/v1").error()
+    assert "no split" in score(commands, mmhal, "--split", "nowhere").error()
+    key = {"OPENAI_API_KEY": "sk-secret\n"}
+    judge = ("--judge", "x", "--judge_url", "http://127.0.0.1:9/v1")
+    message = score(commands, mmhal, *judge, "--output_dir", tmp_path, env=key).error()
+    assert "OPENAI_API_KEY" in message and "secret" not in message
+    message = commands.run("score_generations.py", "--dataset_name", "nothing").error()
+    assert "no generations of llama-3.1-8b-instruct on nothing" in message
+
+
+# --- the tables of a stage, by its flags ---
+
+
+@pytest.mark.parametrize("kind", [flags.LLM, flags.VLM], ids=lambda kind: kind.name)
+def test_shell_scripts_find_the_tables_of_their_stage(commands, tmp_path, monkeypatch, kind):
+    """With the same variables, whatever configurations were generated from; no other tables."""
+    suffix = "_vlm" * kind.images
+
+    def run(script, *more, **environment):
+        ended = subprocess.run(
+            ["bash", f"scripts/{kind.name}/{script}{suffix}.sh", *more],
             cwd=SRC,
-            env=commands.environment | {"PYTHON": python, **environment},
+            env=commands.environment | {"PYTHON": "echo", **environment},
             capture_output=True,
             text=True,
+            check=True,
         )
+        name, *words = ended.stdout.split()
+        return name, words
 
-    table = generations if kind == "llm" else mmhal
-    ended = run("--output_dir", tmp_path, GENERATIONS=str(table))
+    monkeypatch.chdir(tmp_path)
+    variables = {"MODEL_NAME": "org/m", "DATASET_NAME": "nothing", "SEED": "3", "TOP_K": "7"}
+    written = []
+    for seed, *more in (("3", "--alphas", "0.1"), ("3", "--layer_mode", "each"), ("4",)):
+        grid = ("--methods", "mean", *more)
+        name, words = run("run_steering_generation", *grid, **variables | {"SEED": seed})
+        assert name == f"steering_generation{suffix}.py"
+        stage = steering_generation.parser(kind).parse_args(words)
+        names = flags.names_of(stage)
+        settings, _ = steering_generation.configured(stage, names)
+        path = names.generations(settings, flags.GRID, ())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        written.append(path)
+    name, words = run("run_score_generations", "--judge", "x", **variables)
+    assert name == f"score_generations{suffix}.py"
+    args = score_generations.parser(kind).parse_args(words)
+    assert args.judge == "x" and len(set(written)) == 3
+    assert score_generations.tables_of(args) == sorted(written[:2])
+    name, words = run("run_score_generations", GENERATIONS="texts.csv", **variables)
+    args = score_generations.parser(kind).parse_args(words)
+    assert args.generations == Path("texts.csv") and args.dataset_name is None
+
+
+def test_a_shell_script_scores_a_table(commands, mmhal, tmp_path):
+    ended = subprocess.run(
+        ["bash", "scripts/vlm/run_score_generations_vlm.sh", "--output_dir", tmp_path],
+        cwd=SRC,
+        env=commands.environment | {"PYTHON": sys.executable, "GENERATIONS": str(mmhal)},
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 0, ended.stderr
     assert len(list(tmp_path.glob("*.csv"))) == 2
-    # Without a table: that of the stage before with the same variables.
-    flags = steering_generation.flags(cli.LLM if kind == "llm" else cli.VLM)
-    stage = flags.parse_args(["--model_name", "org/m", "--dataset_name", "nothing", "--seed", "3"])
-    stage.layer_idxs = ["all"]
-    start = cli.evaluation_stem(stage).removesuffix("joint_all")
-    ended = run(
-        "--judge", "x y", python="echo", MODEL_NAME="org/m", DATASET_NAME="nothing", SEED="3"
-    )
-    assert ended.stdout == (
-        "score_generations.py --generations results/"
-        f"{kind}/steering_generation/{start}*.csv --judge x y\n"
-    )

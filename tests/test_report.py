@@ -4,437 +4,47 @@ are said to be missing, and a file that is not what its name says is a user's mi
 from __future__ import annotations
 
 import io
-import json
 import re
 import shutil
-from html.parser import HTMLParser
-from itertools import pairwise, product
-from pathlib import Path
-from types import SimpleNamespace
+from itertools import pairwise
 from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
-from grains.report_examples import word_difference
-from grains.report_steering import over_seeds
+from helpers import tiny
+from helpers.report_page import Page, page_of, plain
+from helpers.results import (
+    BUDGETS,
+    NASTY,
+    SCRIPTS,
+    STEM,
+    attribution_rows,
+    picture_results,
+    some,
+    write_attributions,
+    write_evaluation,
+    write_front,
+    write_generations,
+)
 from matplotlib.figure import Figure
 from PIL import Image
 
-import report
-import steering_generation
-import steering_mc
-from grains import data, figures, runs
 from grains.errors import UserError
-from grains.scoring import Configuration
-from grains.vectors import METHODS
+from grains.report import figures
+from grains.report import page as report
+from grains.report.examples import word_difference
+from grains.report.tables import over_seeds
+from grains.settings import METHODS
 
-pytest_plugins = ("command_line",)
-
-MODEL = {
-    "model": "small",
-    "dtype": "float32",
-    "num_layers": 4,
-    "hidden_size": 8,
-    "final_norm_sum": "1.0",
-    "vocab_size": 99,
-}
-VERSIONS = {"grains": "0.1.0", "torch": "2.0"}
-STEM = "things_small_n2_seed0"
-NASTY = r'Is 1 < 2 & "quoted" <script>alert(1)</script> {{ 7*7 }} $\frac$?'
-SCRIPTS = "Ελληνικά 日本語 العربية 👩‍🚀"
-
-
-class Page(HTMLParser):
-    """What a browser makes of a page, as far as these tests ask."""
-
-    VOID = ("meta", "img", "source", "br", "link", "input")
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.open: list[tuple[str, dict]] = []
-        self.elements: list[SimpleNamespace] = []
-        self.feed(text)
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        element = SimpleNamespace(tag=tag, text="", attributes=dict(attributes))
-        self.elements.append(element)
-        if tag not in ("span", "ins", "del", "a"):
-            self.handle_data(" ")
-        if tag not in self.VOID:
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop().tag == tag
-
-    def handle_data(self, text):
-        for element in self.open:
-            element.text += text
-
-    def all(self, tag: str, css_class: str = "") -> list[SimpleNamespace]:
-        return [
-            e for e in self.elements if e.tag == tag and css_class in e.attributes.get("class", "")
-        ]
-
-    @property
-    def text(self) -> str:
-        return plain(self.all("main")[0].text)
-
-    def tables(self) -> dict[str, dict[str, list[str]]]:
-        """caption -> row header -> cells."""
-        found, rows = {}, {}
-        for element in self.elements:
-            if element.tag == "caption":
-                rows = found.setdefault(plain(element.text), {})
-            elif element.tag == "th" and element.attributes["scope"] == "row":
-                cells = rows.setdefault(plain(element.text), [])
-            elif element.tag == "td":
-                cells.append(plain(element.text))
-        return found
-
-
-def plain(text: str) -> str:
-    """White space as one space, no-break spaces and the minus sign as typed."""
-    return re.sub(r"\s+", " ", text.replace("\N{MINUS SIGN}", "-")).strip()
-
-
-def page_of(*folders, output="report.html", count=6) -> Page:
-    return Page(report.build(list(folders), folders[0] / output, count)[0])
-
-
-# --- results as the scripts write them ---
-
-
-def configuration(name: str) -> Configuration:
-    """'mean pos@0.1' steers layers 1 and 2, 'pca pos@0.1@3' layer 3; 'base' none."""
-    if name == "base":
-        return steering_mc.BASE
-    method, alpha, *layer = name.split("@")
-    method, _, mode = method.partition(" ")
-    return Configuration(method, mode, (int(layer[0]),) if layer else (1, 2), float(alpha))
-
-
-def write_evaluation(
-    folder: Path,
-    right: dict[str, list[bool]],
-    *,
-    best="",
-    stem=STEM,
-    flags=None,
-    extra=None,
-    evaluate_on="held_out",
-) -> pd.DataFrame:
-    """Stage 2's files, made by its own functions from which questions are answered right.
-
-    right: 'base' first, then configurations as `configuration` reads them -> right or wrong for
-    each question by the sum; per token every fifth question (0, 5, ...) is wrong for all.
-    extra: column -> values of the configurations.
-    """
-    part = "test" if evaluate_on == "held_out" else "all"
-    parts = {
-        part: [
-            data.Example(f"q{i}", f"question {i}", ("yes", "no"), 0)
-            for i in range(len(right["base"]))
-        ]
-    }
-    answers = np.array(list(right.values()))
-    if evaluate_on == "held_out":
-        parts["validation"] = [
-            data.Example(f"v{i}", f"other {i}", ("yes", "no"), 0) for i in range(4)
-        ]
-        answers = np.concatenate([answers, np.ones((len(answers), 4), bool)], axis=1)
-    encoded = [
-        SimpleNamespace(example=example, responses=[[1], [1, 2]])
-        for examples in parts.values()
-        for example in examples
-    ]
-    # Of one and of two tokens: -3 and -4 in sum are -3 and -2 per token.
-    scores = [
-        np.where(column[:, None], [[-3.0, -8.0 if i % 5 else -4.0]], [[-5.0, -4.0]])
-        for i, column in enumerate(answers.T)
-    ]
-    configurations = [configuration(name) for name in right]
-    questions = steering_mc.question_table(parts, encoded, configurations, scores)
-    grid = steering_mc.grid_table(
-        questions, configurations, SimpleNamespace(alpha_units="relative", evaluate_on=evaluate_on)
-    )
-    for column, values in (extra or {}).items():
-        grid[column] = [
-            values[list(right).index(name)]
-            for name in map(
-                {configuration(name).label: name for name in right}.get, grid.configuration
-            )
-        ]
-    place = folder / "steering"
-    runs.write_table(place / f"{stem}_grid.csv", grid)
-    runs.write_table(place / f"{stem}_questions.csv", questions)
-    runs.write_json(
-        place / f"{stem}_grid.manifest.json",
-        {
-            "stage": "steering_mc",
-            "model": MODEL,
-            "data": {"name": "things", "path": None},
-            "flags": {"methods": ["mean", "random"], "score": "token", "seed": 0} | (flags or {}),
-            "versions": VERSIONS,
-        },
-    )
-    if best:
-        runs.write_json(
-            place / f"{stem}_chosen.json",
-            {"configuration": configuration(best).label, "controls": ["random"]},
-        )
-    return grid
-
-
-def some(right: int, count: int = 40, first: int = 0) -> list[bool]:
-    """`right` of `count` questions, from number `first` on."""
-    return [first <= i < first + right for i in range(count)]
-
-
-def attribution_rows(
-    identity="a",
-    tokens=("Q", ":", "Ġis", "Ġit", "?"),
-    scores=((0, 0, 1.5, -0.75, 0.25),),
-    selected=None,
-    **changes,
-) -> list[dict]:
-    """One example's rows of stage 1, in its columns."""
-    selected = selected or {"pos": [[2]], "neg": [[3]]}
-    return [
-        {
-            "id": identity,
-            "top": top,
-            "question": "is it?",
-            "chosen": "yes it is",
-            "rejected": "no it is not",
-            "f": 2.0,
-            "f_ablated": 2.0 - len(top),
-            "log_likelihood_pos": -3.0,
-            "log_likelihood_neg": -5.0,
-            "log_likelihood_pos_ablated": -4.0,
-            "log_likelihood_neg_ablated": -5.0,
-            "k": 1,
-            "selected_positions": json.dumps(positions),
-            "selected_tokens": "[]",
-            "f_change_along_path": 1.0,
-            "completeness_error": 0.01,
-            "completeness_error_relative": 0.01,
-            "completeness_error_relative_worst": 0.0123,
-            "gradients_computed": 17,
-            "tokens": json.dumps(tokens),
-            "attributions": json.dumps(scores),
-            **changes,
-        }
-        for top, positions in selected.items()
-    ]
-
-
-def write_attributions(folder: Path, rows: list[dict], given: dict | None = None, name="words"):
-    path = folder / "token_attribution" / f"{name}.csv"
-    runs.write_table(path, pd.DataFrame(rows))
-    runs.write_json(
-        path.with_suffix(".manifest.json"),
-        {
-            "stage": "token_ablation",
-            "model": MODEL,
-            "seed": 5,
-            "settings": {"top_k": 1},
-            "data": {
-                "name": "things",
-                "path": None,
-                "split": "train",
-                "num_samples": 2,
-                **(given or {}),
-            },
-            "versions": VERSIONS,
-        },
-    )
-    return path
-
-
-def write_generations(folder: Path, texts: list[tuple[str, str]], question="what is it?"):
-    configuration = Configuration("mean", "pos", (1,), 0.5)
-    example = data.Example("g", question, ("the truth",), 0)
-    path = folder / "steering_generation" / "texts.csv"
-    runs.write_table(
-        path,
-        pd.DataFrame(
-            [
-                steering_generation.row(i, example, configuration, "chat", *pair)
-                for i, pair in enumerate(texts)
-            ]
-        ),
-    )
-    runs.write_json(
-        path.with_suffix(".manifest.json"),
-        {
-            "stage": "steering_generation",
-            "model": MODEL,
-            "data": {"name": "things"},
-            "flags": {"seed": 0},
-            "max_new_tokens": 9,
-            "versions": VERSIONS,
-        },
-    )
-    return path
-
-
-def picture_results(folder: Path, size=(24, 12)) -> dict:
-    """Stage 1 of two examples with pictures, and the data they came from.
-
-    Their image tokens show the left half, the right half, and the whole.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name, colour in (("a", "red"), ("b", "blue")):
-        Image.new("RGB", size, colour).save(folder / f"{name}.png")
-        rows.append(
-            {
-                "id": name,
-                "image": f"{name}.png",
-                "prompt": f"what is {name}?",
-                "chosen": colour,
-                "rejected": "grey",
-            }
-        )
-    source = tiny.write_jsonl(folder / "pictures.jsonl", rows)
-    order = [e.id for e in data.examples(*data.load("things", "train", str(source)), 5)]
-    half = size[0] // 2
-    table = [
-        row
-        for name in order
-        for row in attribution_rows(
-            name,
-            ("<image>",) * 3 + ("Ġwhat",),
-            ((2.0, -4.0, -0.5, 1.0),),
-            {"pos": [[0]], "neg": [[1]]},
-            positive_share_image=2 / 3,
-            positive_share_text=1 / 3,
-            negative_share_image=1.0,
-            negative_share_text=0.0,
-            image_positions="[0, 1, 2]",
-            image_boxes=json.dumps(
-                [[0, 0, half, size[1]], [half, 0, size[0], size[1]], [0, 0, *size]]
-            ),
-        )
-    ]
-    write_attributions(folder, table, {"path": str(source), "ids": order})
-    return {"source": source, "order": order}
-
-
-BUDGETS = (0.02, 0.05, 0.1)
-
-
-def write_front(folder: Path, rows: list[dict], stem=STEM, limits=("whatever else happens",)):
-    """rows: method, gain of each budget, p; one configuration a budget unless it is named.
-
-    limits: on what else may be lost; under each the same is chosen.
-    """
-    lines = []
-    for row, score, limit in product(rows, ("token", "sum"), limits):
-        for budget, gain in zip(BUDGETS, row["gains"], strict=True):
-            shown = gain / (1 if score == "token" else 2)
-            lines.append(
-                {
-                    "dataset": "things",
-                    "method": row["method"],
-                    "mode": row.get("mode", ""),
-                    "is_control": row["method"] == "random",
-                    "score": score,
-                    "limit": limit,
-                    "max_ppl_increase": budget,
-                    "base_accuracy": 0.4,
-                    "seeds": 3,
-                    "configuration": row.get("configuration", f"{row['method']} @ 1-2 x {budget}"),
-                    "accuracy": 0.4 + shown,
-                    "accuracy_low": 0.3 + shown,
-                    "accuracy_high": 0.5 + shown,
-                    "gain": shown,
-                    "gain_low": shown - 0.04,
-                    "gain_high": shown + 0.05,
-                    "p_value": row["p"],
-                    "perplexity_increase": budget * 0.9,
-                    "answers_increase": 0.07,
-                    "repetition": 0.18,
-                    "unrelated_change": -0.012,
-                    "unrelated_change_low": -0.031,
-                    "unrelated_change_high": 0.004,
-                }
-            )
-    table = pd.DataFrame(lines)
-    runs.write_table(folder / "steering" / f"{stem}_front.csv", table)
-    return table
-
-
-def write_everything(folder: Path) -> Path:
-    """Results of all stages, with single layers, prices, a front, pictures and awkward texts."""
-    right = {"base": some(16)}
-    for i, method in enumerate(("mean pos", "mean both", "gradient", "random")):
-        right |= {f"{method}@{alpha}": some(22 + round(40 * alpha) - 3 * i) for alpha in (0.1, 0.2)}
-    right |= {
-        f"{method}@{alpha}@{layer}": some(12 + 2 * layer + round(20 * alpha))
-        for method in ("pca pos", "random")
-        for alpha in (0.1, 0.2)
-        for layer in range(4)
-    }
-    count = len(right)
-    write_evaluation(
-        folder,
-        right,
-        best="mean pos@0.2",
-        extra={
-            "perplexity_increase": [0.03 * i for i in range(count)],
-            "unrelated_accuracy": [0.55] * count,
-        },
-    )
-    write_front(
-        folder,
-        [
-            {"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08), "p": 0.01},
-            {"method": "gradient", "gains": (-0.01, 0.02, 0.05), "p": 0.2},
-            {"method": "random", "gains": (0.0, -0.01, 0.01), "p": 0.9},
-        ],
-    )
-    write_attributions(
-        folder,
-        [
-            *attribution_rows("first"),
-            *attribution_rows(
-                NASTY,
-                question=NASTY,
-                chosen=SCRIPTS,
-                rejected=NASTY,
-                tokens=("Ġ<b>", "Ġ" + "w" * 90, "ðŁĺ", "Ģ"),
-                scores=((0.1, -0.2, 0.3, 0.4),),
-                selected={"pos": [[2, 3]]},
-            ),
-        ],
-    )
-    write_generations(
-        folder,
-        [(f"It is {NASTY}", f"It was {SCRIPTS} " + "long" * 60), ("the same", "the same")],
-        question=NASTY,
-    )
-    picture_results(folder / "pictures")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory):
-    """Results of all stages, where their report lies, its text and its page."""
-    place = tmp_path_factory.mktemp("everything")
-    folder, output = write_everything(place / "Größe #1 100%"), place / "reports" / "new" / "r.html"
-    text = report.build([folder], output, 6)[0]
-    return folder, output, text, Page(text)
+pytest_plugins = ("helpers.command_line", "helpers.everything")
 
 
 # --- numbers ---
 
 
-CHANCE = "which cannot be told from chance"
-GAIN, LOSS = (f"a {change} that is more than chance explains" for change in ("gain", "loss"))
+CHANCE = "which is not significant"
+GAIN, LOSS = "a significant gain", "a significant loss"
 CHOSEN = "Base, the chosen configuration and its controls"
 
 
@@ -489,14 +99,14 @@ def test_main_table_by_hand(tmp_path):
     }
     assert (
         "On 40 test questions, steering with mean pos @ 1-2 x 0.2 changes per-token accuracy "
-        "from 30.0 % to 60.0 %, a gain that is more than chance explains "
-        f"(p = {2 / 2**12:.2g}) and summed accuracy from 40.0 % to 75.0 %, a gain that is "
-        f"more than chance explains (p = {2 / 2**14:.2g})."
+        "from 30.0 % to 60.0 %, a significant gain "
+        f"(p = {2 / 2**12:.2g}) and summed accuracy from 40.0 % to 75.0 %, a significant gain "
+        f"(p = {2 / 2**14:.2g})."
     ) in page.text
     # 8 questions right per token when steered and not under the control, none the other way.
     assert (
         "The control at the same layers and strength, random, reaches 40.0 % (per-token); the "
-        f"difference of +20.0 points between steering and it is more than chance explains "
+        f"difference of +20.0 points between steering and it is significant "
         f"(p = {2 / 2**8:.2g})."
     ) in page.text
     assert set(page.tables()["All configurations, test questions"]) == {
@@ -540,8 +150,8 @@ def test_a_control_that_gains_as_much_is_said(tmp_path):
     )
     assert (
         "The strongest control at the same layers and strength, rand_tokens, reaches 60.0 % "
-        "(per-token); the difference of +0.0 points between steering and it cannot be told "
-        "from chance (p = 1)."
+        "(per-token); the difference of +0.0 points between steering and it is not "
+        "significant (p = 1)."
     ) in page_of(tmp_path).text
 
 
@@ -553,7 +163,7 @@ def test_tiny_p_values_and_included_steering_examples(tmp_path):
         evaluate_on="all",
     )
     text = page_of(tmp_path).text
-    assert "from 0.0 % to 100.0 %, a gain that is more than chance explains (p < 0.0001)" in text
+    assert "from 0.0 % to 100.0 %, a significant gain (p < 0.0001)" in text
     assert "The steering examples are among these questions" in text
 
 
@@ -589,7 +199,7 @@ def test_several_seeds_are_averaged(tmp_path):
     assert every["base, seed 1"][2] == wilson(20, 40) and len(every) == 9
 
 
-def test_prices_stand_in_the_tables(everything):
+def test_costs_stand_in_the_tables(everything):
     folder, *_, page = everything
     grid = pd.read_csv(folder / "steering" / f"{STEM}_grid.csv", keep_default_na=False)
     row = grid[(grid.configuration == "mean pos @ 1-2 x 0.2") & (grid.part == "test")].iloc[0]
@@ -608,7 +218,7 @@ def test_front_table_and_sentence(tmp_path):
     )
     page = page_of(tmp_path)
     # Six comparisons of gradient and six of mean: 12 x 0.004, then 6 x 0.2, at most 1.
-    corrected = {"gradient": " Holm 0.048", "mean": " Holm 1", "random": ""}
+    adjusted = {"gradient": " Holm 0.048", "mean": " Holm 1", "random": ""}
     for score, title in (("token", "per-token"), ("sum", "summed")):
         table = next(
             rows
@@ -620,23 +230,23 @@ def test_front_table_and_sentence(tmp_path):
             name = {"mean": "mean pos", "random": "random (control)"}.get(row.method, row.method)
             assert table[name][BUDGETS.index(row.max_ppl_increase)] == (
                 f"{100 * row.gain:+.1f} [{100 * row.gain_low:.1f}, {100 * row.gain_high:.1f}] "
-                f"p = {row.p_value:g}{corrected[row.method]} perplexity "
+                f"p = {row.p_value:g}{adjusted[row.method]} perplexity "
                 f"{100 * row.perplexity_increase:+.1f} % own answers +7.0 % repetition 18.0 % "
                 "unrelated -1.2 [-3.1, 0.4]"
             )
-    assert [e.text for e in page.all("span", "told")] == [
+    assert [e.text for e in page.all("span", "significant")] == [
         text
         for gains in ("\N{MINUS SIGN}2.0 +2.0 +5.0", "\N{MINUS SIGN}1.0 +1.0 +2.5")
         for text in gains.split()
     ]
     assert (
-        "By per-token accuracy, the lowest price at which a gain can be told from chance is "
-        "perplexity up by at most 5 %: gradient gains +2.0 points (p = 0.004, corrected "
-        "0.048); the best control there, random, gains +4.0 (p = 0.0001)."
+        "By per-token accuracy, the smallest budget with a significant gain is a perplexity rise "
+        "of at most 5 %: gradient gains +2.0 points (p = 0.004, adjusted 0.048); the best control "
+        "within this budget, random, gains +4.0 (p = 0.0001)."
     ) in page.text
 
 
-def test_what_is_chosen_at_several_prices_is_compared_once(tmp_path):
+def test_what_is_chosen_within_several_budgets_is_compared_once(tmp_path):
     write_front(
         tmp_path,
         [
@@ -657,12 +267,12 @@ def test_what_is_chosen_at_several_prices_is_compared_once(tmp_path):
     assert len(captions) == 4 and all("the 4 different" in caption for caption in captions)
     # 4 x 0.01, the same again, then 2 x 0.03
     assert page.text.count("Holm 0.04") == page.text.count("Holm 0.06") == 2 * 2 * 3
-    assert "Gain and price, strictly" in plain(page.all("h4")[0].text)
-    assert "Gain and price, freely" in [plain(e.text) for e in page.all("summary")]
+    assert "Gain and cost, strictly" in plain(page.all("h4")[0].text)
+    assert "Gain and cost, freely" in [plain(e.text) for e in page.all("summary")]
 
 
 def test_a_front_without_gains(tmp_path):
-    """0.01 is no gain once it is corrected for twelve comparisons."""
+    """0.01 is no gain adjusted for twelve comparisons."""
     write_front(
         tmp_path,
         [
@@ -673,13 +283,13 @@ def test_a_front_without_gains(tmp_path):
     )
     page = page_of(tmp_path)
     assert (
-        "By summed accuracy, no method gains more than chance explains at any of these prices."
+        "By summed accuracy, no method has a significant gain within any of these budgets."
     ) in page.text
-    assert not page.all("span", "told") and "p = 0.01 Holm 0.12" in page.text
+    assert not page.all("span", "significant") and "p = 0.01 Holm 0.12" in page.text
 
 
 def test_transfer_and_configurations_tried_on_validation_alone(tmp_path):
-    """As the experiment writes: prices on validation, some configurations on test questions, also
+    """As the experiment writes: costs on validation, some configurations on test questions, also
     on those of another data set."""
     grid = write_evaluation(
         tmp_path, {"base": some(16), "mean pos@0.1": some(30), "mean pos@0.2": some(20)}
@@ -786,7 +396,7 @@ def test_accuracy_figure_draws_the_table(tmp_path):
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.1", "0.2"]
 
 
-def test_front_figure_is_gain_over_measured_price(tmp_path):
+def test_front_figure_is_gain_over_measured_cost(tmp_path):
     front = write_front(
         tmp_path,
         [
@@ -821,7 +431,7 @@ def test_measures_over_strength(tmp_path):
     figures.draw_measure(axes, grid[grid.part == "test"], "perplexity_increase")
     (line,) = axes.containers
     assert line.lines[0].get_ydata().tolist() == [0.04, 0.5]
-    alt = next(plain(e.attributes["alt"]) for e in page_of(tmp_path).all("img"))
+    alt = next(plain(e.attributes["alt"]) for e in page_of(tmp_path, drawn=True).all("img"))
     assert "increase of perplexity: +4.0 % to +50.0 %" in alt
     assert "words of a free answer: 7.0 to 8.5" in alt and "repetition" not in alt
 
@@ -832,7 +442,7 @@ def test_an_adapter_has_no_layers(tmp_path):
         configuration="lora x 0.5", method="lora", mode="", layers="", alpha=0.5
     )
     pd.concat([grid, adapter]).to_csv(tmp_path / "steering" / f"{STEM}_grid.csv", index=False)
-    page = page_of(tmp_path)
+    page = page_of(tmp_path, drawn=True)
     first, second = (plain(e.attributes["alt"]) for e in page.all("img"))
     assert "at layers 1-2" in first and "for base, mean pos." in first
     assert "of the adapter" in second and "for base, lora." in second
@@ -1148,7 +758,7 @@ def with_cell(column, value):
         (
             f"steering/{STEM}_grid.csv",
             with_cell("alpha", "strong"),
-            "column alpha: expected numbers",
+            "column alpha, row 1: expected a finite number, found 'strong'",
         ),
         (
             f"steering/{STEM}_grid.csv",
@@ -1164,7 +774,7 @@ def with_cell(column, value):
         (
             "token_attribution/words.csv",
             with_cell("tokens", "[1"),
-            "column tokens: expected a JSON",
+            "column tokens, example a: expected a JSON list",
         ),
         (
             "token_attribution/words.csv",
@@ -1202,6 +812,219 @@ def test_files_that_are_not_what_their_names_say(tmp_path, file, spoil, expected
     with pytest.raises(UserError) as error:
         page_of(tmp_path)
     assert str(path) in str(error.value) and expected in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def tables_and_page(tmp_path_factory):
+    """A folder with a table of every kind, and its page."""
+    folder = tmp_path_factory.mktemp("tables")
+    right = {"base": some(16), "mean pos@0.2@3": some(30), "random@0.2@3": some(20)}
+    write_evaluation(folder, right, best="mean pos@0.2@3", evaluate_on="all")
+    write_front(
+        folder,
+        [
+            {"method": "mean", "mode": "pos", "gains": (0.01, 0.03, 0.08), "p": 0.002},
+            {"method": "random", "gains": (0.0, 0.04, 0.0), "p": 0.9},
+        ],
+    )
+    write_attributions(folder, attribution_rows())
+    write_generations(folder, [("it is a cat", "it is a dog")])
+    return folder, page_of(folder)
+
+
+def saved_by_pandas(path):
+    """Empty cells become NaN, and layers with them 3.0."""
+    pd.read_csv(path).to_csv(path, index=False)
+
+
+def saved_by_a_spreadsheet(path):
+    pd.read_csv(path, dtype=str, keep_default_na=False).replace(
+        {"True": "TRUE", "False": "FALSE"}
+    ).to_csv(path, index=False, lineterminator="\r\n")
+
+
+def with_an_empty_row(path):
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table.loc[len(table)] = ""
+    table.to_csv(path, index=False)
+
+
+@pytest.mark.parametrize("save", [saved_by_pandas, saved_by_a_spreadsheet, with_an_empty_row])
+def test_tables_that_were_saved_again(tables_and_page, tmp_path, save):
+    folder, expected = tables_and_page
+    # As many right answers of steering alone as differ, per token: 8, all gained.
+    assert f"and it is significant (p = {2 / 2**8:.2g})" in expected.text
+    assert "no held-out result" in expected.text and "best control" in expected.text
+    again = shutil.copytree(folder, tmp_path / "again")
+    before = {path: path.read_bytes() for path in again.rglob("*.csv")}
+    for path in before:
+        save(path)
+    assert all(path.read_bytes() != content for path, content in before.items())
+    grid = (again / "steering" / f"{STEM}_grid.csv").read_text()
+    assert {saved_by_pandas: ",3.0,", saved_by_a_spreadsheet: "TRUE"}.get(save, "") in grid
+    page = page_of(again)
+    assert page.text == expected.text and page.tables() == expected.tables()
+
+
+GRID, FRONT = f"steering/{STEM}_grid.csv", f"steering/{STEM}_front.csv"
+QUESTIONS, WORDS = f"steering/{STEM}_questions.csv", "token_attribution/words.csv"
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "cell", "expected"),
+    [
+        (GRID, "alpha", "inf", "a finite number, found 'inf'"),
+        (GRID, "alpha", "", "a finite number, found ''"),
+        (GRID, "questions", "", "a finite number"),
+        (GRID, "accuracy_sum", "nan", "a finite number"),
+        (GRID, "margin_sum", "x", "a number, found 'x'"),
+        (GRID, "layers", "1.5", "layers such as 0 1 2, found '1.5'"),
+        (GRID, "method", "", "a text, found ''"),
+        (GRID, "includes_steering_examples", "perhaps", "True or False, found 'perhaps'"),
+        (QUESTIONS, "correct_token", "yes", "True or False, found 'yes'"),
+        (FRONT, "is_control", "", "True or False, found ''"),
+        (FRONT, "score", "both", "token or sum, found 'both'"),
+        (FRONT, "max_ppl_increase", "", "a finite number"),
+        (WORDS, "k", "", "a finite number"),
+        (WORDS, "gradients_computed", "", "a finite number"),
+        (WORDS, "tokens", "5", "a JSON list of texts, found '5'"),
+        (WORDS, "tokens", '{"a": 1}', "a JSON list of texts"),
+        (WORDS, "tokens", "[1, 2, 3, 4, 5]", "a JSON list of texts"),
+        (WORDS, "tokens", DEEP, "a JSON list of texts"),
+        (WORDS, "tokens", "", "a JSON list of texts, found ''"),
+        (WORDS, "attributions", "[]", "0 scores for 5 tokens"),
+        (WORDS, "attributions", "[1, 2]", "a JSON list of lists of numbers"),
+        (WORDS, "attributions", '[["1", 2, 3, 4, 5]]', "a JSON list of lists of numbers"),
+        (WORDS, "attributions", "[[NaN, 2, 3, 4, 5]]", "a JSON list of lists of numbers"),
+        (WORDS, "attributions", f"[[1{'0' * 400}, 2, 3, 4, 5]]", "a JSON list of lists of numbers"),
+        (WORDS, "selected_positions", "[[5]]", "a JSON list of positions"),
+        (WORDS, "selected_positions", "[[-1]]", "a JSON list of positions"),
+        (WORDS, "selected_positions", "[[1], [2]]", "a JSON list of positions"),
+        (WORDS, "selected_positions", "null", "a JSON list of positions"),
+        (WORDS, "image_positions", '["0"]', "a JSON list of positions"),
+        (WORDS, "image_positions", "[true]", "a JSON list of positions"),
+    ],
+)
+def test_cells_that_are_not_what_their_columns_say(
+    tables_and_page, tmp_path, file, column, cell, expected
+):
+    path = shutil.copytree(tables_and_page[0], tmp_path / "spoilt") / file
+    for folder in {*(tmp_path / "spoilt").iterdir()} - {path.parent}:
+        shutil.rmtree(folder)
+    with_cell(column, cell)(path)
+    with pytest.raises(UserError) as error:
+        page_of(tmp_path / "spoilt")
+    assert all(part in str(error.value) for part in (str(path), f"column {column}", expected))
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("cell", ["7", '[[0, 0, 1, 1], "x", null]', "[null]", "[[0, 0, 1], 1, 2]"])
+def test_boxes_that_are_none(tmp_path, cell):
+    picture_results(tmp_path)
+    path = tmp_path / "token_attribution" / "words.csv"
+    with_cell("image_boxes", cell)(path)
+    assert "column image_boxes" in page_of(tmp_path).text  # in place of the picture
+
+
+@pytest.mark.parametrize("file", [GRID, FRONT, WORDS, "steering_generation/texts.csv"])
+def test_rows_that_stand_twice(tables_and_page, tmp_path, file):
+    path = shutil.copytree(tables_and_page[0], tmp_path / "twice") / file
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    pd.concat([table, table]).to_csv(path, index=False)
+    with pytest.raises(UserError, match="more than once") as error:
+        page_of(tmp_path / "twice")
+    assert str(path) in str(error.value)
+
+
+def test_questions_of_another_run(tables_and_page, tmp_path):
+    path = shutil.copytree(tables_and_page[0], tmp_path / "fewer") / QUESTIONS
+    table = pd.read_csv(path, dtype=str)
+    table[(table.id != "q3") | (table.configuration != "random @ 3 x 0.2")].to_csv(
+        path, index=False
+    )
+    with pytest.raises(UserError, match="does not hold the same all questions"):
+        page_of(tmp_path / "fewer")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"data": 5}', "data: expected an object or a text, found 5"),
+        ('{"model": [1]}', "model: expected an object or a text, found [1]"),
+        ('{"flags": "x"}', "flags: expected an object, found x"),
+        ('{"versions": 1}', "versions: expected an object"),
+        ('{"stage": {}}', "stage: expected a text"),
+        ('{"seed": true}', "seed: expected a whole number, found True"),
+        ('{"model": {"model": 7}}', "model.model: expected a text, found 7"),
+        ('{"data": {"name": ["x"]}}', "data.name: expected a text"),
+        ('{"data": {"ids": 3}}', "data.ids: expected a list, found 3"),
+        ('{"flags": {"score": "both"}}', "flags.score: expected token or sum, found both"),
+        ("5", "expected a JSON object, found 5"),
+        ("null", "expected a JSON object"),
+        ('{"data": ' + DEEP + "}", "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("name", [f"steering/{STEM}_grid", "token_attribution/words"])
+def test_manifests_of_another_shape(tables_and_page, tmp_path, name, content, expected):
+    folder = shutil.copytree(tables_and_page[0], tmp_path / "shape")
+    path = folder / f"{name}.manifest.json"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        page_of(folder)
+    assert str(path) in str(error.value) and expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        '{"model": null, "data": null, "flags": null, "settings": null, "stage": null}',
+        '{"data": {"name": null, "ids": null}, "flags": {"seed": null, "alphas": [[1], [1, 2]]}}',
+    ],
+)
+def test_manifests_that_say_little(tables_and_page, tmp_path, content):
+    folder = shutil.copytree(tables_and_page[0], tmp_path / "little")
+    for path in folder.rglob("*.manifest.json"):
+        path.write_text(content)
+    assert page_of(folder).tables()[CHOSEN] == tables_and_page[1].tables()[CHOSEN]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"configuration": 5}', '{"configuration": null}'])
+def test_a_choice_of_another_shape(tables_and_page, tmp_path, content):
+    folder = shutil.copytree(tables_and_page[0], tmp_path / "choice")
+    path = folder / "steering" / f"{STEM}_chosen.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="configuration: expected a text") as error:
+        page_of(folder)
+    assert str(path) in str(error.value)
+
+
+def test_an_infinite_cost_is_written_and_not_drawn(tmp_path):
+    write_evaluation(
+        tmp_path,
+        {"base": some(16), "mean pos@0.2": some(30), "mean pos@0.1": some(20)},
+        extra={"perplexity_increase": [0.0, np.inf, 0.04]},
+    )
+    front = write_front(tmp_path, [{"method": "mean", "gains": (0.01, 0.03, 0.08), "p": 0.01}])
+    front.loc[front.max_ppl_increase == 0.1, "perplexity_increase"] = np.inf
+    front.to_csv(tmp_path / FRONT, index=False)
+    page = page_of(tmp_path, drawn=True)
+    table = page.tables()["All configurations, test questions"]
+    assert table["mean pos @ 1-2 x 0.2"][6] == "+inf %"
+    assert table["mean pos @ 1-2 x 0.1"][6] == "+4.0 %"
+    axes = Figure().subplots()
+    figures.draw_front(axes, front[front.score == "token"])
+    assert drawn(axes)["mean"][1] == [0.01, 0.03]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("a.csv", "as a CSV"), ("a.png", "as a picture")])
+def test_demo_files_that_cannot_be_read(tmp_path, name, expected):
+    write_attributions(tmp_path, attribution_rows())
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{name}' cannot be read {expected}"):
+        page_of(tmp_path)
 
 
 def test_a_grid_without_base(tmp_path):

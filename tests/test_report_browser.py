@@ -10,11 +10,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_report import write_everything
 
-import report
-from grains import figures
-from grains.vectors import METHODS
+from grains.report import figures
+from grains.settings import METHODS
+
+pytest_plugins = ("helpers.everything",)
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -87,17 +87,17 @@ def look(page: Path, folder: Path, dark: bool) -> tuple[dict, dict, list[str]]:
         text=True,
         timeout=120,
     )
-    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found and found[1], done.stderr[-2000:]
-    phone, laptop = json.loads(html.unescape(found[1]))
+    seen = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert seen and seen[1], done.stderr[-2000:]
+    phone, laptop = json.loads(html.unescape(seen[1]))
     return phone, laptop, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    folder = write_everything(tmp_path_factory.mktemp("everything"))
-    output = folder / "report.html"
-    output.write_text(report.build([folder], output, 6)[0], encoding="utf-8")
+def page(everything):
+    _, output, text, _ = everything
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
     return output
 
 

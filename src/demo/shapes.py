@@ -1,6 +1,6 @@
 """Drawn scenes of coloured shapes, with questions, captions and a preference data set.
 
-A scene is a canvas (64 x 64 pixels unless told otherwise) cut into cells of 32 x 32 pixels; one to
+A scene is a canvas (64 x 64 pixels by default) cut into cells of 32 x 32 pixels; one to
 three shapes sit in different cells, jittered in size and place. Everything follows from the scene's
 seed, and every object carries the exact box of its pixels, so that an attribution map can be scored
 against it. Each shape has a texture of its own (solid circle, hollow square, striped triangle,
@@ -171,14 +171,15 @@ def yes_no_question(pair):
 
 
 def ask_yes_no(scene, rng, present):
-    """(pair, 'Yes' or 'No'); half of the absent pairs have their colour or shape in the scene."""
+    """(pair, 'Yes' or 'No'); half of the pairs that are not shown share a colour or shape with one
+    that is."""
     if present:
         return scene.pairs[rng.integers(len(scene.pairs))], "Yes"
-    absent = [pair for pair in PAIRS if pair not in scene.pairs]
+    missing = [pair for pair in PAIRS if pair not in scene.pairs]
     if rng.random() < 0.5:
         colours, shapes = map(set, zip(*scene.pairs, strict=True))
-        absent = [pair for pair in absent if pair[0] in colours or pair[1] in shapes]
-    return absent[rng.integers(len(absent))], "No"
+        missing = [pair for pair in missing if pair[0] in colours or pair[1] in shapes]
+    return missing[rng.integers(len(missing))], "No"
 
 
 def colour_questions(scene):

@@ -174,14 +174,20 @@ def write_rows(path: Path, chunks: Iterable[list[dict]]) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file. Raises UserError if it is missing or not valid JSON."""
+    """Read a JSON object. Raises UserError if the file is missing, not valid, or no object."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"'{path}' cannot be read ({error}): was it cut short? remove it and run "
             "the command again"
         ) from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"'{path}': expected a JSON object, found {str(content)[:40]}; was it changed? remove "
+            "it and run the command again"
+        )
+    return content
 
 
 def processes() -> PartialState:
@@ -348,7 +354,7 @@ class Run:
             total=len(shard),
             initial=len(shard) - len(missing),
             desc=description,
-            disable=not self.state.is_main_process,
+            disable=not (count and self.state.is_main_process),
             unit="unit",
         ) as bar:
             for unit in missing:

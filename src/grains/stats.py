@@ -1,4 +1,4 @@
-"""Intervals of accuracies and means, paired tests, and the correction for many tests."""
+"""Intervals of accuracies and means, paired tests, corrected for many; repetition of a text."""
 
 from __future__ import annotations
 
@@ -70,3 +70,13 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     corrected = np.empty(len(p_values))
     corrected[order] = np.minimum(larger, 1)
     return corrected
+
+
+def repetition(text: str) -> float:
+    """1 - distinct-3: the share of three-word sequences that occurred before in the text.
+
+    Words are what white space separates. 0 for a text of fewer than four words.
+    """
+    words = text.split()
+    trigrams = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0

@@ -10,7 +10,8 @@ import argparse
 import math
 from dataclasses import dataclass, replace
 
-from grains.data import DATASETS
+from grains.data import DATASETS, default_split
+from grains.names import Names
 from grains.settings import (
     ABLATE,
     BASELINES,
@@ -25,6 +26,7 @@ from grains.settings import (
     OBJECTIVES,
     REPLACEMENTS,
     SCOPES,
+    SCORES,
     STYLES,
     TOPS,
     UNITS,
@@ -135,7 +137,11 @@ def add_overwrite(flags: argparse._ActionsContainer) -> None:
     )
 
 
-def add_data(flags: argparse.ArgumentParser) -> None:
+def add_data(
+    flags: argparse.ArgumentParser,
+    split: str = "split of the steering examples (default: the data set's)",
+) -> None:
+    """The data set and its steering examples. split: the help of that flag."""
     group = flags.add_argument_group("data")
     group.add_argument(
         "--dataset_name",
@@ -153,7 +159,7 @@ def add_data(flags: argparse.ArgumentParser) -> None:
         default=DataSettings.num_samples,
         help="steering examples, from which vectors are made",
     )
-    group.add_argument("--split", help="split of the steering examples (default: the data set's)")
+    group.add_argument("--split", help=split)
     group.add_argument(
         "--prompt_style",
         default=flags.get_default("kind").prompt_style,
@@ -335,6 +341,16 @@ def add_evaluation(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--output_dir", help="folder of the tables (default: results/...)")
 
 
+def add_score(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument(
+        "--score",
+        default="token",
+        choices=SCORES,
+        help="what the choice of a configuration goes by: accuracy of the summed "
+        "or of the per-token log-likelihood (both are reported)",
+    )
+
+
 def add_evaluate_on(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--evaluate_on",
@@ -346,6 +362,13 @@ def add_evaluate_on(flags: argparse.ArgumentParser) -> None:
 
 
 # --- settings from flags ---
+
+
+def names_of(args: argparse.Namespace) -> Names:
+    """The names of the files of a stage by its flags."""
+    split = default_split(args.dataset_name, "steering")
+    ablation = ablation_settings(args, TOPS)
+    return Names(args.kind.name, args.model_name, data_settings(args), ablation, split)
 
 
 def data_settings(args: argparse.Namespace) -> DataSettings:

@@ -5,21 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from grains import data, runs, vectors
-from grains.cli import flags
+from grains import runs, vectors
+from grains.cli.flags import names_of
 from grains.errors import UserError
 from grains.lm import LanguageModel
-from grains.names import Names
 from grains.settings import ABLATION_METHODS, TOPS, GridSettings
 from grains.states import StatesFile
 from grains.steering import Configuration, SteeringVectors, directions
-
-
-def names_of(args: argparse.Namespace) -> Names:
-    """The names of a stage's files, by its flags."""
-    split = data.default_split(args.dataset_name, "steering")
-    ablation = flags.ablation_settings(args, TOPS)
-    return Names(args.kind.name, args.model_name, flags.data_settings(args), ablation, split)
 
 
 def states_files(args: argparse.Namespace, grid: GridSettings) -> dict[str, StatesFile]:

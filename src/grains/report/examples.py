@@ -1,5 +1,5 @@
-"""Single examples in the report: the words and image patches that the model goes by, and what it
-says with and without steering."""
+"""Single examples in the report: the words and image patches that an answer depends on, and what
+the model writes with and without steering."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from grains import data, figures, vision
+from grains import data, vision
 from grains.errors import UserError
-from grains.report_figures import WIDTH, Figures, as_item
-from grains.report_files import examples_of, from_json, manifest_of, read_table
-from grains.report_text import joined, number, percent
+from grains.report import figures
+from grains.report.files import examples_of, manifest_of
+from grains.report.images import WIDTH, Images, as_item
+from grains.report.reading import are, from_json, is_below, is_box, is_finite, is_text, read_table
+from grains.report.text import joined, number, percent
 
 # --- stage 1 ---
 
 
-def attribution_view(path: Path, drawn: Figures, name: str, count: int) -> dict:
+def attribution_view(path: Path, images: Images, name: str, count: int) -> dict:
     """What ablation does on the whole, and the first examples with their attributions.
 
     name: begins the names of the figures; count: examples shown.
@@ -35,15 +37,15 @@ def attribution_view(path: Path, drawn: Figures, name: str, count: int) -> dict:
             pictures = examples_of(manifest_of(path))
         except UserError as error:
             note = f"The pictures are not shown, their data cannot be read again: {error}"
-    once = table.drop_duplicates("id")
-    errors = once.completeness_error_relative_worst.dropna()  # Integrated Gradients' alone
+    firsts = table.drop_duplicates("id")
+    errors = firsts.completeness_error_relative_worst.dropna()  # Integrated Gradients' alone
     return {
         "name": path.name,
         "note": note,
         "total": len(ids),
         "error": percent(errors.median()),
         "worst": percent(errors.max()),
-        "gradients": f"{once.gradients_computed.median():.0f}",
+        "gradients": f"{firsts.gradients_computed.median():.0f}",
         "tops": [
             {
                 "top": top,
@@ -56,7 +58,7 @@ def attribution_view(path: Path, drawn: Figures, name: str, count: int) -> dict:
             for top, rows in table.groupby("top", sort=False)
         ],
         "examples": [
-            example_view(path, table[table.id == identity], pictures, drawn, name)
+            example_view(path, table[table.id == identity], pictures, images, name)
             for identity in ids[:count]
         ],
     }
@@ -76,40 +78,65 @@ class Line:
 
 
 def example_lines(path: Path, rows: pd.DataFrame) -> list[Line]:
+    """The prompt of an example; rows: those of its selections.
+
+    Raises UserError for a cell that is not what stage 1 writes.
+    """
     first = rows.iloc[0]
-    tokens = from_json(path, "tokens", first.tokens)
+    tokens = cell(path, "tokens", first, are(is_text), "a JSON list of texts")
+    attributions = cell(
+        path, "attributions", first, are(are(is_finite)), "a JSON list of lists of numbers"
+    )
+    wrong = [scores for scores in attributions if len(scores) != len(tokens)]
+    if wrong or not attributions:
+        raise UserError(
+            f"'{path}', column attributions: {len(wrong[0]) if wrong else 0} scores for "
+            f"{len(tokens)} tokens of example {first.id}"
+        )
+    positions, count = are(is_below(len(tokens))), len(attributions)
     selected = {
-        row.top: from_json(path, "selected_positions", row.selected_positions)
-        for row in rows.itertuples()
+        row.top: cell(
+            path,
+            "selected_positions",
+            row,
+            lambda content: are(positions)(content) and len(content) == count,
+            "a JSON list of positions for each list of attributions",
+        )
+        for _, row in rows.iterrows()
     }
     lines = []
-    for index, scores in enumerate(from_json(path, "attributions", first.attributions)):
-        if len(scores) != len(tokens):
-            raise UserError(
-                f"'{path}', column attributions: {len(scores)} scores for "
-                f"{len(tokens)} tokens of example {first.id}"
-            )
-        found = figures.words(tokens, scores)
-        moved = [i for i, word in enumerate(found) if word.score] or [0, len(found) - 1]
+    for index, scores in enumerate(attributions):
+        words = figures.words(tokens, scores)
+        scored = [i for i, word in enumerate(words) if word.score] or [0, len(words) - 1]
         lines.append(
             Line(
-                found[moved[0] : moved[-1] + 1],
+                words[scored[0] : scored[-1] + 1],
                 scores,
-                {top: set(sets[index]) for top, sets in selected.items()},
+                {top: set(lists[index]) for top, lists in selected.items()},
             )
         )
     return lines
 
 
+def cell(path: Path, column: str, row: pd.Series, fits, expected: str):
+    """The JSON in a cell of an example (see `from_json`)."""
+    return from_json(f"'{path}', column {column}, example {row.id}", row[column], fits, expected)
+
+
 def example_view(
-    path: Path, rows: pd.DataFrame, pictures: dict[str, data.Example], drawn: Figures, name: str
+    path: Path, rows: pd.DataFrame, pictures: dict[str, data.Example], images: Images, name: str
 ) -> dict:
     first, lines = rows.iloc[0], example_lines(path, rows)
-    image = set(from_json(path, "image_positions", first.get("image_positions") or "[]"))
+    shown = are(is_below(len(lines[0].scores)))
+    image = (
+        set(cell(path, "image_positions", first, shown, "a JSON list of positions"))
+        if first.get("image_positions")
+        else set()
+    )
     heat, note = None, ""
     if image and first.id in pictures:
         try:
-            heat = heat_view(path, first, lines[0], sorted(image), pictures[first.id], drawn, name)
+            heat = heat_view(path, first, lines[0], sorted(image), pictures[first.id], images, name)
         except UserError as error:
             note = str(error)
     return {
@@ -160,9 +187,15 @@ def line_view(line: Line, image: set[int], largest: float) -> list[dict]:
     return items
 
 
-def heat_view(path, row, line, positions, example, drawn, name) -> dict:
+def heat_view(path, row, line, positions, example, images, name) -> dict:
     """The picture beside its heat-map."""
-    boxes = from_json(path, "image_boxes", row.image_boxes)
+    boxes = cell(
+        path,
+        "image_boxes",
+        row,
+        lambda content: are(is_box)(content) and len(content) == len(positions),
+        "a JSON list of a box or null for each image token",
+    )
     if not any(boxes):
         raise UserError(
             "It is not known where in the picture this model's image tokens lie: no heat-map"
@@ -196,14 +229,14 @@ def heat_view(path, row, line, positions, example, drawn, name) -> dict:
         f"Picture of example {row.id}, plain and with the attribution of its patches; outlined: "
         f"{joined(outlined) if outlined else 'none'}."
     )
-    item = drawn.add_picture(
+    item = images.add_picture(
         f"{name}_heat_{row.id}", draw, min(WIDTH / 2 * picture.height / picture.width, 5.0), alt
     )
     return item | {
         "largest": largest,
         "scale": number(largest).lstrip("+"),
         "shares": joined(
-            f"{percent(float(row[f'{sign}_share_image']))} of the {sign}"
+            f"{percent(row.get(f'{sign}_share_image', np.nan))} of the {sign}"
             for sign in ("positive", "negative")
         ),
     }
@@ -244,35 +277,43 @@ def generation_view(path: Path, count: int) -> dict:
 
 
 def word_difference(base: str, steered: str) -> tuple[list, list]:
-    """Both texts as runs of words (text, whether the other text lacks them)."""
-    one, two = (re.findall(r"\s*\S+", text) for text in (base, steered))
+    """Both texts in pieces: (text, whether the other text lacks it)."""
+    words = [re.findall(r"\s*\S+", text) for text in (base, steered)]
     matcher = difflib.SequenceMatcher(
-        None, [word.strip() for word in one], [word.strip() for word in two], autojunk=False
+        None, *([word.strip() for word in side] for side in words), autojunk=False
     )
-    runs_of = ([], [])
-    for tag, i, j, k, m in matcher.get_opcodes():
-        for found, text in zip(runs_of, ("".join(one[i:j]), "".join(two[k:m])), strict=True):
-            words = text.lstrip()
-            found += [(text[: len(text) - len(words)], False), (words, tag != "equal")]
-    return runs_of
+    pieces = ([], [])
+    for tag, *ends in matcher.get_opcodes():
+        for side, all_words, first, end in zip(pieces, words, ends[::2], ends[1::2], strict=True):
+            text = "".join(all_words[first:end])
+            stripped = text.lstrip()
+            side += [(text[: len(text) - len(stripped)], False), (stripped, tag != "equal")]
+    return pieces
 
 
 # --- the demo ---
 
 
+AGAIN = "was it cut short or changed? run the demo again"
+
+
 def demo_view(path: Path) -> dict:
     """What a demo measured (CSV) or drew (PNG), as it stands."""
     if path.suffix == ".csv":
-        table = pd.read_csv(path, dtype=str, keep_default_na=False).rename(
-            columns={"Unnamed: 0": ""}
-        )
+        try:
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{path}' cannot be read as a CSV ({error}): {AGAIN}") from error
         return {
             "name": path.stem.replace("_", " ").capitalize(),
             "picture": None,
-            "table": table.to_html(index=False, border=0),
+            "table": table.rename(columns={"Unnamed: 0": ""}).to_html(index=False, border=0),
         }
-    with Image.open(path) as picture:
-        height = WIDTH * picture.height / picture.width
+    try:
+        with Image.open(path) as picture:
+            height = WIDTH * picture.height / picture.width
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read as a picture ({error}): {AGAIN}") from error
     return {
         "name": path.name,
         "picture": as_item(

@@ -35,7 +35,7 @@ from matplotlib.ticker import (
 from PIL import Image
 from tokenizers import decoders
 
-from grains.vectors import CONTROLS, METHODS
+from grains.settings import CONTROLS, METHODS
 
 DIVERGING = LinearSegmentedColormap.from_list(
     "orange_blue", ["#8c4004", "#d9822b", "#f4f2ee", "#4a90c9", "#174f8a"]
@@ -246,7 +246,8 @@ def _lines(axes: Axes, table: pd.DataFrame, along: str, value: str, spread: bool
 
     spread: draw them side by side where they share a place on a logarithmic axis.
     """
-    series = list(table.dropna(subset=value).groupby(["method", "mode"], sort=False))
+    table = table[np.isfinite(table[along]) & np.isfinite(table[value])]
+    series = list(table.groupby(["method", "mode"], sort=False))
     for index, ((method, mode), rows) in enumerate(series):
         rows = rows.sort_values(along, kind="stable")
         colour, marker = look(method)
@@ -334,7 +335,8 @@ def draw_measure(axes: Axes, grid: pd.DataFrame, column: str) -> None:
     if column.endswith("_increase"):
         _price_scale(axes, "y")
         # Autoscaling was linear: the axis begins below what is there, and ends above it.
-        lowest, highest = grid[column].min(), grid[column].max()
+        values = grid[column][np.isfinite(grid[column])]
+        lowest, highest = values.min(), values.max()
         axes.set_ylim(1.5 * lowest if lowest < -0.001 else -0.001, max(1.5 * highest, 0.01))
     elif column in SHARES:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")

@@ -1,92 +1,15 @@
-"""The files of the report: finding results, reading their tables, what their manifests say."""
+"""The files of the report: finding results, and what their manifests say."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import pandas as pd
-
-from grains import data, figures, runs
+from grains import data, runs
 from grains.errors import UserError
+from grains.settings import SCORES
 
-
-class Kind(NamedTuple):
-    """A kind of table: the script that writes it, and the columns that the report reads."""
-
-    script: str
-    text: tuple[str, ...]
-    numbers: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()  # numbers too, read where they are
-
-
-def _per_score(*names: str) -> tuple[str, ...]:
-    return tuple(name.format(score) for score in figures.SCORES for name in names)
-
-
-KINDS = {
-    "attribution": Kind(
-        "token_ablation.py",
-        (
-            "id",
-            "top",
-            "question",
-            "chosen",
-            "rejected",
-            "selected_positions",
-            "tokens",
-            "attributions",
-        ),
-        ("f", "f_ablated", "k", "completeness_error_relative_worst", "gradients_computed"),
-    ),
-    "grid": Kind(
-        "steering_mc.py",
-        ("configuration", "method", "mode", "layers", "part"),
-        (
-            "alpha",
-            "questions",
-            *_per_score("accuracy_{}", "accuracy_{}_low", "accuracy_{}_high", "p_value_{}"),
-        ),
-        (
-            "perplexity_increase",
-            "varied_increase",
-            "answers_increase",
-            "unrelated_accuracy",
-            "repetition",
-            "words",
-            *_per_score("margin_{}"),
-        ),
-    ),
-    "questions": Kind("steering_mc.py", ("configuration", "part", "id", *_per_score("correct_{}"))),
-    "front": Kind(
-        "experiment.py",
-        ("dataset", "method", "mode", "is_control", "score", "limit", "configuration", "seeds"),
-        (
-            "max_ppl_increase",
-            "accuracy",
-            "accuracy_low",
-            "accuracy_high",
-            "base_accuracy",
-            "gain",
-            "gain_low",
-            "gain_high",
-            "p_value",
-            "perplexity_increase",
-            "unrelated_change",
-            "unrelated_change_low",
-            "unrelated_change_high",
-        ),
-        ("varied_increase", "answers_increase", "repetition"),
-    ),
-    "generation": Kind(
-        "steering_generation.py",
-        ("prompt", "id", "question", "configuration", "base", "steered", "reference"),
-    ),
-}
 FOLDERS = {"token_attribution": "attribution", "steering_generation": "generation"}
 STAGES = {"token_ablation": "attribution", "steering_generation": "generation"}
 EVALUATION = re.compile("_(grid|questions|front)$")
@@ -124,8 +47,8 @@ def find(folders: list[Path]) -> list[Section]:
             raise UserError(
                 f"'{folder}' is not a folder: give one with results, such as results/llm"
             )
-        found = [(kind_of(path), path) for path in sorted(folder.rglob("*.csv"))]
-        if not any(kind not in (None, "questions") for kind, _ in found):
+        tables = [(kind_of(path), path) for path in sorted(folder.rglob("*.csv"))]
+        if not any(kind not in (None, "questions") for kind, _ in tables):
             raise UserError(
                 f"'{folder}' holds no results: expected token_attribution/*.csv, "
                 "*_grid.csv, *_front.csv or steering_generation/*.csv; run "
@@ -133,7 +56,7 @@ def find(folders: list[Path]) -> list[Section]:
                 "scripts/llm/run_token_ablation.sh, bash scripts/llm/run_steering_mc.sh"
                 "), or give another folder"
             )
-        for kind, path in found:
+        for kind, path in tables:
             if kind is None or path.resolve() in seen:
                 continue
             seen.add(path.resolve())
@@ -168,8 +91,9 @@ def demo_files(folders: list[Path]) -> list[Path]:
 
 
 def kind_of(path: Path) -> str | None:
-    if found := EVALUATION.search(path.stem):
-        return found[1]
+    """attribution, grid, questions, front or generation; None for what is no such table."""
+    if ending := EVALUATION.search(path.stem):
+        return ending[1]
     return FOLDERS.get(path.parent.name) or STAGES.get(manifest_of(path).get("stage"))
 
 
@@ -182,63 +106,73 @@ def chosen_path(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}_chosen.json")
 
 
+# What a manifest holds, as far as the report reads it; anything may be missing or null.
+MANIFEST = {
+    "stage": str,
+    "model": (dict, str),
+    "data": (dict, str),
+    "settings": dict,
+    "flags": dict,
+    "versions": dict,
+    "seed": int,
+}
+MODEL = {"model": str}
+DATA = {"name": str, "path": str, "split": str, "num_samples": int, "ids": list}
+FLAGS = {"score": str, "seed": int}
+JSON_NAMES = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
+
+
 def manifest_of(path: Path) -> dict:
-    """The manifest beside a table, or {}. That of a grid goes for its whole evaluation."""
+    """The manifest beside a table, or {}. That of a grid goes for its whole evaluation.
+
+    Raises UserError where it is not what the stages write.
+    """
     for name in (f"{path.stem}.manifest.json", f"{stem_of(path).name}_grid.manifest.json"):
         if (file := path.with_name(name)).is_file():
-            return read_object(file)
+            manifest = runs.read_json(file)
+            _check(file, manifest, MANIFEST)
+            for key, types in (("model", MODEL), ("data", DATA), ("flags", FLAGS)):
+                if isinstance(manifest.get(key), dict):
+                    _check(file, manifest[key], types, f"{key}.")
+            score = (manifest.get("flags") or {}).get("score")
+            if score not in (None, *SCORES):
+                raise UserError(
+                    f"'{file}', flags.score: expected {' or '.join(SCORES)}, found {score}; was it "
+                    "changed?"
+                )
+            return manifest
     return {}
 
 
-def read_object(path: Path) -> dict:
-    content = runs.read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}': expected a JSON object; was it changed?")
-    return content
+def _check(file: Path, content: dict, types: dict, place: str = "") -> None:
+    for key, expected in types.items():
+        value = content.get(key)
+        if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
+            kinds = expected if isinstance(expected, tuple) else (expected,)
+            raise UserError(
+                f"'{file}', {place}{key}: expected {' or '.join(map(JSON_NAMES.get, kinds))}, "
+                f"found {str(value)[:40]}; was it changed?"
+            )
+
+
+def chosen_configuration(stem: Path) -> str | None:
+    """The label of the configuration that an evaluation chose; None where none is chosen."""
+    path = chosen_path(stem)
+    if not path.is_file():
+        return None
+    label = runs.read_json(path).get("configuration")
+    if not isinstance(label, str):
+        raise UserError(
+            f"'{path}', configuration: expected a text, found {str(label)[:40]}; was it changed?"
+        )
+    return label
 
 
 def subject(manifest: dict) -> tuple[str | None, str | None]:
     """Model and data set of a manifest."""
-    parts = [(manifest.get("model"), "model"), (manifest.get("data"), "name")]
-    return tuple(part.get(key) if isinstance(part, dict) else part for part, key in parts)
-
-
-def read_table(path: Path, name: str) -> pd.DataFrame:
-    """A table of a kind; text stays text, so that an answer 'None' or '1.0' is one.
-
-    Raises UserError, naming the file and the column, where it is not what its name says.
-    """
-    kind = KINDS[name]
-    again = f"was it cut short or changed? make it again with {kind.script}"
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read as a CSV ({error}): {again}") from error
-    missing = [column for column in (*kind.text, *kind.numbers) if column not in table]
-    if missing:
-        raise UserError(
-            f"'{path}': column{'s' * (len(missing) > 1)} {', '.join(missing)} missing, "
-            f"found {', '.join(table.columns)}; {again}"
-        )
-    if table.empty:
-        raise UserError(f"'{path}' has no rows: {again}")
-    for column in (*kind.numbers, *(name for name in kind.optional if name in table)):
-        try:
-            table[column] = pd.to_numeric(table[column])  # an empty cell is a NaN
-        except ValueError as error:
-            raise UserError(
-                f"'{path}', column {column}: expected numbers ({error}); {again}"
-            ) from error
-    return table
-
-
-def from_json(path: Path, column: str, cell: str):
-    try:
-        return json.loads(cell)
-    except ValueError as error:
-        raise UserError(
-            f"'{path}', column {column}: expected a JSON list, found '{cell[:40]}'"
-        ) from error
+    fields = [(manifest.get("model"), "model"), (manifest.get("data"), "name")]
+    model, name = (field.get(key) if isinstance(field, dict) else field for field, key in fields)
+    return model, name
 
 
 def examples_of(manifest: dict) -> dict[str, data.Example]:
@@ -246,15 +180,15 @@ def examples_of(manifest: dict) -> dict[str, data.Example]:
 
     Raises UserError if they cannot be read, or are others than in the run.
     """
-    given = manifest.get("data")
-    if not isinstance(given, dict) or "ids" not in given:
+    given, seed = manifest.get("data"), manifest.get("seed")
+    if not isinstance(given, dict) or seed is None or None in map(given.get, ("ids", "name")):
         raise UserError("no manifest says where they are")
-    split = given["split"] or data.default_split(given["name"], 0)
-    rows, source = data.load(given["name"], split, given["path"])
-    found = data.examples(rows, source, manifest["seed"], given["num_samples"])
-    if [example.id for example in found] != given["ids"]:
+    split = given.get("split") or data.default_split(given["name"], "steering")
+    rows, source = data.load(given["name"], split, given.get("path"))
+    examples = data.examples(rows, source, seed, given.get("num_samples"))
+    if [example.id for example in examples] != given["ids"]:
         raise UserError(f"{source.path} has other examples now than in this run")
-    return {example.id: example for example in found}
+    return {example.id: example for example in examples}
 
 
 TERMS = {
@@ -278,7 +212,10 @@ LEFT_OUT = (
 
 
 def what_was_run(manifests: list[dict], examples: str, seeds: list) -> list[tuple[str, dict]]:
-    """Terms and what they were, by name, as far as the manifests say; each thing once."""
+    """Terms and what they were, by name, as far as the manifests say; each thing stands once.
+
+    examples: the numbers of examples, as text; seeds: of the evaluations.
+    """
     lines: list[tuple[str, dict]] = []
     for key, term in TERMS.items():
         for manifest in manifests:
@@ -286,15 +223,15 @@ def what_was_run(manifests: list[dict], examples: str, seeds: list) -> list[tupl
             values = {"model": None, "name": None, "split": None}  # come first
             values |= given if isinstance(given, dict) else {key: given}
             if "num_samples" in values and not values.get("split"):
-                values["split"] = data.default_split(values["name"], 0)
+                values["split"] = data.default_split(values["name"], "steering")
             if key == "flags":
-                term = manifest.get("stage", "steering").replace("_", " ").capitalize()
+                term = (manifest.get("stage") or "steering").replace("_", " ").capitalize()
                 seeds = [*seeds, manifest.get("seed", values.get("seed"))]
             lines.append(
                 (
                     term,
                     {
-                        name.replace("_", " "): " ".join(map(str, np.atleast_1d(value)))
+                        name.replace("_", " "): as_text(value)
                         for name, value in values.items()
                         if value is not None and name not in LEFT_OUT
                     },
@@ -306,9 +243,14 @@ def what_was_run(manifests: list[dict], examples: str, seeds: list) -> list[tupl
         for term, text in (("Examples", examples), ("Seed", ", ".join(known)))
         if text
     ]
-    told = [line for index, line in enumerate(lines) if line[1] and line not in lines[:index]]
+    distinct = [line for index, line in enumerate(lines) if line[1] and line not in lines[:index]]
     return [
         (term, pairs)
-        for term, pairs in told  # what another manifest tells and more is enough
-        if not any(term == other and pairs.items() < more.items() for other, more in told)
+        for term, pairs in distinct  # a line that says less than another one is left out
+        if not any(term == title and pairs.items() < more.items() for title, more in distinct)
     ]
+
+
+def as_text(value: object) -> str:
+    """A value of a manifest; a list as its items."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -124,16 +124,6 @@ def accuracy_of(leads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {kind: (lead > 0).mean(axis=0) for kind, lead in leads.items()}
 
 
-def repetition(text: str) -> float:
-    """1 - distinct-3: the share of three-word sequences that occurred before in the text.
-
-    Words are what white space separates. 0 for a text of fewer than four words.
-    """
-    words = text.split()
-    trigrams = list(zip(words, words[1:], words[2:], strict=False))
-    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
-
-
 def continuation(lm: LanguageModel, text: str) -> Encoded:
     """A text as the response to its first token, so that `score` gives its log-likelihood."""
     whole = encode(lm, Example(repr(text[:40]), text, (), 0), "plain")

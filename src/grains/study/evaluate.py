@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from grains import data, prompts, runs, tables
+from grains import data, prompts, runs, stats, tables
 from grains.data import Example
 from grains.errors import UserError
 from grains.generation import decoding_batches, generate
@@ -330,7 +330,7 @@ def free_answers(
                 "question": encoded[number].example.question,
                 "configuration": label,
                 "text": text,
-                "repetition": costs.repetition(text),
+                "repetition": stats.repetition(text),
                 "words": len(text.split()),
             }
             for label, answers in zip(labels, texts, strict=True)

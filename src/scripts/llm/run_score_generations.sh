@@ -12,14 +12,15 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 if [[ -n "${GENERATIONS:-}" ]]; then
-  files=("$GENERATIONS")
-else
-  dataset="${DATASET_NAME:-truthfulqa}" model="${MODEL_NAME:-llama-3.1-8b-instruct}"
-  stem="${dataset##*/}_${model##*/}_n${NUM_SAMPLES:-50}_seed${SEED:-0}"
-  stem="${stem}_${ATTRIBUTION:-contrastive}_${GRAD_METHOD:-integrated_gradients}_k${TOP_K:-10}"
-  files=(results/"${KIND:-llm}"/steering_generation/"$stem"_*.csv)
+  exec "${PYTHON:-python}" score_generations.py --generations "$GENERATIONS" "$@"
 fi
-
-for file in "${files[@]}"; do
-  "${PYTHON:-python}" score_generations.py --generations "$file" "$@"
-done
+exec "${PYTHON:-python}" score_generations.py \
+  --model_name "${MODEL_NAME:-llama-3.1-8b-instruct}" \
+  --dataset_name "${DATASET_NAME:-truthfulqa}" \
+  --num_samples "${NUM_SAMPLES:-50}" \
+  --top_k "${TOP_K:-10}" \
+  --attribution "${ATTRIBUTION:-contrastive}" \
+  --grad_method "${GRAD_METHOD:-integrated_gradients}" \
+  --seed "${SEED:-0}" \
+  ${DATASET_PATH:+--dataset_path "$DATASET_PATH"} \
+  "$@"

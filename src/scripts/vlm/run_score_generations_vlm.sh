@@ -12,5 +12,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-export KIND=vlm DATASET_NAME="${DATASET_NAME:-spa-vl}" MODEL_NAME="${MODEL_NAME:-llava-1.6-7b}"
-TOP_K="${TOP_K:-50}" exec bash scripts/llm/run_score_generations.sh "$@"
+if [[ -n "${GENERATIONS:-}" ]]; then
+  exec "${PYTHON:-python}" score_generations_vlm.py --generations "$GENERATIONS" "$@"
+fi
+exec "${PYTHON:-python}" score_generations_vlm.py \
+  --model_name "${MODEL_NAME:-llava-1.6-7b}" \
+  --dataset_name "${DATASET_NAME:-spa-vl}" \
+  --num_samples "${NUM_SAMPLES:-50}" \
+  --top_k "${TOP_K:-50}" \
+  --attribution "${ATTRIBUTION:-contrastive}" \
+  --grad_method "${GRAD_METHOD:-integrated_gradients}" \
+  --seed "${SEED:-0}" \
+  ${DATASET_PATH:+--dataset_path "$DATASET_PATH"} \
+  "$@"

@@ -11,12 +11,12 @@ from itertools import chain, count
 
 from matplotlib.figure import Figure
 
-from grains import figures
+from grains.report import figures
 
 WIDTH = 4.8  # inches: text of 9 points is legible on a phone and on a laptop
 
 
-class Figures:
+class Images:
     """Draws figures light and dark for the page, and keeps the light ones as PNGs.
 
     pngs: file name -> content.

@@ -1,0 +1,82 @@
+"""`where` names the files that the stages write with the same flags, and loads nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import steering_generation
+import steering_mc
+import token_ablation
+from grains.cli import flags, where
+from grains.errors import UserError
+
+SRC = Path(__file__).parents[1] / "src"
+STAGE_1 = ["--model_name", "org/m", "--dataset_name", "truthfulqa", "--top_k", "7", "--seed", "3"]
+GRID = ["--methods", "mean", "--alphas", "0.1", "--layer_mode", "each", "--num_test", "9"]
+
+
+def printed(capsys, monkeypatch, *words) -> str:
+    monkeypatch.setattr(sys, "argv", ["where", *words])
+    where.main()
+    return capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("kind", [flags.LLM, flags.VLM], ids=lambda kind: kind.name)
+def test_the_files_of_the_stages(capsys, monkeypatch, kind):
+    args = token_ablation.parser(kind).parse_args([*STAGE_1, "--top", "pos", "rand"])
+    expected = str(flags.names_of(args).attributions())
+    assert printed(capsys, monkeypatch, kind.name, "attributions", *STAGE_1) == expected
+
+    words = [*STAGE_1, *GRID, "--score", "sum", "--output_dir", "out"]
+    args = steering_mc.parser(kind).parse_args(words)
+    files = flags.names_of(args).multiple_choice(
+        flags.grid_settings(args), flags.GRID, args.score, args.output_dir
+    )
+    assert set(files) == {"grid", "questions", "chosen"}
+    for file, path in files.items():
+        assert printed(capsys, monkeypatch, kind.name, *words, file) == str(path)
+
+
+def test_a_data_set_that_is_not_known(capsys, monkeypatch):
+    with pytest.raises(UserError, match="unknown data set 'nothing'"):
+        printed(capsys, monkeypatch, "llm", "grid", "--dataset_name", "nothing")
+    words = ("llm", "grid", "--dataset_name", "own", "--dataset_path", "own.jsonl")
+    assert "own_" in printed(capsys, monkeypatch, *words)
+
+
+def test_the_text_demo_takes_the_files_of_its_own_stages(tmp_path):
+    """A stand-in for Python writes down what it is called with, and runs `where` alone."""
+    calls, python = tmp_path / "calls", tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\n[ "$1" != -m ] || exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "TOP_K": "7", "SEED": "3"}
+    subprocess.run(
+        ["bash", "scripts/llm/demo.sh"], cwd=SRC, env=environment, check=True, capture_output=True
+    )
+    called = {words[0]: words[1:] for words in map(str.split, calls.read_text().splitlines())}
+    stage_1 = token_ablation.parser(flags.LLM).parse_args(called["token_ablation.py"])
+    stage_2 = steering_mc.parser(flags.LLM).parse_args(called["steering_mc.py"])
+    made = flags.names_of(stage_2).multiple_choice(
+        flags.grid_settings(stage_2), flags.GRID, stage_2.score, stage_2.output_dir
+    )
+    attributions = str(flags.names_of(stage_1).attributions())
+    assert called["demo/text_figure.py"][:2] == [attributions, str(made["grid"])]
+    stage_3 = steering_generation.parser(flags.LLM).parse_args(called["steering_generation.py"])
+    assert stage_3.chosen_path == str(made["chosen"])
+    assert stage_1.top_k == stage_2.top_k == 7 and stage_1.seed == 3
+
+
+def test_it_is_light():
+    code = (
+        "import sys; sys.argv = ['where', 'llm', 'grid']; from grains.cli import where; "
+        "where.main(); assert not {'torch', 'pandas', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=SRC, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("_grid.csv\n"), done.stderr
