@@ -10,19 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-<<<<<<< HEAD
-import jinja2
-from grains.figures import SCORES
-from grains.report_examples import attribution_view, demo_view, generation_view
-from grains.report_figures import Figures
-from grains.report_files import Section, chosen_path, demo_files, find, manifest_of, what_was_run
-from grains.report_steering import evaluation_views
-=======
 from demo import registered  # noqa: F401  its pictures are read again by the data set's name
 from grains.cli import entry, flags
->>>>>>> main
-
-from grains import cli, runs
 
 
 def parser() -> argparse.ArgumentParser:

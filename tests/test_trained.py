@@ -265,7 +265,8 @@ def test_what_is_kept_for_all_steps_is_known_before(lm):
     pairs = items(lm)[0]
     part = trained._Term(lm, 1, 10**6, pairs, 1, 1.0, 1.0, trained.pair_losses)
     kept = sum(
-        batch.states.nbytes + batch.calls.layers[0]["attention_mask"].nbytes for (batch,) in part.groups
+        batch.states.nbytes + batch.calls.layers[0]["attention_mask"].nbytes
+        for (batch,) in part.groups
     )
     # Told from lengths, without what the packs leave out: each last token, beginnings shared.
     assert kept <= trained._kept_bytes(lm, pairs) <= 1.5 * kept

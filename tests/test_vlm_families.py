@@ -637,26 +637,27 @@ def test_a_model_from_a_folder_is_the_model(vlm, tmp_path):
     )
 
 
-class AddsFeatures(torch.nn.Module):
-    """A layer that adds to image tokens what its model has noted, as DeepStack does."""
+class ChangesImageTokens(torch.nn.Module):
+    """A layer that changes image tokens where its model has noted them, as DeepStack does."""
 
-    def __init__(self, layer, noted):
+    def __init__(self, layer, noted, change):
         super().__init__()
-        self.layer, self.noted = layer, noted
+        self.layer, self.noted, self.change = layer, noted, change
 
     def forward(self, hidden_states, **kwargs):
         hidden_states = self.layer(hidden_states, **kwargs)
         where = self.noted.get("where")
-        return hidden_states if where is None else hidden_states + where[..., None]
+        return hidden_states if where is None else self.change(hidden_states, where[..., None])
 
 
-def adding(family):
-    """A model that adds something to its image tokens between two layers."""
+def changing(family, change):
+    """A model that changes its image tokens between two layers."""
     model, processor = vlm_models.parts(family)
     decoder, noted = model.get_decoder(), {}
     own, kept = decoder.forward, decoder.layers
     changed = torch.nn.ModuleList(
-        AddsFeatures(layer, noted) if index == 1 else layer for index, layer in enumerate(kept)
+        ChangesImageTokens(layer, noted, change) if index == 1 else layer
+        for index, layer in enumerate(kept)
     )
 
     def note(module, args, kwargs):
@@ -681,10 +682,26 @@ def adding(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_does_more_with_pictures_is_refused(family):
-    model, processor = adding(family)
+    model, processor = changing(family, lambda states, where: states * (1 + where))
     models.wrap("text only", model, processor.tokenizer)  # with words it does nothing more
     with pytest.raises(UserError, match=r"with a picture.*does more than its layers do"):
-        models.wrap("adds", model, processor.tokenizer, processor)
+        models.wrap("scales", model, processor.tokenizer, processor)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_model_adds_between_its_layers_is_replayed(family):
+    model, processor = changing(family, lambda states, where: states + where)
+    lm = models.wrap("adds", model, processor.tokenizer, processor)
+    item = prompts.encode(lm, asked(picture(64, 40)), "chat")
+    captured = capture(lm, item.inputs)
+    assert list(captured.calls.added) == [2]
+    assert torch.equal(captured.calls.added[2][0, :, 0] != 0, item.image)
+    own = own_inputs(item, item.responses[0])
+    with torch.no_grad():
+        expected = model(**own).logits[0]
+    captured = capture(lm, own)
+    replayed = replay.replay(lm, captured.embeds, captured.calls)
+    assert difference(logprobs.logits(lm, replayed)[0], expected) <= 1e-4
 
 
 def test_what_qwen3_vl_adds_between_its_layers_is_replayed():

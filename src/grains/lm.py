@@ -13,6 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grains.errors import UserError
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module with a weight computes: accelerate may keep the weight elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(device) if device is not None else next(module.parameters()).device
+
+
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A causal or image-text language model and where its decoder's parts are.
@@ -57,10 +64,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """The device that inputs go to: that of the embeddings."""
-        # accelerate may keep the weights elsewhere and move them for the computation.
-        hook = getattr(self.embed, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        return torch.device(device) if device is not None else self.embed.weight.device
+        return execution_device(self.embed)
 
     @property
     def hidden_size(self) -> int:

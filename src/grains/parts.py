@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grains.errors import UserError
+from grains.lm import execution_device
 
 
 class Chain(nn.Sequential):
@@ -32,7 +33,7 @@ def find_parts(model: PreTrainedModel, name: str) -> tuple[nn.ModuleList, nn.Mod
         )
         for module in model.modules()
     ]
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model.get_input_embeddings())
     ids = torch.full((1, 4), int(getattr(config, "vocab_size", 8)) // 2, device=device)
     try:
         with torch.no_grad():

@@ -27,6 +27,7 @@ SELF_CHECK_TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 0.3, torch.float16:
 # this many tokens.
 BORDERS = re.compile("window|chunk|block|floor_scale|index")
 LONGEST_CHECK = 16384
+COMPARED = 8  # last positions of a prompt that are compared
 
 
 def check_replay(lm: LanguageModel) -> LanguageModel:
@@ -56,30 +57,32 @@ def _checked(lm: LanguageModel) -> LanguageModel:
     words = _words(lm, 32)
     responses = [words[4:6], words[6:9]]
     expected, states = _own(lm, short, responses)
-    lm = replace(lm, own_end=_distance(logits(lm, states[0]), expected[0]) > _limit(lm))
+    plain_end = logits(lm, states[0][-len(expected[0]) :])
+    lm = replace(lm, own_end=_distance(plain_end, expected[0]) > _limit(lm))
     lm = replace(lm, packs=not _length_matters(lm), own_embeddings=not _looks_up(lm, short))
     lm = replace(lm, pads=_can_pad(lm, short, responses[1]))
     with_picture = _picture_prompt(lm) if lm.processor is not None else None
 
-    def differences(lm: LanguageModel) -> Iterator[float]:
-        yield _difference(lm, short, responses, expected)
+    def differences(lm: LanguageModel) -> Iterator[tuple[float, str]]:
+        yield _difference(lm, short, responses, expected), ""
         for border in _borders(lm):
             prompt = _text_prompt(lm, border + 3)
-            yield _difference(lm, prompt, responses, _own(lm, prompt, responses)[0])
+            own = _own(lm, prompt, responses)[0]
+            yield _difference(lm, prompt, responses, own), f" on {border} tokens"
         if with_picture is not None:
             own = _own(lm, with_picture, responses)[0]
-            yield _difference(lm, with_picture, responses, own)
+            yield _difference(lm, with_picture, responses, own), " with a picture"
 
     if lm.packs:
         try:
-            lm = replace(lm, packs=all(found <= _limit(lm) for found in differences(lm)))
+            lm = replace(lm, packs=all(worst <= _limit(lm) for worst, _ in differences(lm)))
         except Exception:  # a layer that cannot be called with packed sequences
             lm = replace(lm, packs=False)
     if not lm.packs:
-        worst = max(differences(lm))
+        worst, where = max(differences(lm))
         if not worst <= _limit(lm):
             raise UserError(
-                f"{lm.name}: a replay of its decoder layers differs from the model's own "
+                f"{lm.name}: a replay of its decoder layers{where} differs from the model's own "
                 f"log-probabilities by {worst:.2g} (at most {_limit(lm):g} expected): its forward "
                 "does more than its layers do, so it would be attributed and steered wrongly; not "
                 "supported"
@@ -141,14 +144,21 @@ def _length_matters(lm: LanguageModel) -> bool:
 def _own(
     lm: LanguageModel, prompt: dict, responses: list[list[int]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The model's own logits (T, V) for each response, and its last layer's output (T, D)."""
+    """The model's own logits (n, V) for each response, and its last layer's output (T, D).
+
+    The logits are those of the response and of the end of the prompt: all would not fit.
+    """
     outputs: list[Tensor] = []
     handle = lm.layers[-1].register_forward_hook(
         lambda module, args, output: outputs.append(first_tensor(output)[0])
     )
     try:
         own = [
-            lm.model(**extend(prompt, response), use_cache=False).logits[0].float()
+            lm.model(
+                **extend(prompt, response), use_cache=False, logits_to_keep=len(response) + COMPARED
+            )
+            .logits[0]
+            .float()
             for response in responses
         ]
     finally:
@@ -178,10 +188,8 @@ def _difference(
     middle = len(lm.layers) // 2
     half = replay(lm, captured.embeds, captured.calls, stop=middle)
     final = replay(lm, half, captured.calls, start=middle)
-    # The end of the prompt, and all of the responses: the logits of all would not fit.
-    begin = max(0, len(ids) - 8)
     return max(
-        _distance(logits(lm, final[0, path[begin:].to(final.device)]), scores[begin:])
+        _distance(logits(lm, final[0, path[-len(scores) :].to(final.device)]), scores)
         for path, scores in zip(packed.paths, expected, strict=True)
     )
 
