@@ -10,6 +10,8 @@ from grains.errors import UserError
 from grains.steering import Gate
 from grains.study import trained
 
+pytestmark = pytest.mark.slow
+
 W = words(120, seed=9)
 PAIRS = [
     (W[:11], [W[20:24], W[30:33]]),

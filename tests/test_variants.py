@@ -16,6 +16,8 @@ from grains.settings import AblationSettings
 from grains.steering import Configuration, SteeringVectors
 from grains.study import costs
 
+pytestmark = pytest.mark.slow
+
 W = words(60)
 GENERATOR = torch.Generator()
 

@@ -26,6 +26,8 @@ from grains.scoring import score
 from grains.settings import AttributionSettings
 from grains.steering import Configuration, steered
 
+pytestmark = pytest.mark.slow
+
 SIZES = [(64, 64), (90, 30), (30, 90), (200, 77), (19, 33)]
 ANSWERS = {
     "different": ("Two red cups", "A dog, I think"),
