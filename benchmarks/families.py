@@ -11,8 +11,7 @@ the size of what is compared.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +22,13 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 import zoo  # noqa: E402
 from helpers import tiny  # noqa: E402
+from helpers.reference import hooked  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from grains import models, prompts  # noqa: E402
 from grains.ablation import hidden_states  # noqa: E402
 from grains.attribution import PromptFunction  # noqa: E402
-from grains.calls import first_tensor, with_states  # noqa: E402
+from grains.calls import first_tensor  # noqa: E402
 from grains.data import Example  # noqa: E402
 from grains.errors import UserError  # noqa: E402
 from grains.generation import generate  # noqa: E402
@@ -79,26 +79,18 @@ def direction(layer: int, size: int) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(layer))
 
 
-@contextmanager
-def hooked(family: Family, layer: int | None) -> Iterator[None]:
+def steered(family: Family, layer: int | None) -> AbstractContextManager[None]:
     """The untouched model with `direction` added behind a layer, its norm kept."""
 
-    def steer(module, args, output):
-        states = first_tensor(output)
+    def steer(states: Tensor) -> Tensor:
         moved = states + direction(layer, states.shape[-1])
-        kept = moved * states.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
-        return with_states(output, kept)
+        return moved * states.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
 
-    handles = [] if layer is None else [family.layers[layer].register_forward_hook(steer)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked({} if layer is None else {family.layers[layer]: steer})
 
 
 def own_logits(family: Family, ids: list[int], layer: int | None = None) -> Tensor:
-    with torch.no_grad(), hooked(family, layer):
+    with torch.no_grad(), steered(family, layer):
         return family.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.reference import embeds, encoded, log_likelihood, no_hooks, relative, words
+from helpers.reference import embeds, encoded, hooked, log_likelihood, no_hooks, relative, words
 
 from grains.errors import UserError
 from grains.steering import Gate
@@ -44,8 +44,8 @@ def norms(lm):
 def own_values(lm, group, added=None):
     """(n, C) log-likelihoods, every response a sequence of its own, vectors added by hooks."""
 
-    def hook(layer, vector):
-        def steer(module, args, output):
+    def steered(layer, vector):
+        def steer(output):
             weight, bias = gate(lm).at(layer)
             unit = output / output.norm(dim=-1, keepdim=True)
             moved = output + vector / (1 + torch.exp(-(unit @ weight + bias)))[..., None]
@@ -53,11 +53,8 @@ def own_values(lm, group, added=None):
 
         return steer
 
-    handles = [
-        lm.layers[layer].register_forward_hook(hook(layer, vector))
-        for layer, vector in (added or {}).items()
-    ]
-    try:
+    changes = {lm.layers[layer]: steered(layer, vector) for layer, vector in (added or {}).items()}
+    with hooked(changes):
         return torch.stack(
             [
                 torch.stack(
@@ -69,9 +66,6 @@ def own_values(lm, group, added=None):
                 for item in group
             ]
         )
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def own_loss(pairs, texts, questions, answers, base, lengths):

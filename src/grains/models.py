@@ -31,7 +31,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from grains import cpu, settings
-from grains.errors import UserError, hub_trouble
+from grains.errors import UserError, hub_trouble, refusing
 from grains.lm import LanguageModel
 from grains.parts import find_parts
 from grains.selfcheck import check_replay
@@ -164,16 +164,11 @@ def wrap(
             f"{name}: its output embeddings ({type(head).__name__}) are not a plain linear "
             "layer; this architecture is not supported"
         )
-    try:
+    with refusing(
+        f"{name}: its forward fails on a short text",
+        "is the model whole, and of the kind that its config names?",
+    ):
         layers, norm, tuples = find_parts(model, name)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a forward of an unknown family may raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{name}: its forward fails on a short text ({type(error).__name__}: {reason}); is the "
-            "model whole, and of the kind that its config names?"
-        ) from error
     lm = LanguageModel(name, model, tokenizer, layers, norm, head, embed, processor, tuples=tuples)
     if self_check:
         lm = check_replay(lm)

@@ -13,7 +13,7 @@ from torch import Tensor
 from grains import prompts
 from grains.calls import first_tensor
 from grains.data import Example
-from grains.errors import UserError
+from grains.errors import UserError, refusing
 from grains.lm import LanguageModel
 from grains.logprobs import logits
 from grains.packing import pack
@@ -40,16 +40,10 @@ def check_replay(lm: LanguageModel) -> LanguageModel:
     image-text model a picture is in the prompt of a second check.
     Returns the model with the ways in which it can be replayed.
     """
-    try:
+    with refusing(
+        f"{lm.name}: its decoder layers cannot be replayed", "this architecture is not supported"
+    ):
         return _checked(lm)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a forward of an unknown family may raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{lm.name}: its decoder layers cannot be replayed ({type(error).__name__}: {reason}); "
-            "this architecture is not supported"
-        ) from error
 
 
 def _checked(lm: LanguageModel) -> LanguageModel:
