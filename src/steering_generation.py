@@ -107,7 +107,7 @@ def main(kind: Kind = LLM) -> None:
     if not runs.resume([output], manifest, len(groups), make, write, "generating", args.overwrite):
         entry.say("nothing to do: these results are already there")
     if runs.processes().is_main_process:
-        show(pd.read_csv(output, keep_default_na=False))
+        show(pd.read_csv(output, keep_default_na=False, dtype=dict.fromkeys(TEXTS, str)))
         if chosen:
             print(f"configuration: as chosen in {chosen}")
         print(f"generations: {output}")
@@ -180,6 +180,9 @@ def row(
         "reference": example.chosen,
         "changed": base != steered,
     }
+
+
+TEXTS = ("question", "base", "steered")  # also where they look like numbers
 
 
 def show(table: pd.DataFrame) -> None:

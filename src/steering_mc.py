@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from grains.cli import entry, flags
 from grains.cli.flags import LLM, Kind
 from grains.errors import UserError
-from grains.settings import CONTROLS, SCORES, GridSettings
+from grains.settings import CONTROLS, TARGET_SCORES, GridSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +52,7 @@ def main(kind: Kind = LLM) -> None:
 
     from grains import manifests, prompts, runs, splits, tables
     from grains.cli import stages
-    from grains.scoring import margins, question_batches, score
+    from grains.scoring import margins, question_batches, score, target_scores
     from grains.steering import BASE
 
     outputs = stages.names_of(args).multiple_choice(grid, flags.GRID, args.score, args.output_dir)
@@ -69,6 +69,14 @@ def main(kind: Kind = LLM) -> None:
         )
     # Thousands of pictures do not fit in memory: a batch's own are opened when it is scored.
     encoded = [prompts.encode(lm, e, settings.prompt_style).without_picture() for e in asked]
+    columns = COLUMNS
+    if all(example.targets for example in asked):
+        columns = [*COLUMNS, *(name.format(s) for s in TARGET_SCORES for name in PER_SCORE)]
+    elif args.score in TARGET_SCORES:
+        raise UserError(
+            f"score {args.score} needs to know every right choice (columns mc1_targets and "
+            f"mc2_targets), which data set '{source.name}' does not tell: use score token or sum"
+        )
     groups = question_batches(encoded, settings.batch_tokens)
     split_of = [split for split, questions in examples.items() for _ in questions]
 
@@ -90,13 +98,14 @@ def main(kind: Kind = LLM) -> None:
         for split in examples:
             own = [index for index, name in enumerate(split_of) if name == split]
             leads = margins([encoded[i] for i in own], [scored[i] for i in own])
-            accuracies.append(tables.accuracy_table(every, leads).assign(part=split))
+            targets = target_scores([encoded[i] for i in own], [scored[i] for i in own])
+            accuracies.append(tables.accuracy_table(every, leads, targets).assign(part=split))
         # The splits of one configuration stand below each other.
         table = (
             pd.concat(accuracies)
             .sort_index(kind="stable")
             .assign(alpha_units=grid.units, includes_steering_examples=source.evaluate_on == "all")[
-                COLUMNS
+                columns
             ]
         )
         for path, vectors in made.items():
@@ -159,7 +168,9 @@ def report(table: pd.DataFrame, grid: GridSettings, score: str) -> None:
         )
     else:
         print(f"\n{count} test questions; configuration chosen on validation questions")
-    print(f"{'':22}{'per-token accuracy':>30}{'p':>8}{'summed accuracy':>30}{'p':>8}")
+    titles = {"token": "per-token accuracy", "sum": "summed accuracy", "mc1": "MC1", "mc2": "MC2"}
+    shown = [score for score in titles if f"accuracy_{score}" in table.columns]
+    print(f"{'':22}" + "".join(f"{titles[score]:>30}{'p':>8}" for score in shown))
     for name, part in lines.items():
         for row in part.itertuples():
             cells = "".join(
@@ -171,7 +182,7 @@ def report(table: pd.DataFrame, grid: GridSettings, score: str) -> None:
                         getattr(row, f"accuracy_{score}_high"),
                         getattr(row, f"p_value_{score}"),
                     )
-                    for score in SCORES
+                    for score in shown
                 )
             )
             print(f"{name:22}{cells}  {row.configuration}")

@@ -73,7 +73,7 @@ def summary(
         "completeness_error_relative_worst",
         "gradients_computed",
     ]
-    table = pd.read_csv(attributions, usecols=shown)
+    table = pd.read_csv(attributions, usecols=shown, converters={"id": str})
     examples = table.drop_duplicates("id")
     if settings.grad_method == "integrated_gradients":
         errors = examples.completeness_error_relative_worst

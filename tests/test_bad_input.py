@@ -213,7 +213,7 @@ def test_bad_row(stage1, tmp_path, row, expected):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [good[0], good[1] | row, good[2]])
     message = stage1(tmp_path, "--dataset_path", path).error()
     assert expected in message
-    assert "row 1" in message or "example " in message
+    assert "row 2" in message or "example " in message
     assert not (tmp_path / "tokens.csv").exists()
 
 
@@ -231,7 +231,7 @@ def test_csv(stage1, tmp_path):
     assert str(path) in message and "whole" in message
     path.write_text(whole.replace("[", ""))
     message = stage1(tmp_path, "--dataset_path", path).error()
-    assert f"{path}, row " in message and "expected the columns" in message
+    assert f"{path}, row " in message and "expected a list" in message
     path.write_bytes(b"\x00\xff\xfe" * 50)
     assert str(path) in stage1(tmp_path, "--dataset_path", path).error()
     del before[path]

@@ -214,7 +214,7 @@ def test_a_row_without_a_picture_is_a_users_error(tmp_path):
         '{"id": "a7", "image": null, "question": "What?", "chosen": "This", "rejected": "That"}\n'
     )
     rows, source = data.load("spa-vl", "train", str(table))
-    with pytest.raises(UserError, match="row 0: an empty image"):
+    with pytest.raises(UserError, match="row 1: an empty image"):
         data.examples(rows, source, 0)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from grains import chats, columns, files
+from grains.chats import Turn
+from grains.columns import Targets, pairs
 from grains.errors import UserError, hub_trouble
+from grains.files import Rows, described, text_of, whole_number
 
 if TYPE_CHECKING:  # takes a second to import, and scripts check their flags before that
     from datasets import Dataset
@@ -21,7 +25,6 @@ if TYPE_CHECKING:  # takes a second to import, and scripts check their flags bef
 # The branch that holds the hub's own conversion of a data set to Parquet: `datasets` 5 runs no
 # loading scripts, and some data sets have nothing else on their main branch.
 CONVERTED = "refs/convert/parquet"
-TOXIC_ABOVE = 5.5  # toxicity_ai + toxicity_human, each 1 to 5 (ToxiGen's own threshold)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Example:
     shared_prompt: many examples have this prompt, and only their answers differ.
     references: further right answers.
     objects: the names of everything in the picture, if the data set gives them.
+    turns: (role, content) of every turn before the answer, if they are more than the question; the
+        question is then the last of the user's.
+    targets: which choices are right, if several are.
     """
 
     id: str
@@ -48,6 +54,8 @@ class Example:
     references: tuple[str, ...] = ()
     objects: tuple[str, ...] | None = None
     question_type: str = ""
+    turns: tuple[Turn, ...] = ()
+    targets: Targets | None = None
 
     @property
     def chosen(self) -> str:
@@ -56,29 +64,40 @@ class Example:
 
     @property
     def rejected(self) -> str:
-        """The dispreferred response, y-: the first choice that is not the preferred one.
+        """The dispreferred response, y-: the first choice that is not right.
 
         Raises UserError if there is a single choice.
         """
         for index, choice in enumerate(self.choices):
-            if index != self.label:
+            if index != self.label and index not in self.also_right:
                 return choice
         raise UserError(f"example {self.id} has a single answer: no pair to attribute")
 
+    @property
+    def also_right(self) -> tuple[int, ...]:
+        """The indices of the right choices beside the preferred one."""
+        right = self.targets.right if self.targets else ()
+        return tuple(index for index in right if index != self.label)
+
     def pair(self) -> Example:
         """The same question with only two choices: the preferred and the dispreferred response."""
-        return replace(self, choices=(self.chosen, self.rejected), label=0)
+        return replace(self, choices=(self.chosen, self.rejected), label=0, targets=None)
 
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """A picture that is read from the data set's file when needed: 100,000 exceed the memory."""
+    """A picture that is read from the data set's file when needed: 100,000 exceed the memory.
 
-    rows: Dataset
+    digest: its `picture_digest`; computed when it is asked for if empty.
+    """
+
+    rows: Rows
     index: int
+    digest: bytes = b""
 
-    def read(self) -> dict:
-        return self.rows[self.index]["image"]
+    def read(self) -> Any:
+        """The picture, as the data set stores it."""
+        return picture_of(self.rows[self.index])
 
 
 @dataclass(frozen=True)
@@ -87,12 +106,12 @@ class Source:
 
     path: a hub id, or an absolute local path.
     columns: the columns that must be present.
-    read: a row -> question, choices, label (and context, references, objects, if it has them).
+    read: a row -> question, choices, label and what else it has (see `grains.columns`).
     splits: the splits that steering, validation and test examples come from. If they name the same
         split, the seed divides it.
     config: the hub's configuration that holds the splits; a dict if it differs between splits.
     revision: the branch or commit on the hub; None: the main branch.
-    rows: applied to a split before its rows are read.
+    rows: applied to a split before its rows are read; returns a list of rows, or `Rows`.
     note: added to the error if the data set cannot be loaded.
     make: writes the data set to its path if it does not exist there.
     shared_prompts: whether many examples have the same prompt.
@@ -104,75 +123,10 @@ class Source:
     splits: tuple[str, str, str]
     config: str | dict[str, str] | None = None
     revision: str | None = None
-    rows: Callable[[Dataset], Dataset] | None = None
+    rows: Callable[[Rows], Sequence[dict] | Rows] | None = None
     note: str = ""
     make: Callable[[Path], None] | None = None
     shared_prompts: bool = False
-
-
-def _questions(row: dict) -> dict:
-    choices = row["choices"]
-    if isinstance(choices, str):
-        choices = json.loads(choices)
-    return {
-        "question": row["question"],
-        "choices": choices,
-        "label": row["label"],
-        "context": row.get("context") or "",
-    }
-
-
-def pairs(row: dict) -> dict:
-    """Read a row with the columns prompt (or question), chosen and rejected (see `Source`)."""
-    prompt = row["prompt"] if "prompt" in row else row["question"]
-    return {"question": prompt, "choices": [row["chosen"], row["rejected"]], "label": 0}
-
-
-def _faitheval(row: dict) -> dict:
-    choices = row["choices"]
-    return {
-        "question": row["question"],
-        "context": row["context"],
-        "choices": choices["text"],
-        "label": list(choices["label"]).index(row["answerKey"]),
-    }
-
-
-def _misconceptions(row: dict) -> dict:
-    return {
-        "question": row["question"],
-        "choices": [row["best_answer"], *row["incorrect_answers"]],
-        "label": 0,
-        "references": row.get("correct_answers") or [],
-    }
-
-
-def _mmhal(row: dict) -> dict:
-    return {"question": row["question"], "choices": [row["gt_answer"]], "label": 0}
-
-
-def _names(objects: list[str] | str | None) -> tuple[str, ...] | None:
-    """Names from a list, from a JSON list as text, or from a text with commas."""
-    if isinstance(objects, str):
-        objects = json.loads(objects) if objects.startswith("[") else objects.split(",")
-    return None if objects is None else tuple(name.strip() for name in objects)
-
-
-def _toxigen_pairs(rows: Dataset) -> Dataset:
-    """Pair a benign with a toxic statement about the same group, in the order of the file."""
-    from datasets import Dataset
-
-    table = rows.to_pandas()
-    toxic = table.toxicity_ai + table.toxicity_human > TOXIC_ABOVE
-    pairs = []
-    for group, statements in table.groupby("target_group", sort=True):
-        is_toxic = toxic[statements.index]
-        benign, harmful = statements.text[~is_toxic], statements.text[is_toxic]
-        pairs += [
-            {"prompt": f"Say something about this group: {group}.", "chosen": good, "rejected": bad}
-            for good, bad in zip(benign, harmful, strict=False)
-        ]
-    return Dataset.from_list(pairs)
 
 
 # This repository's texts and questions: grains/texts in an installed package, src/data in a clone.
@@ -181,34 +135,48 @@ PACKAGED = next(
     for folder in (Path(__file__).parent / "texts", Path(__file__).resolve().parents[1] / "data")
     if folder.is_dir()
 )
-DATASETS = {
+DATASETS: dict[str, Source] = {
     "misconceptions": Source(
         str(PACKAGED / "misconceptions.jsonl"),
         ("question", "best_answer", "incorrect_answers"),
-        _misconceptions,
+        columns.best_answer,
         ("steering", "validation", "test"),
     ),
     "truthfulqa": Source(
         "EleutherAI/truthful_qa_binary",
         ("question", "choices", "label"),
-        _questions,
+        columns.questions,
         ("validation",) * 3,
         config="multiple_choice",
         revision=CONVERTED,
     ),
+    "truthfulqa-mc": Source(
+        "truthfulqa/truthful_qa",
+        ("question", "mc1_targets", "mc2_targets"),
+        columns.truthfulqa,
+        ("validation",) * 3,
+        config="multiple_choice",
+    ),
+    "truthfulqa-generation": Source(
+        "truthfulqa/truthful_qa",
+        ("question", "best_answer", "correct_answers", "incorrect_answers"),
+        columns.best_answer,
+        ("validation",) * 3,
+        config="generation",
+    ),
     "faitheval": Source(
         "Salesforce/FaithEval-counterfactual-v1.0",
         ("context", "question", "choices", "answerKey"),
-        _faitheval,
+        columns.faitheval,
         ("test",) * 3,
     ),
     "toxigen": Source(
         "toxigen/toxigen-data",
-        ("text", "target_group", "toxicity_ai", "toxicity_human"),
+        columns.TOXIGEN,
         pairs,
         ("train", "train", "test"),
         config="annotated",
-        rows=_toxigen_pairs,
+        rows=columns.toxigen_pairs,
         shared_prompts=True,
         note="access may have to be asked for on its page",
     ),
@@ -220,7 +188,10 @@ DATASETS = {
         config={"train": "default", "validation": "validation", "harm": "test", "help": "test"},
     ),
     "mmhal-bench": Source(
-        "DogNeverSleep/MMHal-Bench", ("image", "question", "gt_answer"), _mmhal, ("train",) * 3
+        "DogNeverSleep/MMHal-Bench",
+        ("image", "question", "gt_answer"),
+        columns.mmhal,
+        ("train",) * 3,
     ),
 }
 
@@ -232,12 +203,12 @@ def register(name: str, source: Source) -> None:
 
 def load(
     name: str, split: str, path: str | None = None, revision: str | None = None
-) -> tuple[Dataset, Source]:
+) -> tuple[Rows, Source]:
     """One split of a data set, and how its rows are read.
 
     name: a short name, or any label for a user's own file.
-    path: a local file (JSON Lines, CSV, Parquet) or folder (of Parquet files, or written by
-        `datasets`) to read instead of the hub.
+    path: a local file or folder to read instead of the hub: what `grains.files` reads, or what
+        `datasets` saved with save_to_disk.
     revision: a branch or commit on the hub.
     Raises UserError for an unknown name, split or column, and for data that cannot be loaded.
     """
@@ -264,11 +235,8 @@ def load(
             f"found {', '.join(rows.column_names)}"
         )
     if source.rows:
-        rows = source.rows(rows)
-    from datasets import Image
-
-    if "image" in rows.column_names and isinstance(rows.features["image"], Image):
-        rows = rows.cast_column("image", Image(decode=False))
+        made: Any = source.rows(rows)
+        rows = made if hasattr(made, "place") else files.Listed(made, source.path)
     return rows, source
 
 
@@ -280,18 +248,13 @@ def default_split(name: str, role: str) -> str:
     return DATASETS[name].splits[ROLES.index(role)] if name in DATASETS else "train"
 
 
-def _columns_of(rows: Dataset, path: str) -> Source:
-    """How to read a user's own columns: prompt (or question), chosen, rejected, or question,
-    choices, label. Raises UserError for other columns."""
-    forms = {
-        ("prompt", "chosen", "rejected"): pairs,
-        ("question", "chosen", "rejected"): pairs,
-        ("question", "choices", "label"): _questions,
-    }
-    for columns, read in forms.items():
-        if set(columns) <= set(rows.column_names):
-            return Source(str(path), columns, read, ("train",) * 3)
-    best = max(forms, key=lambda columns: len(set(columns) & set(rows.column_names)))
+def _columns_of(rows: Rows, path: str) -> Source:
+    """How to read a user's own columns (`grains.columns.FORMS`). Raises UserError for others."""
+    for form, read in columns.FORMS.items():
+        if set(form) <= set(rows.column_names):
+            pair_up = chats.Paired if form == columns.UNPAIRED else None
+            return Source(str(path), form, read, ("train",) * 3, rows=pair_up)
+    best = max(columns.FORMS, key=lambda form: len(set(form) & set(rows.column_names)))
     missing = [column for column in best if column not in rows.column_names]
     raise UserError(
         f"{path}: column{'s' * (len(missing) > 1)} {', '.join(missing)} missing; "
@@ -300,59 +263,46 @@ def _columns_of(rows: Dataset, path: str) -> Source:
     )
 
 
-def _local(path: Path, split: str) -> Dataset:
+def _local(path: Path, split: str) -> Rows:
     """A split from a file or folder; a file has splits if it has a column 'split'."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if not path.exists():
         raise UserError(f"data file '{path}' does not exist")
+    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return files.load(path, split)
+    from datasets import DatasetDict, load_from_disk
+
     try:
-        if path.is_dir():
-            rows = load_from_disk(str(path)) if list(path.glob("*.json")) else _folder(path, split)
-        elif path.suffix in formats:
-            rows = load_dataset(formats[path.suffix], data_files=str(path), split="train")
-        else:
-            raise UserError(f"'{path}': expected a .jsonl, .csv or .parquet file, or a folder")
-    except UserError:
-        raise
+        saved = load_from_disk(str(path))
     except Exception as error:
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"'{path}' could not be read: {reason}; is it whole, and does its ending name its "
-            "format?"
+            f"'{path}' could not be read: {reason}; is it whole, as save_to_disk wrote it?"
         ) from error
-    if isinstance(rows, DatasetDict):
-        if split not in rows:
-            raise UserError(f"'{path}' has no split '{split}': found {', '.join(rows)}")
-        rows = rows[split]
-    if "split" in rows.column_names:
-        splits = list(dict.fromkeys(rows["split"]))
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise UserError(f"'{path}' has no split '{split}': found {', '.join(saved)}")
+        saved = saved[split]
+    if "split" in saved.column_names:
+        splits = list(map(str, saved["split"]))
         if split not in splits:
-            raise UserError(f"'{path}' has no split '{split}': found {', '.join(splits)}")
-        rows = rows.select([i for i, value in enumerate(rows["split"]) if value == split])
-    if not len(rows):
+            known = ", ".join(dict.fromkeys(splits))
+            raise UserError(f"'{path}' has no split '{split}': found {known}")
+        saved = saved.select([i for i, value in enumerate(splits) if value == split])
+    if not len(saved):
         raise UserError(f"'{path}' has no rows")
-    return rows
+    return _undecoded(saved, str(path))
 
 
-def _folder(path: Path, split: str) -> Dataset:
-    """A split from a folder of Parquet files with the hub's names (train-00000-of-00001...)."""
-    from datasets import load_dataset
+def _undecoded(rows: Dataset, name: str) -> Rows:
+    """The rows of `datasets`, their pictures as they are stored."""
+    from datasets import Image
 
-    files: dict[str, list[str]] = {}
-    for file in sorted(path.rglob("*.parquet")):
-        files.setdefault(file.stem.split("-")[0], []).append(str(file))
-    if not files:
-        raise UserError(
-            f"'{path}' holds neither Parquet files nor a data set written by save_to_disk"
-        )
-    if split not in files:
-        raise UserError(f"'{path}' has no split '{split}': found {', '.join(files)}")
-    return load_dataset("parquet", data_files=files[split], split="train")
+    if "image" in rows.column_names and isinstance(rows.features["image"], Image):
+        rows = rows.cast_column("image", Image(decode=False))
+    return files.Listed(rows, name, rows.column_names)
 
 
-def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset:
+def _hub(name: str, source: Source, split: str, revision: str | None) -> Rows:
     from datasets import load_dataset
 
     revision = revision or source.revision
@@ -367,7 +317,8 @@ def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset
                     f"{', '.join(config)}; give one of them as split"
                 )
             config = config[split]
-        return load_dataset(source.path, config, split=split, revision=revision)
+        rows = load_dataset(source.path, config, split=split, revision=revision)
+        return _undecoded(rows, source.path)
     except UserError:
         raise
     except Exception as error:
@@ -388,13 +339,12 @@ def _hub(name: str, source: Source, split: str, revision: str | None) -> Dataset
         ) from error
 
 
-def _converted(source: Source, split: str) -> Dataset:
+def _converted(source: Source, split: str) -> Rows:
     """A split of the hub's conversion: the files {config}/{split}/0000.parquet, 0001.parquet, ...
 
     They are read as plain files: that branch has no card, in which `datasets` would look for the
     configurations.
     """
-    from datasets import load_dataset
     from huggingface_hub import snapshot_download
 
     folder = Path(
@@ -405,68 +355,132 @@ def _converted(source: Source, split: str) -> Dataset:
             allow_patterns=f"{source.config}/*/*.parquet",
         )
     )
-    files: dict[str, list[str]] = {}
+    by_split: dict[str, list[Path]] = {}
     for file in sorted((folder / str(source.config)).glob("*/*.parquet")):
-        files.setdefault(file.parent.name, []).append(str(file))
-    if split not in files:
+        by_split.setdefault(file.parent.name, []).append(file)
+    if split not in by_split:
         raise UserError(
             f"data set '{source.path}' has no split '{split}': found "
-            f"{', '.join(files) or 'none'}; give one of them as split"
+            f"{', '.join(by_split) or 'none'}; give one of them as split"
         )
-    return load_dataset("parquet", data_files=files[split], split="train")
+    return files.LocalRows(Path(source.path), map(files.part, by_split[split]), split)
 
 
-def read(rows: Dataset, source: Source, index: int) -> Example:
+def read(rows: Rows, source: Source, index: int) -> Example:
     """Row `index` as an Example.
 
-    Without an id of its own, an example's id is a digest of its content.
-    Raises UserError, naming the row, for an empty question or answer and a label out of range.
+    Without an id of its own, an example's id is a digest of its content. An id that several rows
+    have gets a digest of its row's content behind it, so that no two examples share it.
+    Raises UserError, naming the row, for an empty text, a value that is no text, answers that are
+    the same, and a label that names no choice.
     """
-    row = rows[int(index)]
+    index = int(index)
+    row = rows[index]
     for column in source.columns:
-        if row.get(column) is None and column in row:
+        if row.get(column) is None and column in rows.column_names:
             raise UserError(
-                f"{source.path}, row {index}: an empty {column}; fill it in or take the row out"
+                f"{rows.place(index)}: an empty {column}; fill it in or take the row out"
             )
     try:
-        content = source.read(row)
-        choices = tuple(content["choices"])
-        label = int(content["label"])
-        objects = _names(content.get("objects", row.get("image_content")))
-    except (KeyError, ValueError, TypeError, json.JSONDecodeError) as error:
+        return _example(row, source, rows.repeats)
+    except UserError as error:
+        raise UserError(f"{rows.place(index)}{_named(row)}: {error}") from error
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
-            f"{source.path}, row {index}: {error}; expected the columns {', '.join(source.columns)}"
+            f"{rows.place(index)}: {error}; expected the columns {', '.join(source.columns)}"
         ) from error
-    image = row.get("image")
-    origin = Path(source.path)
-    if isinstance(image, str) and image and not Path(image).is_absolute() and origin.exists():
-        image = str((origin if origin.is_dir() else origin.parent) / image)
+
+
+def _named(row: dict) -> str:
     identity = row.get("id")
-    if identity in (None, ""):
-        text = json.dumps([content["question"], content.get("context", ""), *choices, label])
-        identity = hashlib.sha256(text.encode() + picture_digest(row.get("image"))).hexdigest()[:12]
-    row_name = f"{source.path}, row {index} (id {identity})"
-    for kind, text in [("question", content["question"]), *(("answer", c) for c in choices)]:
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{row_name}: an empty {kind}; fill it in or take the row out")
-    if not 0 <= label < len(choices):
-        raise UserError(f"{row_name}: label {label} does not name one of {len(choices)} choices")
+    return f" (id {files.shortened(identity)})" if isinstance(identity, (str, int)) else ""
+
+
+def _example(row: dict, source: Source, repeats: Callable[[str], bool]) -> Example:
+    content = source.read(row)
+    if isinstance(content["question"], (list, tuple)):
+        raise UserError("the question is a list; messages are read from a column prompt")
+    question = text_of(content["question"], "question")
+    answers = [text_of(answer, "answer") for answer in content["choices"]]
+    for kind, text in [("question", question), *(("answer", answer) for answer in answers)]:
+        if not text.strip():
+            raise UserError(f"an empty {kind}; fill it in or take the row out")
+    label = whole_number(content["label"], "label")
+    if not 0 <= label < len(answers):
+        raise UserError(f"label {label} does not name one of {len(answers)} choices")
+    choices = tuple(answer.strip() for answer in answers)
+    if (twice := columns.repeated(choices)) is not None:
+        raise UserError(
+            f"two answers are the same ({files.shortened(repr(twice))}); change one or take the "
+            "row out"
+        )
+    context = text_of(content.get("context", ""), "context")
+    turns = content.get("turns", ())
+    picture = picture_of(row)
+
+    texts = json.dumps([question, context, *answers, label, *([turns] if turns else [])])
+    digest = hashlib.sha256(texts.encode() + picture_digest(picture)).hexdigest()
+    identity = row.get("id")
+    if identity is None or identity == "":
+        name = digest[:12]
+    else:
+        name = text_of(identity, "id")
+        name += f"-{digest[:8]}" if repeats(name) else ""
+
+    path = picture["path"] if _is_path(picture) else picture
+    origin = Path(source.path)
+    if isinstance(path, str) and not Path(path).is_absolute() and origin.exists():
+        picture = str((origin if origin.is_dir() else origin.parent) / path)
     return Example(
-        str(identity),
-        content["question"].strip(),
-        tuple(c.strip() for c in choices),
+        name,
+        question.strip(),
+        choices,
         label,
-        content.get("context", "").strip(),
-        image,
+        context.strip(),
+        picture,
         source.shared_prompts,
-        tuple(content.get("references", ())),
-        objects,
-        row.get("question_type") or "",
+        tuple(text_of(text, "reference") for text in content.get("references", ())),
+        columns.names(content.get("objects", row.get("image_content"))),
+        text_of(row.get("question_type") or "", "question_type"),
+        turns,
+        content.get("targets"),
     )
 
 
+def picture_of(row: dict) -> Any:
+    """The picture of a row: a path, a dict with path and bytes, a PIL image, or None.
+
+    It stands in the column image, or as the only one in the list images.
+    Raises UserError for another type and for several pictures.
+    """
+    picture = row.get("image")
+    if picture is None and row.get("images"):
+        several = columns.listed(row["images"], "images")
+        if len(several) > 1:
+            raise UserError(f"the row has {len(several)} pictures, expected one")
+        picture = several[0]
+    if isinstance(picture, bytes):
+        picture = {"bytes": picture}
+    if isinstance(picture, str) and not isinstance(picture, files.Number):
+        return text_of(picture, "image") or None
+    if isinstance(picture, dict):
+        stored, path = picture.get("bytes"), picture.get("path")
+        if not isinstance(stored, (bytes, type(None))):
+            raise UserError(
+                f"the image's bytes are {described(stored)}, expected bytes (which Parquet can "
+                "hold), or a path alone"
+            )
+        path = path if path is None else text_of(path, "image's path")
+        if not stored and not path:
+            raise UserError(f"the image is {described(picture)}, with neither bytes nor a path")
+        return {"bytes": stored, "path": path}
+    if picture is None or hasattr(picture, "tobytes"):
+        return picture
+    raise UserError(f"the image is {described(picture)}, expected a path, or bytes in Parquet")
+
+
 def examples(
-    rows: Dataset,
+    rows: Rows,
     source: Source,
     seed: int,
     limit: int | None = None,
@@ -474,39 +488,63 @@ def examples(
 ) -> list[Example]:
     """Examples of a split, shuffled by the seed; at most `limit`, or all if it is None.
 
-    exclude: ids and question keys of examples to leave out, such as those that the vectors were
-        made from.
-    A question that occurs twice in the data is taken once.
+    exclude: question keys of examples to leave out, such as those that the vectors were made from.
+    A question that occurs twice with the same answers is taken once.
     """
     import numpy as np  # not needed to check a flag
 
-    order = np.random.default_rng(seed).permutation(len(rows))
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
     chosen: list[Example] = []
     seen: set[str] = set()
-    for index in order:
-        if limit is not None and len(chosen) >= limit:
-            break
-        example = read(rows, source, index)
-        key = question_key(example)
-        if example.id in exclude or key in exclude or key in seen:
-            continue
-        seen.add(key)
-        if isinstance(example.image, dict) and example.image.get("bytes"):
-            example = replace(example, image=StoredPicture(rows, int(index)))
-        chosen.append(example)
+    begin = 0
+    while begin < len(order) and (limit is None or len(chosen) < limit):
+        # As many rows as are needed at least, read in the order of the file: a file's rows, and
+        # their pictures, can be read quickly only in blocks.
+        end = len(order) if limit is None else begin + limit - len(chosen)
+        drawn, begin = order[begin:end], end
+        left = {index: _left_in_file(rows, source, index) for index in sorted(drawn)}
+        for index in drawn:
+            example, key = left[index]
+            pair = f"{key} {answers_digest(example)}"
+            if key not in exclude and pair not in seen:
+                seen.add(pair)
+                chosen.append(example)
     return chosen
 
 
-def question_key(example: Example) -> str:
-    """A digest of context, question and picture: equal for two rows that ask the same.
+def _left_in_file(rows: Rows, source: Source, index: int) -> tuple[Example, str]:
+    """A row as an Example that keeps no bytes of a picture, and its question key."""
+    example = read(rows, source, index)
+    key = question_key(example)
+    picture = example.image
+    if not (picture is None or isinstance(picture, str) or _is_path(picture)):
+        stored = StoredPicture(rows, index, picture_digest(picture))
+        example = replace(example, image=stored)
+    return example, key
 
-    If many examples share a prompt, the answers are part of it.
+
+def _is_path(picture: Any) -> bool:
+    return isinstance(picture, dict) and not picture["bytes"]
+
+
+def question_key(example: Example) -> str:
+    """A digest of context, question, picture and turns: equal for two rows that ask the same.
+
+    If many examples share a prompt by design, the answers are part of it.
     """
     digest = hashlib.sha256(f"{example.context}\n{example.question}".lower().encode())
     digest.update(picture_digest(example.image))
+    if example.turns:
+        digest.update(json.dumps(example.turns).lower().encode())
     if example.shared_prompt:
         digest.update(json.dumps(sorted(example.choices)).encode())
     return digest.hexdigest()[:12]
+
+
+def answers_digest(example: Example) -> str:
+    """A digest of the answers, in any order, and of which is preferred."""
+    others = sorted(set(example.choices) - {example.chosen})
+    return hashlib.sha256(json.dumps([example.chosen, *others]).encode()).hexdigest()[:12]
 
 
 def picture_digest(image: Picture | bytes | None) -> bytes:
@@ -518,6 +556,8 @@ def picture_digest(image: Picture | bytes | None) -> bytes:
 
     if image is None:
         return b""
+    if isinstance(image, StoredPicture):
+        return image.digest or picture_digest(image.read())
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or ""
     if isinstance(image, Image):
@@ -527,5 +567,10 @@ def picture_digest(image: Picture | bytes | None) -> bytes:
 
 def fingerprint(chosen: list[Example]) -> str:
     """A digest of the ids and texts of examples, for the manifest."""
-    text = json.dumps([[e.id, e.context, e.question, *e.choices, e.label] for e in chosen])
+    text = json.dumps(
+        [
+            [e.id, e.context, e.question, *e.choices, e.label, *([e.turns] if e.turns else [])]
+            for e in chosen
+        ]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]

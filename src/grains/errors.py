@@ -10,8 +10,19 @@ class UserError(ValueError):
     """A mistake in the input: the message says what was expected, what was found and what to do.
 
     Scripts print the message as one line and exit with a status that is not zero. Any other
-    exception is a bug and keeps its traceback.
+    exception is a bug and keeps its traceback. Characters that would end the line or command a
+    terminal (they may come from a data file) are written as escapes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            "".join(
+                character
+                if character.isprintable()
+                else character.encode("unicode_escape").decode()
+                for character in message
+            )
+        )
 
 
 @contextmanager

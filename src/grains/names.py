@@ -126,7 +126,7 @@ class Names:
     ) -> dict[str, Path]:
         """The files of steering_mc.py: the grid, every question, the chosen configuration.
 
-        default: the grid of the script's default flags. score: token or sum, which chooses.
+        default: the grid of the script's default flags. score: the one that chooses.
         """
         base = Path(folder or Path("results", self.kind, "steering"))
         own = self._evaluation(grid, default, [f"by-{score}" if score != "token" else None])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jinja2 import TemplateError
 from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from grains import vision
+from grains.chats import Turn
 from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
@@ -79,26 +82,54 @@ def render(lm: LanguageModel, example: Example, style: str) -> tuple[str, str]:
 
     style: qa: `Q: {question}\\nA:` and a space, as in the published scripts; chat: the model's own
         chat template and no separator; plain: the question as it is, and a space.
-    A context comes before the question, a picture's placeholder before both.
-    Raises UserError for an unknown style, or for chat without a chat template.
+    A context comes before the question, a picture's placeholder before both. The turns of a
+    conversation are those of the chat template, lines with Q: and A: in qa, and paragraphs with
+    the role before them in plain.
+    Raises UserError for an unknown style, for chat without a chat template, and for turns that
+    the chat template refuses.
     """
     question = f"{example.context}\n{example.question}" if example.context else example.question
     has_image = example.image is not None
     if style == "chat":
         if not _renderer(lm).chat_template:
             raise UserError(f"{lm.name} has no chat template: use prompt_style qa or plain")
-        return _renderer(lm).apply_chat_template(
-            [{"role": "user", "content": _content_of_turn(lm, question, has_image)}],
-            tokenize=False,
-            add_generation_prompt=True,
-        ), ""
+        return _chat(lm, example, example.turns or (("user", question),)), ""
     if style not in STYLES:
         raise UserError(f"unknown prompt style '{style}': expected {', '.join(STYLES)}")
     start = f"{vision.placeholder(lm)}\n" if has_image else ""
+    if example.turns:
+        return start + _without_template(example.turns, style), " "
     if style == "plain":
         return start + question, " "
     context = f"{example.context}\n" if example.context else ""
     return f"{start}{context}Q: {example.question}\nA:", " "
+
+
+def _chat(lm: LanguageModel, example: Example, turns: Sequence[Turn]) -> str:
+    """Turns in the chat template, up to where the answer begins; a picture in the first user's."""
+    first = next((index for index, (role, _) in enumerate(turns) if role == "user"), 0)
+    pictures = [example.image is not None and index == first for index in range(len(turns))]
+    messages = [
+        {"role": role, "content": _content_of_turn(lm, text, has_image)}
+        for (role, text), has_image in zip(turns, pictures, strict=True)
+    ]
+    try:
+        return _renderer(lm).apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        roles = ", ".join(role for role, _ in turns)
+        raise UserError(
+            f"example {example.id}: the chat template of {lm.name} refuses its turns ({roles}): "
+            f"{error}; change them, or use prompt_style qa or plain"
+        ) from error
+
+
+def _without_template(turns: Sequence[Turn], style: str) -> str:
+    if style == "plain":
+        return "\n\n".join([*(f"{role.title()}: {text}" for role, text in turns), "Assistant:"])
+    marks = {"user": "Q: ", "assistant": "A: ", "system": ""}
+    return "\n".join([*(f"{marks.get(role, f'{role}: ')}{text}" for role, text in turns), "A:"])
 
 
 def _renderer(lm: LanguageModel) -> PreTrainedTokenizerBase | ProcessorMixin:
@@ -209,7 +240,7 @@ def _response_ids(
 
 
 def _content(lm: LanguageModel, example: Example, prompt: str) -> torch.Tensor:
-    """(tokens,) bool: which tokens of the rendered text overlap the context or the question."""
+    """(tokens,) bool: which tokens of the rendered text overlap context, question or turns."""
     special = not vision.starts_with_bos(lm, prompt)
     tokens = lm.tokenizer(
         prompt, add_special_tokens=special, return_offsets_mapping=lm.tokenizer.is_fast
@@ -217,13 +248,20 @@ def _content(lm: LanguageModel, example: Example, prompt: str) -> torch.Tensor:
     inside = torch.zeros(len(tokens.input_ids), dtype=torch.bool)
     if not lm.tokenizer.is_fast:  # no offsets are known: every token counts
         return ~inside
-    for text in filter(None, (example.context, example.question)):
-        begin = prompt.rfind(text)
-        if begin >= 0:
-            end = begin + len(text)
-            inside |= torch.tensor(
-                [first < end and last > begin for first, last in tokens.offset_mapping]
-            )
+    if example.turns:
+        spans, end = [], 0
+        for _, text in example.turns:  # in their order: two turns may have the same words
+            begin = prompt.find(text, end)
+            if begin >= 0:
+                end = begin + len(text)
+                spans.append((begin, end))
+    else:
+        texts = filter(None, (example.context, example.question))
+        spans = [(begin, begin + len(t)) for t in texts if (begin := prompt.rfind(t)) >= 0]
+    for begin, end in spans:
+        inside |= torch.tensor(
+            [first < end and last > begin for first, last in tokens.offset_mapping]
+        )
     return inside
 
 

@@ -47,6 +47,7 @@ MODES = ("pos", "both")
 LAYER_MODES = ("joint", "each", "from")
 UNITS = ("relative", "absolute")
 SCORES = ("token", "sum")  # an answer's log-likelihood per token, or summed over its tokens
+TARGET_SCORES = ("mc1", "mc2")  # TruthfulQA's own, for data that says which choices are right
 
 # The experiment: the selections that its methods need, and how LoRA is trained beside them.
 STUDY_TOPS = ("pos", "neg", "rand")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from grains import data
 from grains.data import Example, Source
 from grains.errors import UserError
+from grains.files import Rows
 from grains.settings import DataSettings
 
-if TYPE_CHECKING:  # takes a second to import, and scripts check their flags before that
-    from datasets import Dataset
 
-
-def rows_of(settings: DataSettings, role: str) -> tuple[Dataset, Source]:
+def rows_of(settings: DataSettings, role: str) -> tuple[Rows, Source]:
     """The rows that examples with a role in `data.ROLES` come from, and how they are read.
 
     Raises UserError for a split that the data does not have.
@@ -47,26 +44,32 @@ def evaluation_examples(
 ) -> dict[str, list[Example]]:
     """Split -> its questions: validation and test, or 'all' (see `DataSettings.evaluate_on`).
 
-    Steering examples are in neither validation nor test, only in 'all'.
-    steering: the ids and questions of the steering examples, from the manifest of stage 1.
+    Steering examples are in neither validation nor test, only in 'all'; nor do these two share a
+    prompt with them or with each other.
+    steering: the keys of the steering examples' questions, from the manifest of stage 1.
     Raises UserError if no validation or no test questions remain.
     """
     if settings.evaluate_on == "all":
-        by_id: dict[str, Example] = {}
+        by_content: dict[tuple[str, str], Example] = {}
         for role in data.ROLES:  # roles often share a split: each question counts once
             rows, source = rows_of(settings, role)
-            by_id |= {example.id: example for example in data.examples(rows, source, seed)}
-        return {"all": list(by_id.values())}
-    used = {*steering["ids"], *steering["questions"]}
+            for example in data.examples(rows, source, seed):
+                content = data.question_key(example), data.answers_digest(example)
+                by_content.setdefault(content, example)
+        return {"all": list(by_content.values())}
+    used = set(steering["questions"])
     rows, source = rows_of(settings, "validation")
     validation = data.examples(rows, source, seed, settings.num_validation, frozenset(used))
-    used |= {example.id for example in validation} | set(map(data.question_key, validation))
+    used |= set(map(data.question_key, validation))
     rows, source = rows_of(settings, "test")
     test = data.examples(rows, source, seed, settings.num_test, frozenset(used))
     if not validation or not test:
+        every = data.examples(rows, source, seed)
+        shared = sum(data.question_key(example) in used for example in every)
         raise UserError(
             f"{len(validation)} validation and {len(test)} test questions are left beside the "
-            "steering examples: use a smaller num_validation, fewer num_samples, more data, "
-            "or evaluate_on all"
+            f"steering examples ({shared} of {len(every)} examples share a prompt with steering "
+            "or validation examples): use a smaller num_validation, fewer num_samples, more data "
+            "or more prompts, or evaluate_on all"
         )
     return {"validation": validation, "test": test}

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from grains import stats
+from grains.data import Example
 from grains.prompts import Encoded
-from grains.scoring import correct
+from grains.scoring import correct, mc1, mc2
 from grains.settings import SCORES
 from grains.steering import Configuration
 
@@ -30,8 +31,9 @@ def question_table(
     for split, item, scored in zip(splits, encoded, log_likelihoods, strict=True):
         lengths = np.array([len(response) for response in item.responses])
         for configuration, values in zip(configurations, scored, strict=True):
-            by_sum, margin_sum = correct(values, item.example.label)
-            by_token, margin_token = correct(values, item.example.label, lengths)
+            label, right = item.example.label, item.example.also_right
+            by_sum, margin_sum = correct(values, label, None, right)
+            by_token, margin_token = correct(values, label, lengths, right)
             rows.append(
                 {
                     "configuration": configuration.label,
@@ -43,19 +45,31 @@ def question_table(
                     "margin_token": margin_token,
                     "log_likelihoods": json.dumps(values.round(6).tolist()),
                     "tokens": json.dumps(lengths.tolist()),
-                    "label": item.example.label,
+                    "label": label,
+                    **_target_scores(values, item.example),
                 }
             )
     return pd.DataFrame(rows)
 
 
+def _target_scores(values: np.ndarray, example: Example) -> dict[str, float]:
+    if example.targets is None:
+        return {}
+    margin = mc1(values, example.label, example.targets)
+    return {"correct_mc1": margin > 0, "margin_mc1": margin, "mc2": mc2(values, example.targets)}
+
+
 def accuracy_table(
-    configurations: Sequence[Configuration], margins: dict[str, np.ndarray]
+    configurations: Sequence[Configuration],
+    margins: dict[str, np.ndarray],
+    target_scores: dict[str, np.ndarray] | None = None,
 ) -> pd.DataFrame:
     """A row per configuration: accuracies with intervals, tests against the base, margins.
 
     configurations: the base first.
     margins: score (token, sum) -> (questions, configurations), in nats (see `scoring.margins`).
+    target_scores: mc1 and mc2 (see `scoring.target_scores`), whose columns follow. The accuracy by
+    mc2 is the mean mass, with a bootstrapped interval and a sign-flip test.
     The columns p_value_* hold exact McNemar tests against the base. worse_* is the share of the
     questions answered right by the base that this configuration answers wrong.
     """
@@ -70,15 +84,31 @@ def accuracy_table(
             "questions": len(margins[SCORES[0]]),
         }
         for score in SCORES:
-            is_right, was_right = (margins[score][:, i] > 0 for i in (index, 0))
-            accuracy, low, high = stats.accuracy_interval(is_right)
+            row |= _accuracy(score, margins[score], index)
+        if target_scores:
+            row |= _accuracy("mc1", target_scores["mc1"], index)
+            masses, base = (target_scores["mc2"][:, i] for i in (index, 0))
+            low, high = stats.bootstrap_interval(masses)
             row |= {
-                f"accuracy_{score}": accuracy,
-                f"accuracy_{score}_low": low,
-                f"accuracy_{score}_high": high,
-                f"margin_{score}": margins[score][:, index].mean(),
-                f"p_value_{score}": stats.paired_p_value(is_right, was_right),
-                f"worse_{score}": (was_right & ~is_right).sum() / max(was_right.sum(), 1),
+                "accuracy_mc2": masses.mean(),
+                "accuracy_mc2_low": low,
+                "accuracy_mc2_high": high,
+                "margin_mc2": (2 * masses - 1).mean(),
+                "p_value_mc2": stats.sign_flip_p_value(masses - base),
             }
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _accuracy(score: str, margins: np.ndarray, index: int) -> dict[str, float]:
+    """The columns of one score for the configuration `index`, from (questions, configurations)."""
+    is_right, was_right = (margins[:, i] > 0 for i in (index, 0))
+    accuracy, low, high = stats.accuracy_interval(is_right)
+    return {
+        f"accuracy_{score}": accuracy,
+        f"accuracy_{score}_low": low,
+        f"accuracy_{score}_high": high,
+        f"margin_{score}": margins[:, index].mean(),
+        f"p_value_{score}": stats.paired_p_value(is_right, was_right),
+        f"worse_{score}": (was_right & ~is_right).sum() / max(was_right.sum(), 1),
+    }

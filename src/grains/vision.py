@@ -101,7 +101,8 @@ def check_text(lm: LanguageModel, example: Example) -> None:
     """Raise UserError if the example's own words hold a token that stands for a picture."""
     tokens = lm.tokenizer.convert_ids_to_tokens(sorted(lm.image_ids()))
     reserved = {lm.processor.image_token, *filter(None, tokens)}
-    for text in (example.context, example.question, *example.choices):
+    turns = (text for _, text in example.turns)
+    for text in (example.context, example.question, *turns, *example.choices):
         for token in reserved:
             if token in text:
                 raise UserError(

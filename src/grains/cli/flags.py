@@ -28,6 +28,7 @@ from grains.settings import (
     SCOPES,
     SCORES,
     STYLES,
+    TARGET_SCORES,
     TOPS,
     UNITS,
     AblationSettings,
@@ -150,8 +151,8 @@ def add_data(
     )
     group.add_argument(
         "--dataset_path",
-        help="local file (.jsonl, .csv, .parquet) or folder, in the data set's own columns, or "
-        "prompt/chosen/rejected, or question/choices/label",
+        help="local file (JSON Lines, JSON, CSV, TSV, Parquet) or folder, in the data set's own "
+        "columns, or prompt/chosen/rejected, question/choices/label and others (docs/data.md)",
     )
     group.add_argument(
         "--num_samples",
@@ -345,9 +346,9 @@ def add_score(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--score",
         default="token",
-        choices=SCORES,
-        help="what the choice of a configuration goes by: accuracy of the summed "
-        "or of the per-token log-likelihood (both are reported)",
+        choices=(*SCORES, *TARGET_SCORES),
+        help="what the choice of a configuration goes by: accuracy of the per-token or of the "
+        "summed log-likelihood, or TruthfulQA's MC1 or MC2 (all that the data allows are reported)",
     )
 
 
