@@ -7,7 +7,7 @@ READY_DEV := $(VENV)/.ready-dev
 PEERS := .venv-peers
 READY_PEERS := $(PEERS)/.ready
 
-.PHONY: demo demo-vlm test lint bench clean
+.PHONY: demo demo-vlm test test-fast lint bench families clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
@@ -40,6 +40,14 @@ demo-vlm: $(READY)
 ## Lint and all tests.
 test: lint
 	$(BIN)/python -m pytest
+
+## The tests that one runs at every save: without those that start scripts or train.
+test-fast: $(READY_DEV)
+	$(BIN)/python -m pytest -m "not slow"
+
+## Tiny models of many families against their own forwards; writes docs/families.md.
+families: $(READY_DEV)
+	$(BIN)/python benchmarks/families.py
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .

@@ -139,7 +139,7 @@ class Material:
             final = replay(
                 self.lm,
                 batch.embeds.clone().requires_grad_(),
-                batch.kwargs,
+                batch.calls,
                 after=lambda layer, states, outputs=outputs: outputs.append(states),
             )
             gradients = torch.autograd.grad(-scorer(final[None]).sum(), outputs)
@@ -323,7 +323,7 @@ def values(
                 return moved
             return torch.where((place >= variant.begin)[..., None], moved, states)
 
-        scored = read(replay(lm, batch.embeds, batch.kwargs, after=after)[None])[0]
+        scored = read(replay(lm, batch.embeds, batch.calls, after=after)[None])[0]
         if not scored.isfinite().all():
             raise UserError(f"'{variant.name}' scores NaN or infinite")
         sizes = [len(items[index].responses) for index in members]

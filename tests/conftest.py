@@ -6,6 +6,15 @@ from transformers import AutoTokenizer
 
 from grains import models
 
+# What takes long: scripts as processes of their own, and the real model.
+SLOW = {"commands", "server_with", "smollm2"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def smollm2():

@@ -172,7 +172,7 @@ def held_for_backward(lm, item, prompts):
     function = PromptFunction(lm, item, [1.0, -1.0], 10**6)
     states = torch.cat([prompts, function.fixed.expand(len(prompts), -1, -1)], 1).requires_grad_()
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        output = replay(lm, states, function.captured.kwargs, checkpointed=function.checkpointed)
+        output = replay(lm, states, function.captured.calls, checkpointed=function.checkpointed)
     kept = {weight.untyped_storage().data_ptr() for weight in lm.model.parameters()}
     del output
     return sum(size for place, size in held.items() if place not in kept)

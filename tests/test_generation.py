@@ -7,7 +7,7 @@ from helpers.reference import encoded, example, no_hooks, words
 from grains import prompts
 from grains.generation import generate, pad_left
 
-NEW = 12
+NEW = 8
 PROMPTS = [
     "The capital of France is",
     "Why is the sky blue?",

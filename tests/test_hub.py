@@ -140,15 +140,7 @@ def finished(hub, commands, flags, out):
     before = written_by_scripts()
     printed = {}
     for script, more in flags.items():
-        ended = subprocess.run(
-            ["bash", f"scripts/llm/{script}", *map(str, more)],
-            cwd=SRC,
-            env=commands.environment,
-            capture_output=True,
-            text=True,
-        )
-        assert ended.returncode == 0, ended.stderr + "\n".join(hub.asked)
-        printed[script] = ended.stdout
+        printed[script] = commands.shell(f"llm/{script}", *more).ok().out
     assert written_by_scripts() == before
     return printed, list(hub.asked)
 

@@ -7,7 +7,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
@@ -1036,12 +1035,6 @@ def test_shell_scripts_find_the_tables_of_their_stage(commands, tmp_path, monkey
 
 
 def test_a_shell_script_scores_a_table(commands, mmhal, tmp_path):
-    ended = subprocess.run(
-        ["bash", "scripts/vlm/run_score_generations_vlm.sh", "--output_dir", tmp_path],
-        cwd=SRC,
-        env=commands.environment | {"PYTHON": sys.executable, "GENERATIONS": str(mmhal)},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
+    script = "vlm/run_score_generations_vlm.sh"
+    commands.shell(script, "--output_dir", tmp_path, GENERATIONS=str(mmhal)).ok()
     assert len(list(tmp_path.glob("*.csv"))) == 2

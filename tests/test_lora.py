@@ -19,6 +19,8 @@ from grains.scoring import score
 from grains.settings import LORA_OBJECTIVES
 from grains.study import lora
 
+pytestmark = pytest.mark.slow
+
 W = words(80, seed=5)
 PAIRS = [
     (W[:11], [W[20:24], W[30:33]]),

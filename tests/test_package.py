@@ -14,6 +14,8 @@ import pytest
 from helpers import tiny
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 USE = """

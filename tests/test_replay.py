@@ -60,20 +60,9 @@ def test_a_replay_from_any_layer_is_the_models_own_forward(tiny, start, length):
     captured = capture(tiny, inputs(W[:length]))
     assert torch.equal(captured.embeds, states[0])
     with torch.no_grad():
-        final = replay.replay(tiny, states[start], captured.kwargs, start=start)
+        final = replay.replay(tiny, states[start], captured.calls, start=start)
     assert difference(final, states[-1]) <= 1e-5
     assert difference(logits(tiny, final)[0], expected) <= 1e-4
-
-
-def test_capturing_with_and_without_running_the_layers_is_the_same(tiny):
-    bare, run = (capture(tiny, inputs(LONG), run_layers=flag) for flag in (False, True))
-    assert torch.equal(bare.embeds, run.embeds)
-    for one, two in zip(bare.kwargs, run.kwargs, strict=True):
-        assert one.keys() == two.keys()
-        for first, second in zip(
-            one["position_embeddings"], two["position_embeddings"], strict=True
-        ):
-            assert torch.equal(first, second)
 
 
 def test_capturing_computes_no_logits(tiny, monkeypatch):
@@ -96,7 +85,7 @@ def test_packed_answers_are_separate_sequences(tiny, case):
     prompt, responses = TRIES[case]
     packed, captured = capture_trie(tiny, prompt, responses)
     with torch.no_grad():
-        found = logits(tiny, replay.replay(tiny, captured.embeds, captured.kwargs))[0]
+        found = logits(tiny, replay.replay(tiny, captured.embeds, captured.calls))[0]
     for path, response in zip(packed.paths, responses, strict=True):
         expected = own_logits(tiny, prompt + response)
         assert difference(found[path], expected) <= 1e-4
@@ -109,7 +98,7 @@ def test_a_batch_of_tries_is_every_sequence_alone_with_gradients(tiny):
     assert batch.lengths.tolist() == [len(packed) for packed, _ in tries]
     index = torch.arange(len(tries)).repeat(2)
     states = batch.embeds[index].clone().requires_grad_()
-    found = tiny.norm(replay.replay(tiny, states, batch.rows(index)))
+    found = tiny.norm(replay.replay(tiny, states, batch.calls.rows(index)))
     generator = torch.Generator().manual_seed(3)
     weights = torch.randn(len(index), SIZES["hidden_size"], generator=generator)
     total = sum(
@@ -143,7 +132,7 @@ def test_padding_sees_itself_alone_and_is_seen_by_nothing(tiny):
     ]
     long, short = captures[0].embeds.shape[1], captures[1].embeds.shape[1]
     padding = torch.arange(long) >= short
-    for layer, alone in zip(collate(captures).kwargs, captures[1].kwargs, strict=True):
+    for layer, alone in zip(collate(captures).calls.layers, captures[1].calls.layers, strict=True):
         mask, own = layer["attention_mask"][1, 0], alone["attention_mask"][0, 0]
         sees = mask if mask.dtype == torch.bool else mask == 0
         assert not sees[~padding][:, padding].any() and not sees[padding][:, ~padding].any()
@@ -168,8 +157,8 @@ def test_smollm2(smollm2):
     captures = [capture_trie(smollm2, *item) for item in tries]
     batch = collate([captured for _, captured in captures])
     states = batch.embeds.clone().requires_grad_()
-    middle = replay.replay(smollm2, states, batch.kwargs, stop=15)
-    found = logits(smollm2, replay.replay(smollm2, middle, batch.kwargs, start=15))
+    middle = replay.replay(smollm2, states, batch.calls, stop=15)
+    found = logits(smollm2, replay.replay(smollm2, middle, batch.calls, start=15))
     total = sum(
         found[row, path].log_softmax(-1)[:, 5000].sum()
         for row, (packed, _) in enumerate(captures)
@@ -198,9 +187,9 @@ def test_after_reads_and_changes_every_output(tiny):
         return states + 1 if layer == 2 else None
 
     with torch.no_grad():
-        found = replay.replay(tiny, captured.embeds, captured.kwargs, after=after)
-        middle = replay.replay(tiny, captured.embeds, captured.kwargs, stop=3)
-        expected = replay.replay(tiny, middle + 1, captured.kwargs, start=3)
+        found = replay.replay(tiny, captured.embeds, captured.calls, after=after)
+        middle = replay.replay(tiny, captured.embeds, captured.calls, stop=3)
+        expected = replay.replay(tiny, middle + 1, captured.calls, start=3)
     assert seen == [0, 1, 2, 3]
     assert torch.equal(found, expected)
 
@@ -415,34 +404,53 @@ def plain_llama():
     return llama_with(LlamaModel)
 
 
+# What a forward may do beside its layers and their plain end, and still be replayed.
+ACCEPTED = {
+    "plain": plain_llama,
+    "scaled logits": lambda: randomise(ScaledLogits(tiny_config("llama"))),
+    "Granite's scaled logits": granite,
+    "Gemma-2's capped logits": gemma2,
+    "tuples": lambda: llama_with(TupleModel),
+    "arguments by position": lambda: llama_with(PositionalModel),
+}
 REFUSED = {
-    "scaled logits": (lambda: randomise(ScaledLogits(tiny_config("llama"))), "does more"),
-    "Granite's scaled logits": (granite, "does more"),
-    "Gemma-2's capped logits": (gemma2, "does more"),
-    "between layers": (lambda: llama_with(Shifting), "does more"),
-    "tuples": (lambda: llama_with(TupleModel), "do not return a tensor"),
-    "arguments by position": (lambda: llama_with(PositionalModel), "by position"),
-    "unknown tensors": (lambda: llama_with(GatedModel), "'gates'"),
+    "between layers": lambda: llama_with(Shifting),
+    "a tensor made from the hidden states": lambda: llama_with(GatedModel),
 }
 
 
-def test_check_replay_accepts_the_same_model_without_the_change(tokenizer):
-    models.wrap("plain", plain_llama(), tokenizer)
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_a_forward_does_beside_its_layers_is_replayed(case, tokenizer):
+    lm = models.wrap(case, ACCEPTED[case]().eval(), tokenizer)
+    prompt, responses = TRIES["two answers"]
+    packed, captured = capture_trie(lm, prompt, responses)
+    found = logits(lm, replay.replay(lm, captured.embeds, captured.calls))[0]
+    for path, response in zip(packed.paths, responses, strict=True):
+        expected = own_logits(lm, prompt + response)
+        assert difference(found[path], expected) <= 1e-4
+        targets = torch.tensor(response)
+        before = path[len(prompt) - 1 : -1]
+        states = replay.replay(lm, captured.embeds, captured.calls)[0, before]
+        log_probs = expected.log_softmax(-1)[len(prompt) - 1 : -1]
+        assert torch.allclose(
+            token_log_probs(lm, states, targets),
+            log_probs.gather(-1, targets[:, None])[:, 0],
+            atol=1e-4,
+        )
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_check_replay_refuses(case, tokenizer):
-    make, reason = REFUSED[case]
-    model = make().eval()
-    with pytest.raises(UserError, match=reason):
+    model = REFUSED[case]().eval()
+    with pytest.raises(UserError, match="does more than its layers do"):
         models.wrap(case, model, tokenizer)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_model_without_a_known_decoder_is_refused(tokenizer):
+def test_a_model_whose_forward_fails_is_refused(tokenizer):
     model = plain_llama()
     model.model.norm = None
-    with pytest.raises(UserError, match="no decoder norm"):
+    with pytest.raises(UserError, match="its forward fails on a short text"):
         models.wrap("headless", model, tokenizer)
 
 

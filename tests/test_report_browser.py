@@ -65,10 +65,13 @@ window.addEventListener("load", () => {
 });
 </script></body>"""
 
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM.exists(),
-    reason="needs Chromium as /usr/bin/chromium (Debian: apt-get install chromium)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not CHROMIUM.exists(),
+        reason="needs Chromium as /usr/bin/chromium (Debian: apt-get install chromium)",
+    ),
+]
 
 
 def look(page: Path, folder: Path, dark: bool) -> tuple[dict, dict, list[str]]:

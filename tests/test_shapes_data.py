@@ -8,6 +8,8 @@ import pytest
 
 from demo import shapes
 
+pytestmark = pytest.mark.slow
+
 MODEL = Path(__file__).parents[1] / "src" / "demo" / "shapes_vlm"
 
 

@@ -6,6 +6,8 @@ import sys
 import pytest
 from helpers.command_line import SRC
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = sorted(path.name for path in SRC.glob("*.py"))
 HEAVY = ("numpy", "torch", "transformers", "datasets", "pandas", "sklearn", "scipy", "matplotlib")
 

@@ -63,8 +63,9 @@ entry.run(main)
 
 
 @pytest.fixture(scope="module")
-def run(commands, tmp_path_factory):
+def run(server_with, tmp_path_factory):
     """Runs RUN in a folder."""
+    commands = server_with(library="runs")
     script = tmp_path_factory.mktemp("script") / "run.py"
     script.write_text(RUN)
 

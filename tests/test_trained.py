@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.reference import embeds, encoded, log_likelihood, no_hooks, relative, words
+from helpers.reference import embeds, encoded, hooked, log_likelihood, no_hooks, relative, words
 
 from grains.errors import UserError
 from grains.steering import Gate
 from grains.study import trained
+
+pytestmark = pytest.mark.slow
 
 W = words(120, seed=9)
 PAIRS = [
@@ -42,8 +44,8 @@ def norms(lm):
 def own_values(lm, group, added=None):
     """(n, C) log-likelihoods, every response a sequence of its own, vectors added by hooks."""
 
-    def hook(layer, vector):
-        def steer(module, args, output):
+    def steered(layer, vector):
+        def steer(output):
             weight, bias = gate(lm).at(layer)
             unit = output / output.norm(dim=-1, keepdim=True)
             moved = output + vector / (1 + torch.exp(-(unit @ weight + bias)))[..., None]
@@ -51,11 +53,8 @@ def own_values(lm, group, added=None):
 
         return steer
 
-    handles = [
-        lm.layers[layer].register_forward_hook(hook(layer, vector))
-        for layer, vector in (added or {}).items()
-    ]
-    try:
+    changes = {lm.layers[layer]: steered(layer, vector) for layer, vector in (added or {}).items()}
+    with hooked(changes):
         return torch.stack(
             [
                 torch.stack(
@@ -67,9 +66,6 @@ def own_values(lm, group, added=None):
                 for item in group
             ]
         )
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def own_loss(pairs, texts, questions, answers, base, lengths):
@@ -265,7 +261,8 @@ def test_what_is_kept_for_all_steps_is_known_before(lm):
     pairs = items(lm)[0]
     part = trained._Term(lm, 1, 10**6, pairs, 1, 1.0, 1.0, trained.pair_losses)
     kept = sum(
-        batch.states.nbytes + batch.kwargs[0]["attention_mask"].nbytes for (batch,) in part.groups
+        batch.states.nbytes + batch.calls.layers[0]["attention_mask"].nbytes
+        for (batch,) in part.groups
     )
     # Told from lengths, without what the packs leave out: each last token, beginnings shared.
     assert kept <= trained._kept_bytes(lm, pairs) <= 1.5 * kept

@@ -1,13 +1,14 @@
 """Variants of steering against hooks on the model's own forward, and by hand."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import variants
-from helpers.reference import encoded, layer_outputs, own_logits, relative, words
+from helpers.reference import encoded, hooked, layer_outputs, own_logits, relative, words
 from pytest import approx
 from torch.nn.functional import normalize
 
@@ -15,6 +16,8 @@ from grains.errors import UserError
 from grains.settings import AblationSettings
 from grains.steering import Configuration, SteeringVectors
 from grains.study import costs
+
+pytestmark = pytest.mark.slow
 
 W = words(60)
 GENERATOR = torch.Generator()
@@ -77,21 +80,19 @@ def test_what_is_steered_is_what_hooks_steer(material, move, begin):
     for item, steered, base in zip(items, found, bases, strict=True):
         prompt = item.prompt_ids
         for choice, response in enumerate(item.responses):
-            handles = []
-            for layer, module in enumerate(lm.layers):
 
-                def hook(module, args, output, layer=layer, prompt=prompt):
-                    moved = move(output, vectors[layer], material.norms[layer])
-                    if begin is not None:
-                        first = len(prompt) - 1 + begin
-                        moved = torch.cat([output[:, :first], moved[:, first:]], dim=1)
-                    return moved
+            def steer(output, layer, prompt=prompt):
+                moved = move(output, vectors[layer], material.norms[layer])
+                if begin is not None:
+                    first = len(prompt) - 1 + begin
+                    moved = torch.cat([output[:, :first], moved[:, first:]], dim=1)
+                return moved
 
-                handles.append(module.register_forward_hook(hook))
-            with torch.no_grad():
+            changes = {
+                module: partial(steer, layer=layer) for layer, module in enumerate(lm.layers)
+            }
+            with torch.no_grad(), hooked(changes):
                 logits = lm.model(torch.tensor([prompt + response]), use_cache=False).logits[0]
-            for handle in handles:
-                handle.remove()
             log_probs = logits[len(prompt) - 1 : -1].log_softmax(-1)
             expected = log_probs.gather(-1, torch.tensor(response)[:, None]).sum().item()
             assert steered[choice] == approx(expected, abs=1e-3)
@@ -157,15 +158,13 @@ def test_what_neutral_text_gives(material, monkeypatch):
     moved[3] = step
 
     def loss(sign: int) -> float:
-        def hook(module, args, output):
+        def change(output):
             changed = output.clone()
             changed[0, 2] += sign * moved
             return changed
 
-        handle = lm.layers[layer].register_forward_hook(hook)
-        with torch.no_grad():
+        with torch.no_grad(), hooked({lm.layers[layer]: change}):
             log_probs = lm.model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-        handle.remove()
         return -log_probs.gather(-1, torch.tensor(ids[1:])[:, None]).sum().item()
 
     expected = (loss(1) - loss(-1)) / (2 * step)

@@ -26,6 +26,8 @@ from grains.scoring import score
 from grains.settings import AttributionSettings
 from grains.steering import Configuration, steered
 
+pytestmark = pytest.mark.slow
+
 SIZES = [(64, 64), (90, 30), (30, 90), (200, 77), (19, 33)]
 ANSWERS = {
     "different": ("Two red cups", "A dog, I think"),
@@ -251,7 +253,7 @@ def test_a_replay_is_the_models_own_forward(either, size):
         assert torch.equal(captured.embeds[0], states[0])
         for start in (0, 2):
             with torch.no_grad():
-                final = replay.replay(either, states[start][None], captured.kwargs, start=start)
+                final = replay.replay(either, states[start][None], captured.calls, start=start)
             assert (
                 difference(logprobs.logits(either, final)[0], own_logits(either, item, response))
                 <= 1e-4
@@ -264,7 +266,7 @@ def test_packed_answers_are_separate_sequences(either, answers):
     packed = pack(item.sequences())
     captured = capture_pack(either, item.inputs, packed)
     with torch.no_grad():
-        found = logprobs.logits(either, replay.replay(either, captured.embeds, captured.kwargs))[0]
+        found = logprobs.logits(either, replay.replay(either, captured.embeds, captured.calls))[0]
     for path, response in zip(packed.paths, item.responses, strict=True):
         assert difference(found[path], own_logits(either, item, response)) <= 1e-4
 
@@ -637,26 +639,27 @@ def test_a_model_from_a_folder_is_the_model(vlm, tmp_path):
     )
 
 
-class AddsFeatures(torch.nn.Module):
-    """A layer that adds to image tokens what its model has noted, as DeepStack does."""
+class ChangesImageTokens(torch.nn.Module):
+    """A layer that changes image tokens where its model has noted them, as DeepStack does."""
 
-    def __init__(self, layer, noted):
+    def __init__(self, layer, noted, change):
         super().__init__()
-        self.layer, self.noted = layer, noted
+        self.layer, self.noted, self.change = layer, noted, change
 
     def forward(self, hidden_states, **kwargs):
         hidden_states = self.layer(hidden_states, **kwargs)
         where = self.noted.get("where")
-        return hidden_states if where is None else hidden_states + where[..., None]
+        return hidden_states if where is None else self.change(hidden_states, where[..., None])
 
 
-def adding(family):
-    """A model that adds something to its image tokens between two layers."""
+def changing(family, change):
+    """A model that changes its image tokens between two layers."""
     model, processor = vlm_models.parts(family)
     decoder, noted = model.get_decoder(), {}
     own, kept = decoder.forward, decoder.layers
     changed = torch.nn.ModuleList(
-        AddsFeatures(layer, noted) if index == 1 else layer for index, layer in enumerate(kept)
+        ChangesImageTokens(layer, noted, change) if index == 1 else layer
+        for index, layer in enumerate(kept)
     )
 
     def note(module, args, kwargs):
@@ -681,13 +684,29 @@ def adding(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_does_more_with_pictures_is_refused(family):
-    model, processor = adding(family)
+    model, processor = changing(family, lambda states, where: states * (1 + where))
     models.wrap("text only", model, processor.tokenizer)  # with words it does nothing more
     with pytest.raises(UserError, match=r"with a picture.*does more than its layers do"):
-        models.wrap("adds", model, processor.tokenizer, processor)
+        models.wrap("scales", model, processor.tokenizer, processor)
 
 
-def test_qwen3_vl_is_refused():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_model_adds_between_its_layers_is_replayed(family):
+    model, processor = changing(family, lambda states, where: states + where)
+    lm = models.wrap("adds", model, processor.tokenizer, processor)
+    item = prompts.encode(lm, asked(picture(64, 40)), "chat")
+    captured = capture(lm, item.inputs)
+    assert list(captured.calls.added) == [2]
+    assert torch.equal(captured.calls.added[2][0, :, 0] != 0, item.image)
+    own = own_inputs(item, item.responses[0])
+    with torch.no_grad():
+        expected = model(**own).logits[0]
+    captured = capture(lm, own)
+    replayed = replay.replay(lm, captured.embeds, captured.calls)
+    assert difference(logprobs.logits(lm, replayed)[0], expected) <= 1e-4
+
+
+def test_what_qwen3_vl_adds_between_its_layers_is_replayed():
     """A real family that adds image features between its layers (DeepStack)."""
     tokenizer = vlm_models.tokenizer_of("qwen2.5-vl")
     token = tokenizer.convert_tokens_to_ids
@@ -725,9 +744,17 @@ def test_qwen3_vl_is_refused():
         vision_end_token_id=token("<|vision_end|>"),
     )
     model = randomise(Qwen3VLForConditionalGeneration(config)).eval()
-    models.wrap("text only", model, tokenizer)
-    with pytest.raises(UserError, match=r"with a picture.*does more than its layers do"):
-        models.wrap("qwen3-vl", model, tokenizer, processor)
+    lm = models.wrap("qwen3-vl", model, tokenizer, processor)
+    item = prompts.encode(lm, asked(picture(64, 40), "What is it?", ("A dog", "A red cup")), "chat")
+    captured = capture(lm, item.inputs)
+    assert set(captured.calls.added) == {1, 2}  # behind the layers 0 and 1
+    found = score(lm, [item], [], MAX_TOKENS)[0][0]
+    for value, response in zip(found, item.responses, strict=True):
+        with torch.no_grad():
+            logits = model(**own_inputs(item, response)).logits[0].float()
+        log_probs = logits.log_softmax(-1)[len(item.prompt_ids) - 1 : -1]
+        expected = log_probs.gather(-1, torch.tensor(response)[:, None]).sum().item()
+        assert value == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_processor_that_fails_or_a_picture_that_is_not_found_is_refused():

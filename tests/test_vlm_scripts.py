@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -168,15 +167,7 @@ def finished(commands, out):
     before = written_by_scripts()
     printed = {}
     for script, more in flags.items():
-        ended = subprocess.run(
-            ["bash", f"scripts/vlm/{script}.sh", *map(str, more)],
-            cwd=SRC,
-            env=commands.environment,
-            capture_output=True,
-            text=True,
-        )
-        assert ended.returncode == 0, ended.stderr + ended.stdout
-        printed[script] = ended.stdout
+        printed[script] = commands.shell(f"vlm/{script}.sh", *more).ok().out
     assert written_by_scripts() == before
     return printed
 

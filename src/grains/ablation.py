@@ -89,7 +89,7 @@ def hidden_states(
         for batch in rows.split(max(1, max_tokens // rows.shape[1])) if ablated else ():
             reader = _Reader(ends)
             reader(-1, batch)
-            final = replay(lm, batch, captured.kwargs, after=reader)
+            final = replay(lm, batch, captured.calls, after=reader)
             last.append(reader.stacked())
             log_likelihoods.append(_log_likelihoods(lm, final, terms).cpu())
     return States(torch.cat(last), torch.cat(log_likelihoods), plain.norms, plain.gradients)
@@ -116,7 +116,7 @@ def _plain(
     final = replay(
         lm,
         embeds,
-        captured.kwargs,
+        captured.calls,
         after=after,
         checkpointed=with_gradients and gradient_rows(lm, captured)[1],
     )

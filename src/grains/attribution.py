@@ -66,7 +66,7 @@ class PromptFunction:
         states = replay(
             self.lm,
             states,
-            self.captured.kwargs,
+            self.captured.calls,
             checkpointed=self.checkpointed and torch.is_grad_enabled(),
         )
         nodes = self.nodes.to(states.device)
@@ -296,7 +296,7 @@ def baseline_embeddings(
     image: blank (the features of a blank picture of the same size), mean (over the features of
         this picture) or zeros.
     """
-    baseline = text_baseline(lm, text).to(prompt).expand_as(prompt).clone()
+    baseline = text_baseline(lm, text, len(prompt)).to(prompt).expand_as(prompt).clone()
     is_image = encoded.image.to(prompt.device)
     if is_image.any():
         if image == "blank":
@@ -311,11 +311,17 @@ def baseline_embeddings(
 
 
 @lru_cache(maxsize=4)
-def text_baseline(lm: LanguageModel, kind: str) -> Tensor:
-    """An embedding (D,) that stands for no word: zeros, mean (of the matrix), pad or unk."""
+def text_baseline(lm: LanguageModel, kind: str, length: int = 1) -> Tensor:
+    """An embedding (D,) that stands for no word: zeros, mean (of the matrix), pad or unk.
+
+    Of a model that does more to embeddings than look them up (scales, norms, learned positions):
+    (length, D), what enters layer 0 at each position.
+    """
     with torch.no_grad():
         if kind == "zeros":
             return torch.zeros(lm.hidden_size, device=lm.device)
+        if lm.own_embeddings:
+            return _own_baseline(lm, kind, length)
         if kind == "mean":
             ids = torch.arange(lm.embed.weight.shape[0], device=lm.device)
             total = torch.zeros(lm.hidden_size, dtype=torch.float64, device=lm.device)
@@ -323,3 +329,24 @@ def text_baseline(lm: LanguageModel, kind: str) -> Tensor:
                 total += lm.embed(batch).double().sum(0)
             return (total / len(ids)).float()
         return lm.embed(torch.tensor([lm.replacement_id(kind)], device=lm.device))[0].float()
+
+
+def _own_baseline(lm: LanguageModel, kind: str, length: int) -> Tensor:
+    """(length, D): a token's embedding, or the mean of all, as the model makes it to enter layer 0.
+
+    What a position adds is the same for every token.
+    """
+
+    def entering(ids: Tensor) -> Tensor:
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return capture(lm, inputs).embeds.float()
+
+    token = torch.full((1, length), lm.replacement_id("pad" if kind == "mean" else kind))
+    at_positions = entering(token.to(lm.device))[0]
+    if kind != "mean":
+        return at_positions
+    ids = torch.arange(lm.embed.weight.shape[0], device=lm.device)
+    total = torch.zeros(lm.hidden_size, dtype=torch.float64, device=lm.device)
+    for batch in ids.split(1024):
+        total += entering(batch[:, None])[:, 0].double().sum(0)
+    return (total / len(ids)).float() + at_positions - at_positions[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -22,6 +23,21 @@ class UserError(ValueError):
                 for character in message
             )
         )
+
+
+@contextmanager
+def refusing(what: str, advice: str) -> Iterator[None]:
+    """Whatever is raised in the block becomes one UserError, its cause kept.
+
+    For what may raise anything, such as the forward of a model family that nobody has tried.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{what} ({type(error).__name__}: {reason}); {advice}") from error
 
 
 def hub_trouble(error: BaseException) -> str:

@@ -46,30 +46,32 @@ def generate(
 
     The prompts are padded on the left. Each pair of configuration and prompt is a row of one batch
     with its own steering vectors, zero for the base. Prompts with and without a picture are
-    continued in separate batches.
+    continued in separate batches, and so are prompts of different lengths by a model that cannot
+    take padding.
 
     temperature: 0 decodes greedily. seed: of the sampling.
     Returns 1 + len(configurations) lists of texts, the base first.
     """
     rows = 1 + len(configurations)
-    has_image = [bool(item.image.any()) for item in encoded]
-    if any(has_image) and not all(has_image):
-        without_and_with = [
-            generate(
+    # Batched are prompts that all have a picture or all have none, and of one length if need be.
+    kinds = [(bool(item.image.any()), 0 if lm.pads else len(item.prompt_ids)) for item in encoded]
+    if len(set(kinds)) > 1:
+        of_kind = {
+            kind: generate(
                 lm,
-                [item for item, image in zip(encoded, has_image, strict=True) if image == wanted],
+                [item for item, own in zip(encoded, kinds, strict=True) if own == kind],
                 configurations,
                 max_new_tokens,
                 temperature,
                 seed,
             )
-            for wanted in (False, True)
+            for kind in dict.fromkeys(sorted(kinds))
+        }
+        texts_of = [
+            {kind: iter(texts[row]) for kind, texts in of_kind.items()} for row in range(rows)
         ]
-        return [
-            [next(texts[image]) for image in has_image]  # False is 0, True is 1
-            for texts in (tuple(map(iter, pair)) for pair in zip(*without_and_with, strict=True))
-        ]
-    if any(has_image):
+        return [[next(texts[kind]) for kind in kinds] for texts in texts_of]
+    if encoded[0].image.any():
         inputs = vision.model_inputs(
             lm,
             [item.text for item in encoded],

@@ -13,6 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grains.errors import UserError
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module with a weight computes: accelerate may keep the weight elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(device) if device is not None else next(module.parameters()).device
+
+
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A causal or image-text language model and where its decoder's parts are.
@@ -23,6 +30,14 @@ class LanguageModel:
     embed: token ids (...) -> the embeddings (..., D) that enter layer 0.
     processor: transformers' image-text processor, or None for a text-only model.
     memory: how many bytes the activations that are kept for a gradient may take.
+    tuples: items of the tuple that a layer returns, hidden states first; 0 if it returns a tensor.
+    packs: whether several sequences may be packed in one row; if not, each is computed alone.
+    batches: whether several rows may be computed together; if not, they are one at a time.
+    pads: whether padding on the left changes nothing; if not, only prompts of one length are
+        decoded together.
+    own_end: whether the model's own forward turns the last hidden states into logits, as it does
+        more than apply the norm and the head.
+    own_embeddings: whether more than a look-up makes the embeddings that enter layer 0.
     """
 
     name: str
@@ -34,6 +49,12 @@ class LanguageModel:
     embed: nn.Embedding
     processor: Any = None
     memory: int = 4 * 2**30
+    tuples: int = 0
+    packs: bool = True
+    batches: bool = True
+    pads: bool = True
+    own_end: bool = False
+    own_embeddings: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,10 +64,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """The device that inputs go to: that of the embeddings."""
-        # accelerate may keep the weights elsewhere and move them for the computation.
-        hook = getattr(self.embed, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        return torch.device(device) if device is not None else self.embed.weight.device
+        return execution_device(self.embed)
 
     @property
     def hidden_size(self) -> int:

@@ -14,15 +14,22 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from grains import cpu
+from grains.calls import finish
 from grains.lm import LanguageModel
 from grains.packing import Pack
 
 # Logits held at a time, positions x words: in fp32 16 MiB, however large the vocabulary.
 LOGIT_ROWS, VOCABULARY_SLICE = 1024, 4096
+# Positions whose logits the model's own forward makes at a time, of the whole vocabulary.
+OWN_END_ROWS = 64
 
 
 def logits(lm: LanguageModel, hidden_states: Tensor) -> Tensor:
-    """Final norm and head: outputs of the last layer (..., D) -> logits (..., V) in fp32."""
+    """What follows the layers: outputs of the last one (..., D) -> logits (..., V) in fp32."""
+    if lm.own_end:
+        rows = hidden_states.flatten(0, -2).split(OWN_END_ROWS)
+        found = torch.cat([finish(lm, states) for states in rows])
+        return found.view(*hidden_states.shape[:-1], -1)
     return lm.head(lm.norm(hidden_states)).float()
 
 
@@ -83,6 +90,16 @@ def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -
     targets: (n,) token ids.
     Returns (n,) in fp32, differentiable with respect to hidden_states.
     """
+    if lm.own_end:
+        log_probs = [
+            logits(lm, states).log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+            for states, wanted in zip(
+                hidden_states.split(OWN_END_ROWS),
+                targets.to(hidden_states.device).split(OWN_END_ROWS),
+                strict=True,
+            )
+        ]
+        return torch.cat(log_probs)
     wants_grad = torch.is_grad_enabled() and hidden_states.requires_grad
     states = lm.norm(hidden_states)
     with align_module_device(lm.head):  # loads the head if accelerate keeps it on disk

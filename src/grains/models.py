@@ -31,8 +31,9 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from grains import cpu, settings
-from grains.errors import UserError, hub_trouble
+from grains.errors import UserError, hub_trouble, refusing
 from grains.lm import LanguageModel
+from grains.parts import find_parts
 from grains.selfcheck import check_replay
 from grains.settings import EMBEDDED, MODELS
 
@@ -151,25 +152,26 @@ def wrap(
     Raises UserError if a part of the decoder is not found, or if the self-check fails.
     """
     model.eval().requires_grad_(False)
-    decoder = model.get_decoder()
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
-    layers: Any = getattr(decoder, "layers", None)
-    norm: Any = getattr(decoder, "norm", None)
-    parts = {"layers": layers, "norm": norm, "output embeddings": head, "input embeddings": embed}
-    missing = [part for part, module in parts.items() if module is None]
-    if missing:
-        raise UserError(
-            f"{name}: {type(model).__name__} has no decoder {', '.join(missing)} that "
-            "could be found; this architecture is not supported"
-        )
+    for part, module in (("output", head), ("input", embed)):
+        if module is None:
+            raise UserError(
+                f"{name}: {type(model).__name__} has no {part} embeddings; this architecture is "
+                "not supported"
+            )
     if not isinstance(head, nn.Linear) or not head.weight.dtype.is_floating_point:
         raise UserError(
             f"{name}: its output embeddings ({type(head).__name__}) are not a plain linear "
             "layer; this architecture is not supported"
         )
-    lm = LanguageModel(name, model, tokenizer, layers, norm, head, embed, processor)
+    with refusing(
+        f"{name}: its forward fails on a short text",
+        "is the model whole, and of the kind that its config names?",
+    ):
+        layers, norm, tuples = find_parts(model, name)
+    lm = LanguageModel(name, model, tokenizer, layers, norm, head, embed, processor, tuples=tuples)
     if self_check:
-        check_replay(lm)
+        lm = check_replay(lm)
     return lm
 
 

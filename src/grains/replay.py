@@ -12,18 +12,19 @@ its own path through the trie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from grains import cpu
+from grains.calls import Calls, Sequence, first_tensor, map_tensors, record
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.logprobs import LOGIT_ROWS, VOCABULARY_SLICE
@@ -40,101 +41,23 @@ class Capture:
     """What the decoder's layers were called with, for a batch of B sequences of T positions.
 
     embeds: (B, T, D) the hidden states that enter layer 0.
-    kwargs: the keyword arguments of each layer; layers of the same kind share their objects.
+    calls: what each layer is called with beside them.
     lengths: (B,) the number of positions of each sequence; padding follows on the right.
     """
 
     embeds: Tensor
-    kwargs: list[dict]
+    calls: Calls
     lengths: Tensor
 
-    def rows(self, index: Tensor) -> list[dict]:
-        """Keyword arguments for R rows of hidden states; row r is of sequence index[r], (R,)."""
-        return _map_kwargs(self.kwargs, lambda _, value: _rows(value, index))
 
-
-def _rows(value: Tensor, index: Tensor) -> Tensor:
-    return value if value.shape[0] == 1 else value[index.to(value.device)]
-
-
-def _map_kwargs(kwargs: list[dict], change: Callable[[str, Tensor], Tensor]) -> list[dict]:
-    """Replace every tensor by `change(name, tensor)`, computed once for each distinct tensor."""
-    done: dict[int, Tensor] = {}
-
-    def apply(key: str, value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return type(value)(apply(key, item) for item in value)
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in done:
-            done[id(value)] = change(key, value)
-        return done[id(value)]
-
-    return [{key: apply(key, value) for key, value in layer.items()} for layer in kwargs]
-
-
-@contextmanager
-def _recorded(lm: LanguageModel, run_layers: bool) -> Iterator[list[dict]]:
-    """Record the arguments of every layer, within the block.
-
-    run_layers: if false, layers return their input and the head returns zeros, so that a forward
-        costs no more than the embeddings, the masks and, for a picture, the vision tower.
-    """
-    records: list[dict] = [{} for _ in lm.layers]
-    handles, replaced = [], []
-
-    def unchanged(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-    def zeros(hidden_states: Tensor) -> Tensor:
-        return hidden_states.new_zeros(*hidden_states.shape[:-1], len(lm.head.weight))
-
-    idle = {} if run_layers else {**dict.fromkeys(lm.layers, unchanged), lm.head: zeros}
-
-    def recorder(index: int) -> Callable[[nn.Module, tuple, dict], None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            records[index] = {"args": args, "kwargs": kwargs}
-
-        return hook
-
-    try:
-        for index, layer in enumerate(lm.layers):
-            handles.append(layer.register_forward_pre_hook(recorder(index), with_kwargs=True))
-        for module, substitute in idle.items():
-            replaced.append((module, module.__dict__.get("forward")))
-            module.forward = substitute
-        yield records
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, forward in replaced:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
-
-
-def capture(lm: LanguageModel, inputs: dict, run_layers: bool = False) -> Capture:
+def capture(lm: LanguageModel, inputs: dict) -> Capture:
     """Record one forward of the model.
 
     inputs: what the model's forward takes (input_ids, attention_mask, pixel_values, ...), B rows.
-    run_layers: whether the layers compute anything; what is recorded is the same.
-    Raises UserError if a layer is not called, or called with other positional arguments than the
-    hidden states.
+    Raises UserError if a layer is not called.
     """
-    with torch.no_grad(), _recorded(lm, run_layers) as records:
-        lm.model(**inputs, use_cache=False, logits_to_keep=1)
-    if not all(records):
-        missing = [index for index, record in enumerate(records) if not record]
-        raise UserError(f"{lm.name}: its forward does not call decoder layers {missing}")
-    if any(len(record["args"]) != 1 for record in records):
-        raise UserError(f"{lm.name}: its decoder layers take more than hidden states by position")
-    kwargs = [
-        record["kwargs"] | {"past_key_values": None, "use_cache": False} for record in records
-    ]
-    embeds = records[0]["args"][0].detach()
-    lengths = torch.full((embeds.shape[0],), embeds.shape[1])
-    return Capture(embeds, kwargs, lengths)
+    embeds, calls = record(lm, inputs)
+    return Capture(embeds, calls, torch.full((embeds.shape[0],), embeds.shape[1]))
 
 
 def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
@@ -144,10 +67,15 @@ def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
     Masks and rotary embeddings are then taken at each node's true position (its depth), and the
     masks are restricted to the node's own path.
 
+    A model whose sequences cannot be packed (`LanguageModel.packs`) is captured on each sequence on
+    its own; its hidden states have the layout of the trie all the same.
+
     prompt: the model's inputs for the prompt alone (one row), pictures included.
     Returns a `Capture` with B = 1. Raises UserError if a layer takes a tensor that cannot be
     reordered.
     """
+    if not lm.packs:
+        return _capture_apart(lm, prompt, packed)
     extra = packed.tokens[prompt["input_ids"].shape[1] :].tolist()
     linear = capture(lm, extend(prompt, extra))
     if len(packed.paths) == 1:
@@ -169,9 +97,26 @@ def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
             "cannot be replayed for packed sequences; this model is not supported"
         )
 
-    kwargs = _map_kwargs(linear.kwargs, change)
+    layers = map_tensors(linear.calls.layers, change)
     causal = _narrow(_causal(length, device), depth, same_path, lm.name)
-    return Capture(linear.embeds, _fill_masks(kwargs, causal), linear.lengths)
+    calls = Calls(_fill_masks(layers, causal), linear.calls.added)
+    return Capture(linear.embeds, calls, linear.lengths)
+
+
+def _capture_apart(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
+    """The sequences of a trie captured one by one, their hidden states laid out as the trie's."""
+    seen = torch.zeros(len(packed), dtype=torch.bool)
+    sequences, rows = [], []
+    for path in packed.paths:
+        ids = packed.tokens[path][prompt["input_ids"].shape[1] :].tolist()
+        alone = capture(lm, extend(prompt, ids))
+        owned = ~seen[path]
+        seen[path] = True
+        rows.append(alone.embeds[0, owned])
+        sequences.append(Sequence(0, path, owned, alone.calls.layers, alone.calls.added))
+    # A trie numbers its nodes in the order in which the sequences bring them.
+    embeds = torch.cat(rows)[None]
+    return Capture(embeds, Calls([], sequences=sequences), torch.tensor([len(packed)]))
 
 
 def _causal(length: int, device: torch.device) -> Tensor:
@@ -223,12 +168,23 @@ def collate(captures: list[Capture]) -> Capture:
         return captures[0]
     lengths = torch.cat([item.lengths for item in captures])
     longest = int(lengths.max())
+    if captures[0].calls.sequences:
+        embeds = torch.cat(
+            [pad(item.embeds, (0, 0, 0, longest - item.embeds.shape[1])) for item in captures]
+        )
+        sequences = [
+            replace(sequence, sample=sample)
+            for sample, item in enumerate(captures)
+            for sequence in item.calls.sequences
+        ]
+        samples = torch.arange(len(captures))
+        return Capture(embeds, Calls([], sequences=sequences, samples=samples), lengths)
     layers = [
-        _fill_masks(item.kwargs, _causal(item.embeds.shape[1], item.embeds.device))
+        _fill_masks(item.calls.layers, _causal(item.embeds.shape[1], item.embeds.device))
         for item in captures
     ]
 
-    def pad(value: Tensor, dim: int) -> Tensor:
+    def pad_at(value: Tensor, dim: int) -> Tensor:
         shape = list(value.shape)
         shape[dim] = longest - shape[dim]
         return torch.cat([value, value.new_zeros(shape)], dim=dim) if shape[dim] else value
@@ -259,22 +215,32 @@ def collate(captures: list[Capture]) -> Capture:
                 padded = [pad_mask(value) for value in values]
             else:
                 padded = [
-                    pad(value, -2 if key == "position_embeddings" else -1) for value in values
+                    pad_at(value, -2 if key == "position_embeddings" else -1) for value in values
                 ]
             joined[identity] = torch.cat(padded)
         return joined[identity]
 
-    kwargs = [
+    joined_layers = [
         {key: join(key, tuple(layer[key] for layer in same)) for key in same[0]}
         for same in zip(*layers, strict=True)
     ]
-    return Capture(torch.cat([pad(item.embeds, -2) for item in captures]), kwargs, lengths)
+    added = {
+        layer: torch.cat(
+            [
+                pad_at(item.calls.added.get(layer, torch.zeros_like(item.embeds)), -2)
+                for item in captures
+            ]
+        )
+        for layer in sorted({layer for item in captures for layer in item.calls.added})
+    }
+    embeds = torch.cat([pad_at(item.embeds, -2) for item in captures])
+    return Capture(embeds, Calls(joined_layers, added), lengths)
 
 
 def replay(
     lm: LanguageModel,
     hidden_states: Tensor,
-    kwargs: list[dict],
+    calls: Calls,
     start: int = 0,
     stop: int | None = None,
     after: Callable[[int, Tensor], Tensor | None] | None = None,
@@ -283,8 +249,8 @@ def replay(
     """Run decoder layers start to stop-1 on hidden states.
 
     hidden_states: (R, T, D) the input of layer `start`.
-    kwargs: the keyword arguments of each layer for R rows (see `Capture.rows`); if all rows are of
-        one sequence, those captured for that sequence alone.
+    calls: what the layers are called with for R rows (see `Calls.rows`); if all rows are of one
+        sequence, what was captured for that sequence alone.
     stop: the first layer that is not run; None runs all.
     after: called as after(layer, output) after each layer. If it returns a tensor, that replaces
         the output. This is where states are read and steered.
@@ -293,7 +259,7 @@ def replay(
     Returns the output (R, T, D) of layer stop-1, before the final norm.
     """
     for index in range(start, len(lm.layers) if stop is None else stop):
-        layer = partial(lm.layers[index], **kwargs[index])
+        layer = partial(_layer, lm, index, calls)
         hidden_states = (
             checkpoint(layer, hidden_states, use_reentrant=False)
             if checkpointed
@@ -303,6 +269,29 @@ def replay(
             changed = after(index, hidden_states)
             hidden_states = hidden_states if changed is None else changed
     return hidden_states
+
+
+def _layer(lm: LanguageModel, index: int, calls: Calls, states: Tensor) -> Tensor:
+    """The output of one layer, (R, T, D) -> (R, T, D)."""
+    layer = lm.layers[index]
+    if not calls.sequences:
+        if index in calls.added:
+            states = states + calls.added[index]
+        return first_tensor(layer(states, **calls.layers[index]))
+    output = torch.zeros_like(states)
+    for sequence in calls.sequences:
+        rows = torch.arange(len(states))
+        if calls.samples is not None:
+            rows = rows[calls.samples.cpu() == sequence.sample]
+        nodes = sequence.nodes.to(states.device)
+        own = sequence.owned.to(states.device)
+        for some in rows.split(len(rows) if lm.batches else 1):
+            entering = states[some[:, None].to(states.device), nodes]
+            if index in sequence.added:
+                entering = entering + sequence.added[index]
+            left = first_tensor(layer(entering, **sequence.layers[index]))
+            output[some[:, None].to(states.device), nodes[own]] = left[:, own]
+    return output
 
 
 def gradient_rows(lm: LanguageModel, captured: Capture) -> tuple[int, bool]:
@@ -322,7 +311,7 @@ def gradient_rows(lm: LanguageModel, captured: Capture) -> tuple[int, bool]:
 
     row = captured.embeds[:1].detach().requires_grad_()
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        output = lm.layers[0](row, **captured.kwargs[0])
+        output = _layer(lm, 0, captured.calls, row)
     weights = {weight.untyped_storage().data_ptr() for weight in lm.layers[0].parameters()}
     one_layer = sum(size for address, size in held.items() if address not in weights)
     # The rest holds a slice of the logits, twice, and what one layer's backward pass needs.

@@ -71,7 +71,7 @@ def score(
         if layer in starts:
             kept[layer] = states
 
-    final = replay(lm, batch.embeds, batch.kwargs, after=keep)
+    final = replay(lm, batch.embeds, batch.calls, after=keep)
     scores: list[Tensor] = [torch.empty(0)] * (1 + len(configurations))
     scores[0] = read(final[None])[0]
 
@@ -139,11 +139,11 @@ def _steered(
         return read(states, lambda picked: steer(picked, vectors[first][:, None], gates[first]))
     states = steer(states, vectors[first][:, None, None], gates[first]).flatten(0, 1)
     by_row = {layer: vectors[layer].repeat_interleave(questions, 0)[:, None] for layer in later}
-    kwargs = batch.rows(torch.arange(questions, device=states.device).repeat(count))
+    calls = batch.calls.rows(torch.arange(questions, device=states.device).repeat(count))
     final = replay(
         lm,
         states,
-        kwargs,
+        calls,
         start=first + 1,
         after=lambda layer, h: steer(h, by_row[layer], gates[layer]) if layer in by_row else None,
     )

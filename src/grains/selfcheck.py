@@ -2,43 +2,236 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from PIL import Image
 from torch import Tensor
 
 from grains import prompts
+from grains.calls import first_tensor
 from grains.data import Example
-from grains.errors import UserError
+from grains.errors import UserError, refusing
 from grains.lm import LanguageModel
 from grains.logprobs import logits
 from grains.packing import pack
-from grains.replay import capture_pack, extend, replay
+from grains.replay import capture, capture_pack, extend, replay
 
 # How much a replay's log-probabilities may differ from the model's own: root mean square over the
 # vocabulary, at the worst position, in nats. SmolLM2's own forward changes by 0.1 in bfloat16 (by
 # 0.6 for the worst of its 49,152 words) and by 0.01 in float16 when more text follows.
 SELF_CHECK_TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 0.3, torch.float16: 0.05}
+# Sizes in a config at which what a layer sees changes: a text longer than each is checked, up to
+# this many tokens.
+BORDERS = re.compile("window|chunk|block|floor_scale|index")
+LONGEST_CHECK = 16384
+COMPARED = 8  # last positions of a prompt that are compared
 
 
-def check_replay(lm: LanguageModel) -> None:
-    """Raise UserError for a model whose forward does more than its layers do.
+def check_replay(lm: LanguageModel) -> LanguageModel:
+    """How this model must be replayed for its own results, or UserError if no way gives them.
 
-    A short text goes through the model's own forward, and through a replay of two packed sequences
-    that stops and resumes in the middle. Both must give the same log-probabilities, and every layer
-    must return its hidden states as one tensor. For an image-text model this is repeated with a
-    picture in the prompt.
+    A text goes through the model's own forward, and through a replay of two packed sequences that
+    stops and resumes in the middle. Where the two differ, each sequence is replayed on its own, and
+    the model's own forward makes the logits from the last hidden states; if that differs too, the
+    model is refused. The text is longer than any window, chunk or block of the config. For an
+    image-text model a picture is in the prompt of a second check.
+    Returns the model with the ways in which it can be replayed.
     """
+    with refusing(
+        f"{lm.name}: its decoder layers cannot be replayed", "this architecture is not supported"
+    ):
+        return _checked(lm)
+
+
+def _checked(lm: LanguageModel) -> LanguageModel:
+    short = _text_prompt(lm, 4)
+    words = _words(lm, 32)
+    responses = [words[4:6], words[6:9]]
+    expected, states = _own(lm, short, responses)
+    plain_end = logits(lm, states[0][-len(expected[0]) :])
+    lm = replace(lm, own_end=_distance(plain_end, expected[0]) > _limit(lm))
+    lm = replace(lm, packs=not _length_matters(lm), own_embeddings=not _looks_up(lm, short))
+    lm = replace(lm, pads=_can_pad(lm, short, responses[1]))
+    with_picture = _picture_prompt(lm) if lm.processor is not None else None
+
+    def differences(lm: LanguageModel) -> Iterator[tuple[float, str]]:
+        yield _difference(lm, short, responses, expected), ""
+        for border in _borders(lm):
+            prompt = _text_prompt(lm, border + 3)
+            own = _own(lm, prompt, responses)[0]
+            yield _difference(lm, prompt, responses, own), f" on {border} tokens"
+        if with_picture is not None:
+            own = _own(lm, with_picture, responses)[0]
+            yield _difference(lm, with_picture, responses, own), " with a picture"
+
+    if lm.packs:
+        try:
+            lm = replace(lm, packs=all(worst <= _limit(lm) for worst, _ in differences(lm)))
+        except Exception:  # a layer that cannot be called with packed sequences
+            lm = replace(lm, packs=False)
+    if not lm.packs:
+        worst, where = max(differences(lm))
+        if not worst <= _limit(lm):
+            raise UserError(
+                f"{lm.name}: a replay of its decoder layers{where} differs from the model's own "
+                f"log-probabilities by {worst:.2g} (at most {_limit(lm):g} expected): its forward "
+                "does more than its layers do, so it would be attributed and steered wrongly; not "
+                "supported"
+            )
+        lm = replace(lm, batches=_can_batch(lm, short, responses))
+    return lm
+
+
+def _limit(lm: LanguageModel) -> float:
+    return SELF_CHECK_TOLERANCE[lm.dtype]
+
+
+def _words(lm: LanguageModel, count: int) -> list[int]:
+    """Ordinary tokens: the first ids of a vocabulary are often special or single bytes."""
     vocabulary = min(lm.head.weight.shape[0], lm.embed.weight.shape[0])
     special = lm.special_ids() | lm.image_ids()
-    # Nine ordinary tokens: the first ids of a vocabulary are often special or single bytes.
-    ids_in_order = list(range(vocabulary // 7, vocabulary)) + list(range(vocabulary // 7))
-    words = [token for token in ids_in_order if token not in special][:9]
-    responses = [words[4:6], words[6:9]]
-    ids = torch.tensor([words[:4]], device=lm.device)
-    _check_replay(lm, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, responses, "")
-    if lm.processor is not None:
-        # Only the second response is compared: it is the one packed behind another.
-        _check_replay(lm, _picture_prompt(lm), responses, " with a picture", compared=(1,))
+    first = vocabulary // 7
+    in_order = [*range(first, vocabulary), *range(first)]
+    words = [token for token in in_order if token not in special][: min(count, 256)]
+    return [words[index % len(words)] for index in range(count)]
+
+
+def _text_prompt(lm: LanguageModel, length: int) -> dict:
+    words = _words(lm, length)
+    # Tokens in an order that no position repeats, so that a shift of positions shows.
+    ids = torch.tensor([[words[index * index % len(words)] for index in range(length)]])
+    ids = ids.to(lm.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _borders(lm: LanguageModel) -> list[int]:
+    """Lengths at which what a layer sees changes, by the model's config."""
+    config = lm.model.config.get_text_config().to_dict()
+    longest = min(LONGEST_CHECK, (lm.max_positions or LONGEST_CHECK) - 16)
+    sizes = {
+        value
+        for name, value in config.items()
+        if BORDERS.search(name) and isinstance(value, int) and not isinstance(value, bool)
+    }
+    found = [size for size in sorted(sizes) if 4 < size <= longest]
+    return found[-1:]  # a text longer than the longest is longer than all
+
+
+@torch.no_grad()
+def _looks_up(lm: LanguageModel, prompt: dict) -> bool:
+    """Whether what enters layer 0 is what the embedding module gives."""
+    entering, looked_up = capture(lm, prompt).embeds, lm.embed(prompt["input_ids"])
+    return torch.allclose(entering.float(), looked_up.float(), rtol=1e-3, atol=1e-6)
+
+
+def _length_matters(lm: LanguageModel) -> bool:
+    """Whether rotary embeddings depend on the length of the whole row (dynamic, longrope)."""
+    rope = getattr(lm.model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = rope.values() if all(isinstance(item, dict) for item in rope.values()) else [rope]
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+
+
+@torch.no_grad()
+def _own(
+    lm: LanguageModel, prompt: dict, responses: list[list[int]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The model's own logits (n, V) for each response, and its last layer's output (T, D).
+
+    The logits are those of the response and of the end of the prompt: all would not fit.
+    """
+    outputs: list[Tensor] = []
+    handle = lm.layers[-1].register_forward_hook(
+        lambda module, args, output: outputs.append(first_tensor(output)[0])
+    )
+    try:
+        own = [
+            lm.model(
+                **extend(prompt, response), use_cache=False, logits_to_keep=len(response) + COMPARED
+            )
+            .logits[0]
+            .float()
+            for response in responses
+        ]
+    finally:
+        handle.remove()
+    if not all(scores.isfinite().all() for scores in own):
+        raise UserError(
+            f"{lm.name}: it gives NaN or infinite logits in {lm.dtype} on a short text: its "
+            "weights are damaged, or too large for that precision; try dtype float32 or bfloat16"
+        )
+    return own, outputs
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Of log-probabilities: root mean square over the vocabulary, at the worst position."""
+    apart = found.log_softmax(-1).to(expected.device) - expected.log_softmax(-1)
+    return apart.square().mean(-1).sqrt().max().item()
+
+
+@torch.no_grad()
+def _difference(
+    lm: LanguageModel, prompt: dict, responses: list[list[int]], expected: list[Tensor]
+) -> float:
+    """How far a replay that resumes in the middle is from the model's own log-probabilities."""
+    ids = prompt["input_ids"][0].tolist()
+    packed = pack([ids + response for response in responses])
+    captured = capture_pack(lm, prompt, packed)
+    middle = len(lm.layers) // 2
+    half = replay(lm, captured.embeds, captured.calls, stop=middle)
+    final = replay(lm, half, captured.calls, start=middle)
+    return max(
+        _distance(logits(lm, final[0, path[-len(scores) :].to(final.device)]), scores)
+        for path, scores in zip(packed.paths, expected, strict=True)
+    )
+
+
+@torch.no_grad()
+def _can_batch(lm: LanguageModel, prompt: dict, responses: list[list[int]]) -> bool:
+    """Whether two rows of hidden states that are computed together are as if each was alone."""
+    ids = prompt["input_ids"][0].tolist()
+    captured = capture_pack(lm, prompt, pack([ids + response for response in responses]))
+    rows = torch.cat([captured.embeds, 0.5 * captured.embeds])
+    try:
+        together = logits(lm, replay(lm, rows, captured.calls))
+    except Exception:  # layers whose arguments are made for one row
+        return False
+    alone = torch.cat([logits(lm, replay(lm, row[None], captured.calls)) for row in rows])
+    return max(_distance(*pair) for pair in zip(together, alone, strict=True)) <= _limit(lm)
+
+
+@torch.no_grad()
+def _can_pad(lm: LanguageModel, prompt: dict, response: list[int]) -> bool:
+    """Whether the model's own decoding of a text behind padding is that of the text alone."""
+    text = extend(prompt, response)["input_ids"]
+    padding = torch.full((1, 3), lm.replacement_id(), device=text.device)
+    shorter = torch.cat([padding, text], dim=1)
+    ids = torch.cat([shorter, text.flip(1).repeat(1, 2)[:, : shorter.shape[1]]])
+    mask = torch.ones_like(ids)
+    mask[0, : padding.shape[1]] = 0
+
+    def decode(ids: Tensor, mask: Tensor) -> Tensor:
+        """(steps, V) logits of the first row."""
+        output = lm.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            pad_token_id=lm.replacement_id(),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.stack([logits[0].float() for logits in output.logits])
+
+    alone = decode(text, torch.ones_like(text))
+    try:
+        together = decode(ids, mask)
+    except Exception:  # layers that cannot be masked
+        return False
+    return _distance(together, alone) <= _limit(lm)
 
 
 def _picture_prompt(lm: LanguageModel) -> dict:
@@ -60,66 +253,3 @@ def _picture_prompt(lm: LanguageModel) -> dict:
             "architecture is not supported"
         )
     return encoded.inputs
-
-
-@torch.no_grad()
-def _check_replay(
-    lm: LanguageModel,
-    prompt: dict,
-    responses: list[list[int]],
-    prompt_kind: str,
-    compared: tuple[int, ...] = (0, 1),
-) -> None:
-    """Compare the responses numbered in `compared` with the model's own forward.
-
-    prompt_kind: what the error says of the prompt.
-    """
-    outputs = []
-    handles = [
-        layer.register_forward_hook(lambda module, args, output: outputs.append(output))
-        for layer in lm.layers
-    ]
-    try:
-        expected = {
-            index: lm.model(**extend(prompt, responses[index]), use_cache=False).logits[0].float()
-            for index in compared
-        }
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not all(isinstance(output, Tensor) for output in outputs):
-        raise UserError(
-            f"{lm.name}: its decoder layers do not return a tensor of hidden states; "
-            "this architecture is not supported"
-        )
-
-    ids = prompt["input_ids"][0].tolist()
-    packed = pack([ids + response for response in responses])
-    captured = capture_pack(lm, prompt, packed)
-    middle = len(lm.layers) // 2
-    half = replay(lm, captured.embeds, captured.kwargs, stop=middle)
-    replayed = logits(lm, replay(lm, half, captured.kwargs, start=middle))[0]
-    worst = max(
-        (
-            replayed[packed.paths[index].to(replayed.device)].log_softmax(-1).to(scores.device)
-            - scores.log_softmax(-1)
-        )
-        .square()
-        .mean(-1)
-        .sqrt()
-        .max()
-        .item()
-        for index, scores in expected.items()
-    )
-    if not all(scores.isfinite().all() for scores in expected.values()):
-        raise UserError(
-            f"{lm.name}: it gives NaN or infinite logits in {lm.dtype} on a short text: its "
-            "weights are damaged, or too large for that precision; try dtype float32 or bfloat16"
-        )
-    limit = SELF_CHECK_TOLERANCE[lm.dtype]
-    if not worst <= limit:
-        raise UserError(
-            f"{lm.name}: a replay of its decoder layers{prompt_kind} differs from the model's own "
-            f"log-probabilities by {worst:.2g} (at most {limit:g} expected): its forward does more "
-            "than its layers do, so it would be attributed and steered wrongly; not supported"
-        )

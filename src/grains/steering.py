@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from grains.calls import first_tensor, with_states
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.runs import read_tensors, write_tensors
@@ -80,8 +81,8 @@ def steered(
             gate = gates[layer] if gates else None
             handles.append(
                 lm.layers[layer].register_forward_hook(
-                    lambda module, args, output, vector=vector, gate=gate: steer(
-                        output, vector, gate
+                    lambda module, args, output, vector=vector, gate=gate: with_states(
+                        output, steer(first_tensor(output), vector, gate)
                     )
                 )
             )

@@ -79,14 +79,17 @@ class Process:
 
 
 class Commands:
-    """The client of a server with the given environment variables."""
+    """The client of a server with the given environment variables.
 
-    def __init__(self, **environment: str):
+    library: what the server imports: stages, or runs alone, whose processes start faster.
+    """
+
+    def __init__(self, library: str = "stages", **environment: str):
         self.environment = child_environment(**environment)
         self.folder = tempfile.TemporaryDirectory(prefix="commands-")
         self.count = 0
         self.server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, library],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -142,6 +145,23 @@ class Commands:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             return listener.getsockname()[1]
+
+    def shell(self, script: str, *arguments, **environment: str) -> Result:
+        """Run src/scripts/`script`, and the script that it starts as a process of the server.
+
+        What the shell script calls `$PYTHON` with is written down, and then run.
+        """
+        recorder, called = (Path(self.folder.name) / name for name in ("recorder", "called"))
+        recorder.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {called}\n')
+        recorder.chmod(0o755)
+        subprocess.run(
+            ["bash", f"scripts/{script}", *map(str, arguments)],
+            cwd=SRC,
+            env=self.environment | {"PYTHON": str(recorder)} | environment,
+            check=True,
+        )
+        name, *words = called.read_text().split("\0")[:-1]
+        return self.run(name, *words)
 
     def together(self, script: str, *arguments, **options) -> list[Process]:
         """Start a command as two processes that know of each other, as a launcher does."""
@@ -221,7 +241,7 @@ def arguments_of(flags: dict) -> list[str]:
 def server_with():
     """Makes a server with the given environment variables."""
     with ExitStack() as stack:
-        yield lambda **environment: stack.enter_context(Commands(**environment))
+        yield lambda **options: stack.enter_context(Commands(**options))
 
 
 @pytest.fixture(scope="session")
@@ -231,18 +251,12 @@ def commands(server_with, tmp_path_factory):
     return server_with(HF_HOME=str(home), HF_ENDPOINT="http://127.0.0.1:9")
 
 
-def _serve() -> None:
+def _serve(library: str = "stages") -> None:
     sys.path.insert(0, str(SRC))
-    import datasets.packaged_modules.json.json  # noqa: F401
-    import sklearn.decomposition  # noqa: F401
-    import transformers.generation.utils
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import grains.runs  # noqa: F401
 
-    import grains.cli.stages
-    import grains.generation
-    import grains.stage1
-    import grains.tables  # noqa: F401
-
+    if library == "stages":
+        _import_stages()
     for line in sys.stdin:
         request = json.loads(line)
         if "run" in request:
@@ -256,6 +270,18 @@ def _serve() -> None:
             done, status = os.waitpid(request["wait"], 0 if request["block"] else os.WNOHANG)
             answer = {"status": status if done else None}
         print(json.dumps(answer), flush=True)
+
+
+def _import_stages() -> None:
+    import datasets.packaged_modules.json.json  # noqa: F401
+    import sklearn.decomposition  # noqa: F401
+    import transformers.generation.utils
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import grains.cli.stages
+    import grains.generation
+    import grains.stage1
+    import grains.tables  # noqa: F401
 
 
 def _import_study() -> None:
@@ -312,4 +338,4 @@ def _die_after(count: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(*sys.argv[1:])

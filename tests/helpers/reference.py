@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
+from grains.calls import first_tensor, with_states
 from grains.data import Example
 from grains.prompts import Encoded
 
@@ -70,6 +71,27 @@ def own_loss_log_likelihood(lm, prompt_ids, response):
     labels[:, : len(prompt_ids)] = -100
     with torch.no_grad():
         return -lm.model(input_ids=ids, labels=labels).loss.item() * len(response)
+
+
+@contextmanager
+def hooked(changes):
+    """Modules whose output is changed within the block.
+
+    changes: module -> function from its hidden states to others.
+    """
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output, change=change: with_states(
+                output, change(first_tensor(output))
+            )
+        )
+        for module, change in changes.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -107,5 +107,5 @@ def _states(
                     normalize(states[read.to(states.device)].float(), dim=-1).cpu()
                 )
 
-        replay(lm, batch.embeds, batch.kwargs, stop=max(layers) + 1, after=keep)
+        replay(lm, batch.embeds, batch.calls, stop=max(layers) + 1, after=keep)
     return {layer: torch.cat(parts) for layer, parts in states_of.items()}

@@ -208,7 +208,7 @@ def log_likelihoods(
     checkpointed: see `replay`.
     """
     batch, read = packed_batch(lm, encoded)
-    final = replay(lm, batch.embeds, batch.kwargs, checkpointed=checkpointed)
+    final = replay(lm, batch.embeds, batch.calls, checkpointed=checkpointed)
     return read(final[None])[0].view(len(encoded), -1)
 
 

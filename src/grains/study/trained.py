@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid
 from tqdm import tqdm
 
+from grains.calls import Calls
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.logprobs import ResponseScorer
@@ -213,12 +214,12 @@ class _Batch:
     """Items that are computed together.
 
     states: (n, T, D) base output of the first steered layer, which no vector changes.
-    kwargs: arguments of the layers (see `Capture`). read: gives the log-likelihoods.
+    calls: what the layers are called with. read: gives the log-likelihoods.
     base: (n, C) the base model's log-likelihoods; lengths: (n, C) the responses' tokens.
     """
 
     states: Tensor
-    kwargs: list[dict]
+    calls: Calls
     read: ResponseScorer
     base: Tensor
     lengths: Tensor
@@ -270,10 +271,10 @@ class _Term:
     @torch.no_grad()
     def _computed(self, items: list[Encoded]) -> _Batch:
         captured, read = packed_batch(self.lm, items)
-        states = replay(self.lm, captured.embeds, captured.kwargs, stop=self.first + 1)
-        final = replay(self.lm, states, captured.kwargs, start=self.first + 1)
+        states = replay(self.lm, captured.embeds, captured.calls, stop=self.first + 1)
+        final = replay(self.lm, states, captured.calls, start=self.first + 1)
         lengths = torch.tensor([list(map(len, item.responses)) for item in items])
-        return _Batch(states, captured.kwargs, read, read(final[None]).view(lengths.shape), lengths)
+        return _Batch(states, captured.calls, read, read(final[None]).view(lengths.shape), lengths)
 
     def backward(
         self,
@@ -291,7 +292,7 @@ class _Term:
             final = replay(
                 self.lm,
                 after(self.first, batch.states),
-                batch.kwargs,
+                batch.calls,
                 start=self.first + 1,
                 after=after,
                 checkpointed=checkpointed,

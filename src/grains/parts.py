@@ -1,0 +1,81 @@
+"""Where a decoder's parts are: found from what the forward calls, not from names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grains.errors import UserError
+from grains.lm import execution_device
+
+
+class Chain(nn.Sequential):
+    """Modules that a model calls one after the other between its last layer and its head."""
+
+
+def find_parts(model: PreTrainedModel, name: str) -> tuple[nn.ModuleList, nn.Module, int]:
+    """The decoder's layers, what follows them before the head, and the items that a layer returns.
+
+    The model's forward runs on four tokens. The layers are the list of modules that it calls one
+    after the other, as many as the config says, each with hidden states of the model's size. What
+    it calls between the last of them and the head is the norm.
+    Raises UserError if there is no such list.
+    """
+    config = model.config.get_text_config()
+    calls: list[tuple[nn.Module, Any, Any]] = []  # in the order in which they return
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, kwargs, output: calls.append((module, args, output)),
+            with_kwargs=True,
+        )
+        for module in model.modules()
+    ]
+    device = execution_device(model.get_input_embeddings())
+    ids = torch.full((1, 4), int(getattr(config, "vocab_size", 8)) // 2, device=device)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    order = {id(module): place for place, (module, _, _) in enumerate(calls)}
+    for layers in model.modules():
+        if not isinstance(layers, nn.ModuleList) or len(layers) != config.num_hidden_layers:
+            continue
+        places = [order.get(id(layer), -1) for layer in layers]
+        if min(places) >= 0 and places == sorted(places) and _takes_states(calls[places[0]]):
+            output = calls[places[0]][2]
+            tuples = len(output) if isinstance(output, (tuple, list)) else 0
+            return layers, _between(calls, places[-1], model), tuples
+    raise UserError(
+        f"{name}: {type(model).__name__} does not call {config.num_hidden_layers} decoder layers "
+        "one after the other on the hidden states of a text; this architecture is not supported"
+    )
+
+
+def _takes_states(call: tuple[nn.Module, Any, Any]) -> bool:
+    _, args, _ = call
+    first = args[0] if args else None
+    return isinstance(first, Tensor) and first.is_floating_point() and first.dim() >= 3
+
+
+def _between(
+    calls: list[tuple[nn.Module, Any, Any]], last_layer: int, model: PreTrainedModel
+) -> nn.Module:
+    """The outermost modules that are called after the last layer, before the head."""
+    head = model.get_output_embeddings()
+    after = []
+    for module, _, _ in calls[last_layer + 1 :]:
+        if module is head:
+            break
+        after.append(module)
+    # A module returns after those inside it, and what holds the layers returns after the norm.
+    layer = calls[last_layer][0]
+    after = [module for module in after if layer not in set(module.modules())]
+    inner = {id(child) for module in after for child in module.modules() if child is not module}
+    found = [module for module in after if id(module) not in inner]
+    return found[0] if len(found) == 1 else Chain(*found)
