@@ -78,5 +78,6 @@ def page_of(*folders: Path, count: int = 6, drawn: bool = False) -> Page:
 
 
 def _filled(draw, height, theme, **options) -> bytes:
-    draw(Figure(figsize=(images.WIDTH, height)))
+    if theme == "light":
+        draw(Figure(figsize=(images.WIDTH, height)))
     return b"PNG"

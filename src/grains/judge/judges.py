@@ -253,8 +253,8 @@ class Endpoint:
             todo = {
                 401: "set OPENAI_API_KEY to a valid key",
                 403: "OPENAI_API_KEY is of an account that may not use this model",
-                404: "judge_url must end where /chat/completions follows (often in /v1), and "
-                f"judge name a model that is served ('{self.model}' is given)",
+                404: "judge_url must end where /chat/completions follows (often in /v1), and the "
+                f"judge must be a model that is served ('{self.model}' is given)",
             }.get(status, again if status == 429 or status >= 500 else "see what the server says")
         return (
             f"the judge at {self.url} answers with status {status} "

@@ -1,4 +1,4 @@
-"""Figures: words in colour, heat-maps over pictures, gain over price, strength and layers.
+"""Figures: words in colour, heat-maps over pictures, gain over cost, strength and layers.
 
 A `draw_...` function draws on the axes it is given, in the colours of the current style, so that
 any script can put several into one figure:
@@ -9,7 +9,7 @@ any script can put several into one figure:
         figure.savefig("accuracy.png")
 
 The `fill_...` functions make a whole figure. Tables have the columns of steering_mc.py's grid.
-Blue is for the preferred answer, orange against it: told apart by colour-blind readers too.
+Blue is for the preferred answer, orange against it: which colour-blind readers can tell apart too.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PALETTE = (
     ("#c8434d", "*"),
 )
 GREY, CONTROL_MARKERS = "#808080", "x+1234"
-SCORES = {"token": "per-token", "sum": "summed"}
+TITLES = {"token": "per-token", "sum": "summed"}
 # How the tokens of a selection are outlined.
 OUTLINES = {"pos": "solid", "neg": (0, (2, 1.2))}
 # Pieces of one character that byte-level vocabularies may cut it into (an emoji's four bytes).
@@ -113,20 +113,20 @@ def words(tokens: Sequence[str], scores: Sequence[float]) -> list[Word]:
     A character that several tokens make up is one word, with the sum of their scores:
     attributions add up.
     """
-    pieces = any("▁" in token for token in tokens)  # SentencePiece; byte-level otherwise
+    sentencepiece = any("▁" in token for token in tokens)  # byte-level otherwise
     decoder = (
         decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        if pieces
+        if sentencepiece
         else decoders.ByteLevel()
     )
-    found, start = [], 0
+    pieces, start = [], 0
     for end in range(1, len(tokens) + 1):
         text = decoder.decode(list(tokens[start:end]))
         if text.endswith("\ufffd") and end < len(tokens) and end - start < MAX_PIECES:
             continue
-        found.append(Word(text, float(sum(scores[start:end])), tuple(range(start, end))))
+        pieces.append(Word(text, float(sum(scores[start:end])), tuple(range(start, end))))
         start = end
-    return found
+    return pieces
 
 
 def draw_words(axes: Axes, lines: Sequence[tuple[Sequence[Word], str]]) -> None:
@@ -277,7 +277,7 @@ def _lines(axes: Axes, table: pd.DataFrame, along: str, value: str, spread: bool
 def draw_front(axes: Axes, front: pd.DataFrame) -> None:
     """Gain in accuracy over the perplexity that it cost, with 95 % intervals: a line a method.
 
-    A line goes from choice to choice, each the best under a higher price allowed.
+    A line joins the configurations chosen within larger and larger budgets.
     front: rows of one data set and score: method, mode, perplexity_increase (0.05 is +5 %), gain,
     gain_low, gain_high.
     """
@@ -290,12 +290,12 @@ def draw_front(axes: Axes, front: pd.DataFrame) -> None:
         "perplexity_increase",
         "gain",
     )
-    _price_scale(axes, "x")
+    _cost_scale(axes, "x")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}" if value else "0")
     axes.set_ylabel("gain (percentage points)")
 
 
-def _price_scale(axes: Axes, along: str) -> None:
+def _cost_scale(axes: Axes, along: str) -> None:
     """Increases of perplexity on an axis: linear up to 1 %, decades beyond, as they may run from
     nothing lost to a model that is gone."""
     axes.set(**{f"{along}scale": SymmetricalLogScale(None, linthresh=0.01)})
@@ -309,7 +309,7 @@ def _price_scale(axes: Axes, along: str) -> None:
 def draw_accuracy(axes: Axes, grid: pd.DataFrame, score: str) -> None:
     """Accuracy over strength with 95 % intervals: a line a method, base as a band.
 
-    grid: rows of one part of the questions, of base and of configurations of the same layers.
+    grid: rows of one split of the questions, of base and of configurations of the same layers.
     score: token or sum.
     """
     value = f"accuracy_{score}"
@@ -323,17 +323,17 @@ def draw_accuracy(axes: Axes, grid: pd.DataFrame, score: str) -> None:
     )
     _over_strength(axes, grid, value)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
-    axes.set_title(f"{SCORES[score]} accuracy")
+    axes.set_title(f"{TITLES[score]} accuracy")
 
 
 SHARES = ("unrelated_accuracy", "repetition")
 
 
 def draw_measure(axes: Axes, grid: pd.DataFrame, column: str) -> None:
-    """A column of the grid over strength (see `draw_accuracy`), such as a price."""
+    """A column of the grid over strength (see `draw_accuracy`), such as a cost."""
     _over_strength(axes, grid, column)
     if column.endswith("_increase"):
-        _price_scale(axes, "y")
+        _cost_scale(axes, "y")
         # Autoscaling was linear: the axis begins below what is there, and ends above it.
         values = grid[column][np.isfinite(grid[column])]
         lowest, highest = values.min(), values.max()
@@ -361,7 +361,7 @@ def _over_strength(axes: Axes, grid: pd.DataFrame, column: str) -> None:
 def draw_layers(axes: Axes, grid: pd.DataFrame, score: str, largest: float):
     """Gain in accuracy over base for every single layer and strength.
 
-    grid: rows of one part, of base and of configurations of one method at one layer each. Layers
+    grid: rows of one split, of base and of configurations of one method at one layer each. Layers
     may have strengths of their own: the columns are each layer's first, second, ... strength.
     largest: the gain that has full colour. Returns the image, for a colour bar.
     """
@@ -402,12 +402,12 @@ def draw_layers(axes: Axes, grid: pd.DataFrame, score: str, largest: float):
 
 
 def fill_front(figure: Figure, front: pd.DataFrame) -> None:
-    """Gain over its price, a panel a score (see `draw_front`)."""
-    scores = [score for score in SCORES if (front.score == score).any()]
+    """Gain over its cost, a panel a score (see `draw_front`)."""
+    scores = [score for score in TITLES if (front.score == score).any()]
     panels = figure.subplots(len(scores), squeeze=False, sharex=True)[:, 0]
     for axes, score in zip(panels, scores, strict=True):
         draw_front(axes, front[front.score == score])
-        axes.set_title(f"{SCORES[score]} accuracy")
+        axes.set_title(f"{TITLES[score]} accuracy")
     panels[-1].set_xlabel("increase of perplexity")
     _legend_below(figure, panels[0])
 
@@ -417,11 +417,11 @@ def fill_strength(figure: Figure, grid: pd.DataFrame, measures: dict[str, str]) 
 
     measures: further columns of the grid and their titles.
     """
-    ratios = [2.2] * len(SCORES) + [1.5] * len(measures)
+    ratios = [2.2] * len(TITLES) + [1.5] * len(measures)
     panels = figure.subplots(len(ratios), sharex=True, height_ratios=ratios)
-    for axes, score in zip(panels, SCORES, strict=False):
+    for axes, score in zip(panels, TITLES, strict=False):
         draw_accuracy(axes, grid, score)
-    for axes, (column, title) in zip(panels[len(SCORES) :], measures.items(), strict=True):
+    for axes, (column, title) in zip(panels[len(TITLES) :], measures.items(), strict=True):
         draw_measure(axes, grid, column)
         axes.set_title(title)
     panels[-1].set_xlabel("strength")

@@ -12,7 +12,7 @@ import jinja2
 from grains import runs
 from grains.names import slug
 from grains.report.examples import attribution_view, demo_view, generation_view
-from grains.report.figures import SCORES
+from grains.report.figures import TITLES
 from grains.report.files import Section, chosen_path, demo_files, find, manifest_of, what_was_run
 from grains.report.images import Images
 from grains.report.steering import evaluation_views
@@ -32,15 +32,15 @@ def build(folders: list[Path], output: Path, count: int) -> tuple[str, dict[str,
         undefined=jinja2.StrictUndefined,
     ).get_template("template.html.j2")
     page = template.render(
-        sections=[view(section, output.parent, images, count) for section in find(folders)],
+        sections=[section_view(section, output.parent, images, count) for section in find(folders)],
         demo=[demo_view(path) for path in demo_files(folders)],
-        scores=SCORES,
+        scores=TITLES,
         version=runs.versions()["grains"],
     )
     return page, images.pngs
 
 
-def view(section: Section, folder: Path, images: Images, count: int) -> dict:
+def section_view(section: Section, folder: Path, images: Images, count: int) -> dict:
     """A section for the template. folder: where the page lies, for links."""
     name = f"{section.data}_{slug(section.model)}".strip("_")
     evaluations = [

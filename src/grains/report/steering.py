@@ -9,7 +9,7 @@ import pandas as pd
 
 from grains.errors import UserError
 from grains.report import figures, tables, verdicts
-from grains.report.figures import SCORES
+from grains.report.figures import TITLES
 from grains.report.files import chosen_configuration, manifest_of
 from grains.report.images import Images
 from grains.report.reading import read_table
@@ -209,7 +209,7 @@ def ranges(layers: str) -> str:
 def strength_figure(images, name, grid, where: str, label: str) -> dict:
     steered, base = grid[grid.method != "base"], grid[grid.method == "base"].iloc[0]
     parts = []
-    for score, title in SCORES.items():
+    for score, title in TITLES.items():
         best = steered.loc[steered[f"accuracy_{score}"].idxmax()]
         parts.append(
             f"{title} accuracy: base {percent(base[f'accuracy_{score}'])}, highest "
@@ -226,7 +226,7 @@ def strength_figure(images, name, grid, where: str, label: str) -> dict:
     return images.add(
         name,
         lambda figure: figures.fill_strength(figure, grid, titles),
-        1.0 + 2.2 * len(SCORES) + 1.5 * len(titles),
+        1.0 + 2.2 * len(TITLES) + 1.5 * len(titles),
         alt,
     ) | {"where": where}
 
@@ -236,7 +236,7 @@ def layers_figure(images, name, grid, score: str) -> dict:
     gains = steered[value] - grid[grid.method == "base"][value].iloc[0]
     layers = steered.layers.astype(int)
     alt = (
-        f"Heat-map of the gain in {SCORES[score]} accuracy at single layers {layers.min()} to "
+        f"Heat-map of the gain in {TITLES[score]} accuracy at single layers {layers.min()} to "
         f"{layers.max()} by strength. Largest: {points(gains.max())} points with "
         f"{steered.configuration[gains.idxmax()]}; smallest: {points(gains.min())} points with "
         f"{steered.configuration[gains.idxmin()]}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from grains import stats
-from grains.report.figures import SCORES
+from grains.report.figures import TITLES
 from grains.report.text import (
     count,
     interval,
@@ -62,7 +62,7 @@ def accuracies(caption: str, named: list[tuple[str, pd.Series]]) -> dict:
                         interval(row, f"accuracy_{score}"),
                         p_text(row[f"p_value_{score}"]),
                     )
-                    for score in SCORES
+                    for score in TITLES
                 ],
                 "measures": [MEASURES[column][2](row[column]) for column in measures],
             }
@@ -108,7 +108,7 @@ def gains(front: pd.DataFrame, limit: str) -> list[dict]:
         empty = dict.fromkeys(cell(rows.iloc[0]), "") | {"costs": []}
         tables.append(
             {
-                "title": f"{SCORES[score]}, {limit}",
+                "title": f"{TITLES[score]}, {limit}",
                 "base": percent(rows.base_accuracy.iloc[0]),
                 "rows": [
                     (title, [cells.get((title, budget), empty) for budget in budgets])

@@ -8,7 +8,7 @@ import pandas as pd
 
 from grains import stats
 from grains.errors import UserError
-from grains.report.figures import SCORES
+from grains.report.figures import TITLES
 from grains.report.tables import SIGNIFICANT
 from grains.report.text import joined, p_is, p_text, percent, points
 
@@ -23,7 +23,7 @@ def of_budgets(front: pd.DataFrame, score: str) -> str:
     significant = rows[(rows.gain > 0) & (rows.adjusted < SIGNIFICANT)]
     if significant.empty:
         return (
-            f"By {SCORES[score]} accuracy, no method has a significant gain within any of these "
+            f"By {TITLES[score]} accuracy, no method has a significant gain within any of these "
             "budgets."
         )
     budget = significant.max_ppl_increase.iloc[0]
@@ -38,7 +38,7 @@ def of_budgets(front: pd.DataFrame, score: str) -> str:
         )
     )
     return (
-        f"By {SCORES[score]} accuracy, the smallest budget with a significant gain is a perplexity "
+        f"By {TITLES[score]} accuracy, the smallest budget with a significant gain is a perplexity "
         f"rise of at most {100 * budget:g}\u00a0%: {best.title} gains {points(best.gain)} points "
         f"({p_is(best.p_value)}, adjusted {p_text(best.adjusted)}){beside}."
     )
@@ -47,7 +47,7 @@ def of_budgets(front: pd.DataFrame, score: str) -> str:
 def of_choice(base: pd.Series, chosen: pd.Series, split: str) -> str:
     """What the chosen configuration changed, and whether that is significant."""
     changes = []
-    for score, title in SCORES.items():
+    for score, title in TITLES.items():
         before, after = base[f"accuracy_{score}"], chosen[f"accuracy_{score}"]
         p = chosen[f"p_value_{score}"]
         change = (
@@ -81,7 +81,7 @@ def beside_controls(
     lead = chosen[value] - control[value]
     reached = (
         f"The {'strongest ' * (len(controls) > 1)}control at the same layers and strength, "
-        f"{control.method}, reaches {percent(control[value])} ({SCORES[score]})"
+        f"{control.method}, reaches {percent(control[value])} ({TITLES[score]})"
     )
     if questions is None:
         return f"{reached}, {points(lead)} points from steering to it."
