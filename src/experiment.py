@@ -47,7 +47,7 @@ def parser(kind: Kind, description: str | None = __doc__) -> argparse.ArgumentPa
     group.add_argument(
         "--seeds",
         nargs="+",
-        type=int,
+        type=flags.seed,
         default=[0, 1, 2],
         help="each draws its own steering, validation and test questions",
     )

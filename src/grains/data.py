@@ -565,6 +565,20 @@ def picture_digest(image: Picture | bytes | None) -> bytes:
     return hashlib.sha256(image if isinstance(image, bytes) else str(image).encode()).digest()
 
 
+def pictures_digest(examples: list[Example]) -> str:
+    """A digest of the pictures' contents, of files that a data set only names too; '' for none."""
+    pictures = [example.image for example in examples if example.image is not None]
+    digest = hashlib.sha256()
+    for picture in pictures:
+        path = picture
+        if isinstance(picture, dict):
+            path = None if picture.get("bytes") else picture.get("path")
+        if isinstance(path, (str, Path)) and Path(path).is_file():
+            picture = {"bytes": Path(path).read_bytes()}
+        digest.update(picture_digest(picture))
+    return digest.hexdigest()[:16] if pictures else ""
+
+
 def fingerprint(chosen: list[Example]) -> str:
     """A digest of the ids and texts of examples, for the manifest."""
     text = json.dumps(

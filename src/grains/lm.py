@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ def execution_device(module: nn.Module) -> torch.device:
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else next(module.parameters()).device
+
+
+SAMPLED = 64  # values of every tensor that its digest takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,14 +122,29 @@ class LanguageModel:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What a file records of the model it was made with: name, sizes, a sum of weights."""
-        with align_module_device(self.norm):  # loads the norm if accelerate keeps it on disk
-            weight = self.norm.get_parameter("weight")
-            mark = f"{weight.detach().double().sum().item():.9e}"
+        """What a file records of the model it was made with: name, sizes, digest of the weights.
+
+        The digest is of the names, the sizes and a few values of every tensor. It tells a model from
+        one with other weights in the same folder, and from itself in another precision.
+        """
+        digest = hashlib.sha256()
+        total = 0.0
+        for name, module in self.model.named_modules():
+            if not module._parameters:
+                continue
+            with align_module_device(module):  # loads what accelerate keeps elsewhere
+                for key, weight in module.named_parameters(recurse=False):
+                    flat = weight.detach().flatten()
+                    places = torch.linspace(0, len(flat) - 1, SAMPLED, dtype=torch.float64).long()
+                    values = flat[places.to(flat.device)].double().cpu()
+                    digest.update(f"{name}.{key} {tuple(weight.shape)} ".encode())
+                    digest.update(values.numpy().tobytes())
+                    total += values.abs().sum().item()
         return {
             "model": self.name,
             "num_layers": len(self.layers),
             "hidden_size": self.hidden_size,
             "vocab_size": self.head.weight.shape[0],
-            "final_norm_sum": mark,
+            "weights": digest.hexdigest()[:16],
+            "weights_sum": f"{total:.9e}",
         }

@@ -6,6 +6,7 @@ A run whose manifest differs never resumes or replaces another run's files.
 from __future__ import annotations
 
 import dataclasses
+import json
 
 from grains import data, runs
 from grains.data import Example
@@ -28,6 +29,7 @@ def stage1(
             "split": source.split,
             "num_samples": source.num_samples,
             "fingerprint": data.fingerprint(examples),
+            "pictures": data.pictures_digest(examples),
             "ids": [example.id for example in examples],
             "questions": [data.question_key(example) for example in examples],
         },
@@ -63,6 +65,7 @@ def evaluation(
             "name": source.name,
             "path": source.path,
             **{split: data.fingerprint(examples) for split, examples in splits.items()},
+            "pictures": data.pictures_digest([e for some in splits.values() for e in some]),
         },
         "flags": {
             "methods": list(grid.methods),
@@ -82,4 +85,19 @@ def evaluation(
 
 def model(lm: LanguageModel) -> dict:
     """What a manifest records of the model."""
-    return lm.identity() | {"dtype": str(lm.dtype).removeprefix("torch.")}
+    """Name, weights, precision, config, tokenizer and template: all that a model's results need."""
+    config = json.loads(lm.model.config.to_json_string())
+    for name in ("_name_or_path", "transformers_version"):  # versions stand by themselves
+        config.pop(name, None)
+    tokenizer = (
+        lm.tokenizer.backend_tokenizer.to_str()
+        if lm.tokenizer.is_fast
+        else sorted(lm.tokenizer.get_vocab().items())
+    )
+    template = (lm.processor or lm.tokenizer).chat_template
+    return lm.identity() | {
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "config": runs.digest(config),
+        "tokenizer": runs.digest(tokenizer),
+        "chat_template": runs.digest(template),
+    }

@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -219,6 +220,28 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
+# What a folder of parts holds: units, the manifest, and files that a kill left half written.
+OWN_PART = re.compile(r"\d{7}-[0-9a-f]{12}\.safetensors|manifest\.json|\..*\.\d+\.tmp")
+
+
+MEBIBYTE = 2**20
+
+
+def content_mark(path: Path) -> str:
+    """What tells a file's content from another's: its size, and a digest of both its ends.
+
+    The ends hold a tensor file's manifest and a table's first and last rows; a file of hidden
+    states can have many gigabytes between them.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        ends = file.read(MEBIBYTE)
+        file.seek(max(0, size - MEBIBYTE))
+        ends += file.read(MEBIBYTE)
+    return f"{size} {hashlib.sha256(ends).hexdigest()[:16]}"
+
+
 class Run:
     """The units of a resumable run, and the lock that keeps other runs away from its outputs.
 
@@ -238,12 +261,18 @@ class Run:
         expected_bytes: int = 0,
     ):
         self.outputs = [Path(path) for path in outputs]
+        if len({path.resolve() for path in self.outputs}) < len(self.outputs):
+            raise UserError(
+                f"two outputs have one path ({', '.join(map(str, self.outputs))}), so one would "
+                "replace the other: give each its own"
+            )
         self.manifest = json.loads(json.dumps(manifest))
         self.key = digest(manifest)
         self.state = processes()
         first = self.outputs[0]
         self.manifest_path = first.with_suffix(".manifest.json")
         self.parts = first.with_suffix(".parts")
+        self.locks: list[FileLock] = []
         # The main process opens the run for all; if it cannot, all of them end.
         outcome: list[Any] = [False, None]
         if self.state.is_main_process:
@@ -261,14 +290,17 @@ class Run:
         try:
             for path in [*self.outputs, self.parts]:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.parts.with_suffix(".lock"))
-            self.lock.acquire(timeout=0)
+            for path in self.outputs:  # each, as two runs may share any of them
+                lock = FileLock(path.with_suffix(".lock"))
+                lock.acquire(timeout=0)
+                self.locks.append(lock)
         except Timeout:
+            self._unlock()
             raise UserError(
-                f"another run is writing '{self.outputs[0]}': wait for it, or give other output "
-                "paths"
+                f"another run is writing '{path}': wait for it, or give other output paths"
             ) from None
         except OSError as error:
+            self._unlock()
             raise UserError(
                 f"'{self.outputs[0].parent}' cannot be written: {error.strerror}; "
                 "give other output paths"
@@ -288,14 +320,27 @@ class Run:
     def _prepare(self, overwrite: bool, expected_bytes: int) -> bool:
         """Check outputs and parts of earlier runs. Returns whether the run is finished."""
         marker = self.parts / "manifest.json"
+        if self.parts.exists() and not self._holds_parts_alone():
+            raise UserError(
+                f"'{self.parts}' is no folder of unfinished results: give other output paths, or "
+                "move it away"
+            )
         if overwrite:
             # Parts of this run without outputs are from an overwrite that was killed: keep them.
             if self.manifest_path.is_file() or not self._is_ours(marker):
                 shutil.rmtree(self.parts, ignore_errors=True)
             self.manifest_path.unlink(missing_ok=True)
         elif self.manifest_path.is_file():
-            self._check_manifest(read_json(self.manifest_path), self.outputs[0])
+            found = read_json(self.manifest_path)
+            written = found.pop("outputs", {})
+            self._check_manifest(found, self.outputs[0])
             if all(path.is_file() for path in self.outputs):
+                for path in self.outputs:
+                    if written.get(path.name) not in (None, content_mark(path)):
+                        raise UserError(
+                            f"'{path}' was changed or replaced since this run wrote it: give other "
+                            "output paths, or overwrite to make it again"
+                        )
                 shutil.rmtree(self.parts, ignore_errors=True)
                 return True
         elif marker.is_file():
@@ -325,6 +370,12 @@ class Run:
         write_json(marker, self.manifest)
         return False
 
+    def _holds_parts_alone(self) -> bool:
+        """Whether the folder of parts has nothing in it that these scripts do not write."""
+        return self.parts.is_dir() and all(
+            OWN_PART.fullmatch(path.name) for path in self.parts.iterdir()
+        )
+
     def _is_ours(self, marker: Path) -> bool:
         """Whether the parts are of this manifest."""
         try:
@@ -349,7 +400,7 @@ class Run:
     def todo(self, count: int, description: str) -> Iterator[int]:
         """The units that this process still has to do, with a progress bar."""
         shard = range(self.state.process_index, count, self.state.num_processes)
-        missing = [unit for unit in shard if not self._part(unit).is_file()]
+        missing = [unit for unit in shard if not self._is_whole(unit)]
         with tqdm(
             total=len(shard),
             initial=len(shard) - len(missing),
@@ -363,7 +414,14 @@ class Run:
 
     def save(self, unit: int, tensors: dict[str, Tensor], rows: list[dict]) -> None:
         """Keep one finished unit: tensors, and rows for the tables."""
-        write_tensors(self._part(unit), tensors, {"rows": rows})
+        write_tensors(self._part(unit), tensors, {"rows": rows, "unit": unit})
+
+    def _is_whole(self, unit: int) -> bool:
+        """Whether the part of a unit is there, whole, and that unit's."""
+        try:
+            return read_header(self._part(unit)).get("unit") == unit
+        except UserError:
+            return False
 
     def all_done(self) -> bool:
         """Wait for all processes. Returns True on the main process, which merges the units."""
@@ -379,7 +437,8 @@ class Run:
     def finish(self) -> None:
         """After the outputs are written: write the manifest, remove the parts, release the lock."""
         if self.state.is_main_process:
-            write_json(self.manifest_path, self.manifest)
+            marks = {path.name: content_mark(path) for path in self.outputs}
+            write_json(self.manifest_path, self.manifest | {"outputs": marks})
             shutil.rmtree(self.parts, ignore_errors=True)
         self._wait()
         if self.state.is_main_process:
@@ -397,9 +456,11 @@ class Run:
 
     def _unlock(self) -> None:
         # The file is removed while it is locked: once released, it may be another run's lock.
-        with suppress(OSError):
-            Path(self.lock.lock_file).unlink()
-        self.lock.release()
+        for lock in self.locks:
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+            lock.release()
+        self.locks.clear()
 
 
 def resume(

@@ -242,11 +242,11 @@ class SteeringVectors:
                 f"{lm.hidden_size}"
             )
         recorded, loaded = self.info.get("model"), lm.identity()
-        if not isinstance(recorded, dict) or "final_norm_sum" not in recorded:
+        if not isinstance(recorded, dict) or "weights_sum" not in recorded:
             return  # vectors made by hand do not name their model
         # The weights of a model in two precisions have nearly the same sum.
         alike = math.isclose(
-            float(recorded["final_norm_sum"]), float(loaded["final_norm_sum"]), rel_tol=1e-2
+            float(recorded["weights_sum"]), float(loaded["weights_sum"]), rel_tol=1e-2
         )
         if recorded.get("vocab_size") != loaded["vocab_size"] or not alike:
             raise UserError(

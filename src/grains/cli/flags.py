@@ -170,7 +170,7 @@ def add_data(
 
 
 def add_seed(flags: argparse._ActionsContainer) -> None:
-    flags.add_argument("--seed", type=int, default=0, help="seeds everything random")
+    flags.add_argument("--seed", type=seed, default=0, help="seeds everything random")
 
 
 def add_attribution(flags: argparse.ArgumentParser, top: bool = False) -> None:
@@ -436,8 +436,15 @@ def ig_steps(text: str) -> int | str:
 
 def positive(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 to 2147483647")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to 2147483647")
     return value
 
 

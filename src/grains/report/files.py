@@ -206,7 +206,12 @@ LEFT_OUT = (
     "test",
     "all",
     "prompts",
-    "final_norm_sum",
+    "weights",
+    "weights_sum",
+    "config",
+    "tokenizer",
+    "chat_template",
+    "pictures",
     "batch_tokens",
 )
 
