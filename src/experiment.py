@@ -24,7 +24,14 @@ from dataclasses import replace
 from grains.cli import entry, flags
 from grains.cli.flags import LLM, Kind
 from grains.names import ExperimentNames
-from grains.settings import LORA_OBJECTIVES, METHODS, STUDY_TOPS, StudySettings
+from grains.settings import (
+    LORA_OBJECTIVES,
+    METHODS,
+    STUDY_GRID,
+    STUDY_SEEDS,
+    STUDY_TOPS,
+    StudySettings,
+)
 
 CONTENTS = {"grid": "every configuration", "front": "gain and cost", "generations": "free answers"}
 
@@ -36,7 +43,7 @@ def parser(kind: Kind, description: str | None = __doc__) -> argparse.ArgumentPa
     flags.add_attribution(parser)
     flags.add_grid(parser)
     flags.add_evaluation(parser)
-    parser.set_defaults(methods=[*METHODS], alphas=None)
+    parser.set_defaults(methods=[*STUDY_GRID.methods], alphas=None)
     group = parser.add_argument_group("experiment")
     group.add_argument(
         "--datasets",
@@ -48,7 +55,7 @@ def parser(kind: Kind, description: str | None = __doc__) -> argparse.ArgumentPa
         "--seeds",
         nargs="+",
         type=flags.seed,
-        default=[0, 1, 2],
+        default=[*STUDY_SEEDS],
         help="each draws its own steering, validation and test questions",
     )
     group.add_argument(

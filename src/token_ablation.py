@@ -51,7 +51,7 @@ def main(kind: Kind = LLM) -> None:
 
     examples = [example.pair() for example in splits.steering_examples(source, settings.seed)]
     if len(examples) < source.num_samples:
-        print(f"note: {source.num_samples} steering examples asked for, {len(examples)} found")
+        entry.say(f"note: {source.num_samples} steering examples asked for, {len(examples)} found")
     lm = entry.load_model(args)
     if not stage1.run(lm, examples, source, settings, attributions, states, args.overwrite):
         entry.say("nothing to do: these results are already there")

@@ -411,3 +411,28 @@ def test_an_id_is_repeated_also_in_another_split_or_shard(tmp_path):
             folder, "csv", [{k: v for k, v in row.items() if k != "split"}], str(number)
         )
     assert len({item.id for item in load(folder)}) == 2
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test.jsonl"),
+        ("train_0.jsonl", "train_1.jsonl", "test_0.jsonl"),
+        ("train/0000.jsonl", "train/0001.jsonl", "test/0000.jsonl"),
+    ],
+)
+def test_the_splits_of_a_folder_stay_apart(tmp_path, names):
+    for number, name in enumerate(names):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"prompt": str(number)}) + "\n")
+    rows = {split: files.load(tmp_path, split) for split in ("train", "test")}
+    assert [row["prompt"] for row in rows["train"]] == ["0", "1"]
+    assert [row["prompt"] for row in rows["test"]] == ["2"]
+
+
+def test_a_folder_in_which_some_files_name_a_split_is_refused(tmp_path):
+    for name in ("train-0.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a"}\n')
+    with pytest.raises(UserError, match=r"some files name a split \(train\).*more\.jsonl"):
+        files.load(tmp_path, "train")

@@ -100,3 +100,13 @@ def test_what_is_found_again_is_of_these_settings_alone(tmp_path, monkeypatch):
 def test_a_long_name_is_shortened_and_stays_its_own(length):
     names = {stem(["é" * (length // 2), end]) for end in ("a", "b")}
     assert len(names) == 2 and all(len(name.encode()) <= LONGEST for name in names)
+
+
+def test_a_choice_with_long_names_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = replace(NAMES, model="m" * 150)
+    grid = replace(GRID, alphas=tuple(n / 1000 for n in range(1, 60)))
+    path = names.multiple_choice(grid, GRID, "token")["chosen"]
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert names.chosen() == [path] and len(path.name.encode()) < 240

@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from grains import logprobs, models, replay
+from grains import logprobs, models, replay, selfcheck
 from grains.errors import UserError
 from grains.logprobs import logits, token_log_probs
 from grains.packing import pack
@@ -470,3 +470,12 @@ def test_the_packed_length_is_that_of_the_trie(family, case):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_embedded_model_passes_the_self_check_in_lower_precision(dtype):
     assert models.load(models.EMBEDDED, dtype=dtype).dtype == models.DTYPES[dtype]
+
+
+def test_a_replay_that_gives_nan_is_no_replay():
+    same = torch.zeros(2, 5)
+    assert selfcheck._distance(same, same) == 0
+    broken = same.clone()
+    broken[1, 3] = torch.nan
+    assert selfcheck._distance(broken, same) == torch.inf
+    assert max(0.1, selfcheck._distance(broken, same)) == torch.inf

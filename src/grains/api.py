@@ -149,6 +149,8 @@ def score(
     image, style, batch_tokens: see `attribute`.
     Raises UserError for an empty text, and as `attribute` for texts and pictures.
     """
+    if isinstance(answers, str) or not answers:
+        raise UserError(f"answers: expected a list of texts, found {answers!r}")
     example = replace(_example(0, (prompt, "", ""), image), choices=tuple(answers))
     encoded = prompts.encode(lm, example, style)
     return scoring.score(lm, [encoded], [], batch_tokens)[0][0]
@@ -200,6 +202,8 @@ def generate(
         prompts.encode(lm, replace(_example(number, (text, "", ""), image), choices=()), style)
         for number, text in enumerate(texts)
     ]
+    if not encoded:
+        return []
     (answers,) = generation.generate(lm, encoded, [], max_new_tokens, temperature, seed)
     return answers[0] if isinstance(prompt, str) else answers
 
@@ -207,10 +211,14 @@ def generate(
 def _example(number: int, pair: Pair, image: Any = None) -> Example:
     if isinstance(pair, Example):
         return pair.pair()
-    if len(pair) != 3 or not all(isinstance(text, str) for text in pair):
+    if (
+        not isinstance(pair, (tuple, list))
+        or len(pair) != 3
+        or not all(isinstance(text, str) for text in pair)
+    ):
         raise UserError(
-            f"pair {number}: expected three texts (prompt, preferred answer, dispreferred "
+            f"pair {number + 1}: expected three texts (prompt, preferred answer, dispreferred "
             f"answer), found {pair!r}"
         )
     prompt, *choices = pair
-    return Example(f"pair {number}", prompt, tuple(choices), 0, image=image)
+    return Example(f"pair {number + 1}", prompt, tuple(choices), 0, image=image)

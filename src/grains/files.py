@@ -16,6 +16,7 @@ import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -32,7 +33,7 @@ DELIMITERS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'"}
 # Names that a split has in a folder; where none occurs, its files are the shards of one split.
 SPLITS = ("steering", "train", "validation", "valid", "val", "dev", "test")
 MEBIBYTE = 2**20
-csv.field_size_limit(2**31 - 1)  # a long context is no broken file
+LONGEST_CELL = 2**31 - 1  # a long context is no broken file; csv takes 128 KiB by default
 
 
 class Number(str):
@@ -189,7 +190,9 @@ def load(path: Path, split: str) -> LocalRows:
 def shards(path: Path, split: str) -> list[Path]:
     """The files of a split in a folder, named as the hub's are: train-00000-of-00002.parquet.
 
-    Where no file's name begins with a split's, all of them are shards of the split train.
+    The split is the first word of a file's name, or the folder that it is in (test/0000.parquet).
+    Where neither names a split, all files are shards of the split train.
+    Raises UserError if only some of the files name a split.
     """
     files = [
         file
@@ -210,10 +213,19 @@ def shards(path: Path, split: str) -> list[Path]:
         )
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        by_split.setdefault(file.name.split(".")[0].split("-")[0], []).append(file)
+        first = re.split(r"[-_.]", file.name)[0]
+        folders = [name for name in file.relative_to(path).parts[:-1] if name in (*SPLITS, split)]
+        by_split.setdefault(folders[-1] if folders else first, []).append(file)
+    named = [name for name in by_split if name in SPLITS]
+    if named and len(named) < len(by_split):
+        unnamed = next(name for name in by_split if name not in SPLITS)
+        raise UserError(
+            f"'{path}': some files name a split ({', '.join(named)}), others do not "
+            f"('{by_split[unnamed][0].name}'): rename them, or give one file"
+        )
     if split in by_split:
         return by_split[split]
-    if split == "train" and not any(name in by_split for name in SPLITS):
+    if split == "train" and not named:
         return files
     raise UserError(f"'{path}' has no split '{split}': found {', '.join(by_split)}")
 
@@ -341,14 +353,24 @@ class JsonLinesPart(_TextPart):
         return json_object(decoded(self._file.readline(), place), place)
 
 
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """The csv module takes long cells within the block; the limit is one of the whole process."""
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
 class ListPart:
     """A JSON list of objects, in memory."""
 
     def __init__(self, path: Path, file: IO[bytes]):
         self.path = path
-        content = file.read()
+        content = decoded(file.read(), f"'{path}'")
         try:
-            values = parse_json(content.decode())
+            values = parse_json(content)
         except (ValueError, RecursionError) as error:
             raise UserError(f"'{path}' is not valid JSON: {_reason(error)}") from error
         for number, value in enumerate(values, start=1):
@@ -380,10 +402,11 @@ class CsvPart(_TextPart):
         start = file.tell()
         header = decoded(file.readline(), f"'{path}', header").split("\r")[0]
         file.seek(start)
-        self._delimiter = delimiter or max(
-            DELIMITERS, key=lambda sign: len(next(csv.reader([header], delimiter=sign), ()))
-        )
-        super().__init__(path, file)
+        with _long_cells():
+            self._delimiter = delimiter or max(
+                DELIMITERS, key=lambda sign: len(next(csv.reader([header], delimiter=sign), ()))
+            )
+            super().__init__(path, file)
 
     def _rows(self) -> Iterator[tuple[int, dict]]:
         lines = _Lines(self._file)
@@ -425,7 +448,8 @@ class CsvPart(_TextPart):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         self._file.seek(self._starts[index])
-        cells = next(csv.reader(_Lines(self._file), delimiter=self._delimiter, strict=True))
+        with _long_cells():
+            cells = next(csv.reader(_Lines(self._file), delimiter=self._delimiter, strict=True))
         return self._row(cells, f"{self.path}, row {index + 1}")
 
 

@@ -13,7 +13,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from grains.settings import LAYER_MODES, AblationSettings, DataSettings, GridSettings, StudySettings
+from grains.settings import (
+    LAYER_MODES,
+    STUDY_GRID,
+    STUDY_SEEDS,
+    AblationSettings,
+    DataSettings,
+    GridSettings,
+    StudySettings,
+)
 
 LONGEST = 200  # bytes of a name without its endings; file systems allow 255 with them
 
@@ -23,13 +31,13 @@ def slug(name: str) -> str:
     return Path(name.rstrip("/")).name.replace(" ", "-")
 
 
-def stem(parts: Iterable[str | None]) -> str:
+def stem(parts: Iterable[str | None], longest: int = LONGEST) -> str:
     """The beginning of a file name, parts joined by _; if it is too long, a digest ends it."""
     whole = "_".join(part for part in parts if part)
-    if len(whole.encode()) <= LONGEST:
+    if len(whole.encode()) <= longest:
         return whole
     digest = hashlib.sha256(whole.encode()).hexdigest()[:12]
-    return whole.encode()[: LONGEST - 13].decode(errors="ignore") + f"_{digest}"
+    return whole.encode()[: longest - 13].decode(errors="ignore") + f"_{digest}"
 
 
 def differing(settings: Any, default: Any, labels: dict[str, str]) -> list[str]:
@@ -159,7 +167,7 @@ class Names:
 
     def _existing(self, folder: Path, ending: str) -> list[Path]:
         """The files of all evaluations of this stage 1, in whose names the layer mode is next."""
-        beginning = glob.escape(stem(self._shared()))
+        beginning = glob.escape(stem(self._shared(), LONGEST // 2))
         return sorted(
             path for mode in LAYER_MODES for path in folder.glob(f"{beginning}_{mode}_*{ending}")
         )
@@ -192,7 +200,9 @@ class Names:
     def _evaluation(
         self, grid: GridSettings, default: GridSettings, more: Sequence[str | None]
     ) -> str:
-        return stem([*self._shared(), *grid_parts(grid, default), *_splits(self.data), *more])
+        # The shared part is shortened by itself: all files that begin with it are looked for.
+        own = [*grid_parts(grid, default), *_splits(self.data), *more]
+        return "_".join([stem(self._shared(), LONGEST // 2), stem(own, LONGEST // 2)])
 
 
 def _vectors(folder: Path, states: Path, method: str, mode: str, seed: int) -> Path:
@@ -231,8 +241,8 @@ def grid_parts(grid: GridSettings, default: GridSettings) -> list[str]:
 class ExperimentNames:
     """The files of an experiment.
 
-    Methods, strengths, budgets and seeds are not among the names: experiments that differ in these
-    share what they attribute, train and score, and the tables are those of the last.
+    Methods, strengths, budgets and seeds are among the names of the tables alone: experiments that
+    differ in these share what they attribute, train and score.
 
     kind: llm or vlm. model: its name as given. folder: of the tables, and of `parts`.
     vectors_folder: of the vectors that methods make (None: `parts`).
@@ -261,7 +271,36 @@ class ExperimentNames:
 
     def tables(self) -> dict[str, Path]:
         """The tables of an experiment."""
-        return {name: self._beside(f"_{name}.csv") for name in ("grid", "front", "generations")}
+        own = stem([self.stem, *self._tried()])
+        folder = self.parts.parent
+        return {name: folder / f"{own}_{name}.csv" for name in ("grid", "front", "generations")}
+
+    def _tried(self) -> list[str]:
+        """What is tried and how it is chosen, where it differs from the defaults."""
+        settings = self.settings
+        default = StudySettings(settings.sources, STUDY_SEEDS, settings.ablation, STUDY_GRID)
+        return [
+            *differing(
+                settings.grid,
+                default.grid,
+                {"methods": "methods", "modes": "mode", "alphas": "alphas", "units": "units"},
+            ),
+            *differing(
+                settings,
+                default,
+                {
+                    "seeds": "seeds",
+                    "budgets": "budgets",
+                    "strengths_at": "strengths-at",
+                    "max_unrelated_loss": "unrelated-loss",
+                    "gated": "gated",
+                    "train_vectors": "trained",
+                    "lora": "lora",
+                    "num_generations": "answers",
+                    "max_new_tokens": "tokens",
+                },
+            ),
+        ]
 
     def ablations(self) -> Path:
         """The table that compares experiments, named after the one with no setting changed."""

@@ -28,7 +28,9 @@ def find_parts(model: PreTrainedModel, name: str) -> tuple[nn.ModuleList, nn.Mod
     calls: list[tuple[nn.Module, Any, Any]] = []  # in the order in which they return
     handles = [
         module.register_forward_hook(
-            lambda module, args, kwargs, output: calls.append((module, args, output)),
+            lambda module, args, kwargs, output: calls.append(
+                (module, args or tuple(kwargs.values()), output)
+            ),
             with_kwargs=True,
         )
         for module in model.modules()

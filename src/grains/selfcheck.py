@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -168,7 +169,8 @@ def _own(
 def _distance(found: Tensor, expected: Tensor) -> float:
     """Of log-probabilities: root mean square over the vocabulary, at the worst position."""
     apart = found.log_softmax(-1).to(expected.device) - expected.log_softmax(-1)
-    return apart.square().mean(-1).sqrt().max().item()
+    worst = apart.square().mean(-1).sqrt().max().item()
+    return math.inf if math.isnan(worst) else worst  # max() would pass over a NaN
 
 
 @torch.no_grad()

@@ -161,6 +161,10 @@ class GridSettings:
     units: str = "relative"
 
 
+STUDY_SEEDS = (0, 1, 2)
+STUDY_GRID = GridSettings(METHODS)
+
+
 @dataclass(frozen=True)
 class StudySettings:
     """What an experiment tries, by which examples, and how it chooses.
