@@ -12,32 +12,28 @@ PROMPTS = [
     "The capital of France is",
     "Why is the sky blue?",
     "Write one sentence about a cat that sleeps on the kitchen table every afternoon.",
-    "2 + 2 =",
-    "Name a fruit.",
     "Translate to Spanish: Good morning, my friend, how are you today?",
-    "Who wrote Hamlet, and in which century did the author live?",
-    "Water boils at",
 ]
 
 
 def test_smollm2_decodes_a_batch_as_greedy(smollm2):
     """Base and a configuration that steers jointly, prompts of two styles."""
-    styles = ["chat", "plain"] * 4
+    styles = ["chat", "plain"] * 2
     items = [
         prompts.encode(smollm2, example(text, "x"), style)
         for text, style in zip(PROMPTS, styles, strict=True)
     ]
-    assert len({len(item.prompt_ids) for item in items}) >= 6
+    assert len({len(item.prompt_ids) for item in items}) == 4
     configurations = [random_configuration(smollm2, tuple(range(10, 30)), 0.15, 2)]
     found = generate(smollm2, items, configurations, NEW)
     assert no_hooks(smollm2)
-    assert [len(texts) for texts in found] == [8, 8]
+    assert [len(texts) for texts in found] == [4, 4]
     for row, configuration in enumerate([None, *configurations]):
         vectors = configuration.vectors if configuration else {}
         for item, text in zip(items, found[row], strict=True):
             assert text == text_of(smollm2, greedy(smollm2, item.prompt_ids, vectors, NEW))
     changed = sum(base != other for base, other in zip(*found, strict=True))
-    assert changed >= 4
+    assert changed >= 2
 
 
 W = words(60, seed=5)
