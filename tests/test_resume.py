@@ -355,4 +355,5 @@ def test_the_cause_of_an_output_that_is_locked_is_kept(tmp_path):
     with pytest.raises(UserError, match=r"another run is writing .*a.csv'") as error:
         runs.Run([tmp_path / "a.csv"], {"a": 1})
     assert isinstance(error.value.__cause__, Timeout)
-    first.finish()
+    (tmp_path / "a.csv").touch()
+    first.finish()  # and releases the lock
