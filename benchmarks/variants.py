@@ -2,7 +2,7 @@
 
 The vectors of `gradient` and of the token ablation (`mean`) are varied in one respect at a time, on
 SmolLM2-135M-Instruct. Every variant has the strength at which the perplexity of neutral passages
-is --price higher, and is compared on validation questions and on unrelated ones. Writes the table
+is --cost higher, and is compared on validation questions and on unrelated ones. Writes the table
 between its markers of docs/trials.md.
 
     python benchmarks/variants.py --dataset_path truthfulqa.jsonl
@@ -409,9 +409,7 @@ def main() -> None:
     parser.add_argument("--dataset_name", default="truthfulqa")
     parser.add_argument("--dataset_path")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--price", type=float, default=0.1, help="rise of perplexity, 0.1 for 10 %%"
-    )
+    parser.add_argument("--cost", type=float, default=0.1, help="rise of perplexity, 0.1 for 10 %%")
     parser.add_argument(
         "--work",
         type=Path,
@@ -432,7 +430,7 @@ def main() -> None:
     cpu.keep_freed_memory()
     every = variants(len(lm.layers))
     tables = [
-        measured_study(lm, settings, seed, every, args.price, args.work) for seed in settings.seeds
+        measured_study(lm, settings, seed, every, args.cost, args.work) for seed in settings.seeds
     ]
     rows = pd.concat(tables)
     questions = rows[rows.questions == "own"].groupby("id")[["token_before", "sum_before"]].mean()
@@ -444,7 +442,7 @@ def main() -> None:
                 f"{args.dataset_name}: gain in points on {len(questions)} validation questions of "
                 f"{len(args.seeds)} seed(s), base {questions.token_before.mean():.1%} per token "
                 f"and {questions.sum_before.mean():.1%} summed, and change on unrelated questions, "
-                f"at {args.price:+.0%} perplexity",
+                f"at {args.cost:+.0%} perplexity",
                 table(rows),
             )
         ],

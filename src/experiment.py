@@ -112,7 +112,7 @@ def parser(kind: Kind, description: str | None = __doc__) -> argparse.ArgumentPa
         "--max_new_tokens",
         type=flags.positive,
         default=StudySettings.max_new_tokens,
-        help="of a free answer",
+        help="longest free answer, in tokens",
     )
     group.add_argument("--document", help="Markdown file that the tables are also written into")
     return parser

@@ -1,8 +1,8 @@
 """A report of results: one HTML page that opens from disk without a network, and PNGs.
 
-Finds what the three stages and the experiment wrote in the given folders, and tells what was run,
-what steering gained beside its controls and at what cost, which words and image patches the model
-went by, and what it says with and without steering.
+Finds what the three stages and the experiment wrote in the given folders, and shows what was run,
+what steering gained beside its controls and at what cost, which words and image patches the answers
+relied on, and what the model says with and without steering.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ MMHal-Bench does.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,8 +47,8 @@ def parser(kind: Kind) -> argparse.ArgumentParser:
     flags.add_seed(group)
     flags.add_data(
         parser,
-        split="split of the questions (default: the data set's for test questions, and the others "
-        "where some are not in it)",
+        split="split of the questions, or of the steering examples as steering_generation.py had "
+        "it (default: the splits of its run; first that of the test questions)",
     )
     flags.add_attribution(parser)
     # Where a table is given, the manifest beside it names the data set.
@@ -100,12 +101,14 @@ def main(kind: Kind = LLM) -> None:
 
 def tables_of(args: argparse.Namespace) -> list[Path]:
     """The tables that steering_generation.py wrote with these flags. Raises UserError for none."""
-    stage = argparse.Namespace(**vars(args))
-    stage.dataset_name = args.dataset_name or args.kind.dataset
-    tables = flags.names_of(stage).all_generations()
+    dataset = args.dataset_name or args.kind.dataset
+    names = flags.names_of(args, dataset)
+    tables = names.all_generations()
+    if not tables and args.split:  # it may be the questions' own, which is in no name
+        tables = replace(names, data=replace(names.data, split=None)).all_generations()
     if not tables:
         raise UserError(
-            f"no generations of {args.model_name} on {stage.dataset_name}: run "
+            f"no generations of {args.model_name} on {dataset}: run "
             "steering_generation.py with the same model, data and settings of stage 1 first, or "
             "give its table with --generations"
         )
@@ -132,7 +135,7 @@ def score(
     args: argparse.Namespace,
     judge: Judge | None,
 ) -> None:
-    """Score a table that was read, with what it is from, and print what its scores come to."""
+    """Score a table that was read, with what it is from, and print the summary."""
     import pandas as pd
 
     from grains import runs
@@ -187,6 +190,8 @@ def score(
 
 def show(table: pd.DataFrame, meanings: dict[str, str]) -> None:
     """Print the summary, a block for each score."""
+    from grains.steering import BASE
+
     for name, rows in table.groupby("score", sort=False):
         print(f"\n{name}: {meanings[name]}")
         print(f"  {'':40}{'mean':>32}{'n':>6}{'against base':>14}{'p':>9}")
@@ -194,7 +199,7 @@ def show(table: pd.DataFrame, meanings: dict[str, str]) -> None:
             mean = f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]"
             against = (
                 ""
-                if row.configuration == "base"
+                if row.configuration == BASE.label
                 else f"{row.difference:>+14.3f}{row.p_value:>9.2g}"
             )
             print(f"  {row.configuration:40}{mean:>32}{row.n:>6}{against}")

@@ -44,9 +44,17 @@ def parser(kind: Kind) -> argparse.ArgumentParser:
         help="prompt style (default: chat where the model has a chat template, "
         "otherwise --prompt_style)",
     )
-    group.add_argument("--max_new_tokens", type=flags.positive, default=MAX_NEW_TOKENS)
     group.add_argument(
-        "--temperature", type=flags.not_negative, default=TEMPERATURE, help="0: greedy"
+        "--max_new_tokens",
+        type=flags.positive,
+        default=MAX_NEW_TOKENS,
+        help="longest answer, in tokens",
+    )
+    group.add_argument(
+        "--temperature",
+        type=flags.not_negative,
+        default=TEMPERATURE,
+        help="temperature of the sampling; 0 decodes greedily",
     )
     return parser
 

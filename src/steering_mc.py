@@ -75,7 +75,7 @@ def main(kind: Kind = LLM) -> None:
     elif args.score in TARGET_SCORES:
         raise UserError(
             f"score {args.score} needs to know every right choice (columns mc1_targets and "
-            f"mc2_targets), which data set '{source.name}' does not tell: use score token or sum"
+            f"mc2_targets), which data set '{source.name}' does not say: use score token or sum"
         )
     groups = question_batches(encoded, settings.batch_tokens)
     split_of = [split for split, questions in examples.items() for _ in questions]

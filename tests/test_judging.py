@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import threading
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from math import isnan
@@ -488,6 +489,24 @@ def test_a_key_that_is_sent_back_is_struck_out(direct, monkeypatch, status):
     assert (judges.rating(answer) == 4) == (status == 200)
 
 
+@pytest.mark.parametrize("status, content", [(200, f"{KEY}\ud800"), (401, KEY.encode())])
+def test_a_cause_that_quotes_the_server_is_not_shown(direct, monkeypatch, status, content):
+    """Not even with --debug, as the server may send the key back."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Chat(lambda *_: (status, content)) as chat, pytest.raises(UserError) as error:
+        judges.Endpoint(chat.url, "m", 9).ask(["one"])
+    assert KEY not in "".join(traceback.format_exception(error.value))
+
+
+def test_the_cause_of_a_proxy_that_is_none_is_kept(direct, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("HTTPS_PROXY", "gopher://x")
+    with pytest.raises(UserError, match=r"judge_url .* cannot be used") as error:
+        judges.Endpoint("https://host/v1", "m", 9)
+    assert isinstance(error.value.__cause__, ValueError)
+    assert KEY not in "".join(traceback.format_exception(error.value))
+
+
 # --- the summary ---
 
 
@@ -963,7 +982,7 @@ def test_manifests_that_name_no_data_set(tmp_path, content):
     with pytest.raises(UserError, match="give dataset_name"):
         generations_of.source_of(path)
     assert generations_of.source_of(path, "own", "x.jsonl", "test") == DataSettings(
-        "own", "x.jsonl", split="test"
+        "own", "x.jsonl", split="test", validation_split="test", test_split="test"
     )
 
 
@@ -974,6 +993,76 @@ def test_the_data_set_is_that_of_the_manifest(tmp_path):
     assert generations_of.source_of(path) == DataSettings("own", "x.jsonl")
     assert generations_of.source_of(path, "own") == DataSettings("own", "x.jsonl")
     assert generations_of.source_of(path, "truthfulqa") == DataSettings("truthfulqa")
+
+
+def test_the_splits_are_those_of_the_manifest(tmp_path):
+    path = tmp_path / "texts.csv"
+    given = {"split": "a", "validation_split": None, "test_split": "c"}
+    runs.write_json(path.with_suffix(".manifest.json"), {"data": {"name": "own"} | given})
+    of_the_run = DataSettings("own", split="a", test_split="c")
+    assert generations_of.source_of(path) == of_the_run
+    assert generations_of.source_of(path, split="a") == of_the_run
+    assert generations_of.source_of(path, split="b") == DataSettings(
+        "own", split="b", validation_split="b", test_split="b"
+    )
+    assert generations_of.source_of(path, "truthfulqa") == DataSettings("truthfulqa")
+
+
+def test_tables_of_splits_that_the_stages_were_given(commands, tmp_path):
+    """Steering, validation and test examples have splits of their own names."""
+    model = tiny.save_model(tmp_path / "model")
+    rows = [row | {"split": "abc"[i % 3]} for i, row in enumerate(tiny.question_rows())]
+    questions = tiny.write_jsonl(tmp_path / "questions.jsonl", rows)
+    common = ["--model_name", model, "--dataset_name", "own", "--dataset_path", questions]
+    common += ["--split", "a", "--top_k", 3]
+    commands.run(
+        "token_ablation.py",
+        *common,
+        *("--ig_steps", 2, "--output_path_meta", tmp_path / "tokens.csv"),
+        *("--output_path_hidden", tmp_path / "states.safetensors"),
+    ).ok()
+    commands.run(
+        "steering_generation.py",
+        *common,
+        *("--validation_split", "b", "--test_split", "c", "--num_prompts", 3),
+        *("--methods", "gradient", "--alphas", 0.3, "--layer_idxs", 1, "--max_new_tokens", 4),
+        *("--hidden_states_path", tmp_path / "states_pos.safetensors"),
+        *("--steering_vectors_dir", tmp_path, "--output_dir", tmp_path / "out"),
+    ).ok()
+    (table,) = (tmp_path / "out").glob("*.csv")
+    source = generations_of.source_of(table)
+    assert (source.split, source.validation_split, source.test_split) == ("a", "b", "c")
+    asked = {row["question"] for row in rows if row["split"] == "c"}
+    assert set(pd.read_csv(table).question) < asked
+    for split in ([], ["--split", "a"], ["--split", "c"]):
+        folder = tmp_path / "-".join(["scores", *split])
+        score(commands, table, *split, "--output_dir", folder).ok()
+        scores, _ = tables(folder)
+        assert len(scores) == 3 * 2
+    assert "3 of 3 examples" in score(commands, table, "--split", "b").error()
+
+
+def test_a_split_of_the_questions_is_in_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def tables_of(*words):
+        words = ("--model_name", "m", "--dataset_name", "own", *words)
+        return score_generations.tables_of(score_generations.parser(flags.LLM).parse_args(words))
+
+    def write(*words):
+        words = ("--model_name", "m", "--dataset_name", "own", *words)
+        args = steering_generation.parser(flags.LLM).parse_args(words)
+        path = flags.names_of(args).generations(flags.GRID, flags.GRID, ())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return path
+
+    plain, tested = write(), write("--test_split", "c")
+    assert tables_of() == tables_of("--split", "a") == sorted([plain, tested])
+    of_split = write("--split", "a")
+    assert len({plain, tested, of_split}) == 3
+    assert tables_of("--split", "a") == [of_split]
+    assert tables_of("--split", "c") == sorted([plain, tested])
 
 
 def test_flags_that_cannot_be(commands, mmhal, tmp_path):

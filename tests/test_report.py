@@ -6,7 +6,9 @@ from __future__ import annotations
 import io
 import re
 import shutil
+import sys
 from itertools import pairwise
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -30,6 +32,7 @@ from helpers.results import (
 from matplotlib.figure import Figure
 from PIL import Image
 
+from demo import text_figure
 from grains.errors import UserError
 from grains.report import figures
 from grains.report import page as report
@@ -153,6 +156,29 @@ def test_a_control_that_gains_as_much_is_said(tmp_path):
         "(per-token); the difference of +0.0 points between steering and it is not "
         "significant (p = 1)."
     ) in page_of(tmp_path).text
+
+
+@pytest.mark.parametrize("score", ["mc1", "mc2"])
+def test_a_choice_by_a_score_that_the_page_lacks(tmp_path, score):
+    """Sentences and figures then go by the accuracy per token."""
+    pages = [
+        page_of(write_chosen(tmp_path / chosen_by, {"score": chosen_by}))
+        for chosen_by in ("token", score)
+    ]
+    said = "random, reaches 40.0 % (per-token); the difference of +20.0 points"
+    alt = "Heat-map of the gain in per-token accuracy at single layers 0 to 1"
+    for page in pages:
+        assert said in page.text
+        assert any(image.attributes["alt"].startswith(alt) for image in page.all("img"))
+    assert pages[0].tables()[CHOSEN] == pages[1].tables()[CHOSEN]
+
+
+def write_chosen(folder, flags):
+    """A chosen configuration, its control, and single layers."""
+    right = {"base": some(16), "mean pos@0.2": some(30), "random@0.2": some(20)}
+    right |= {f"pca pos@0.1@{layer}": some(18 + layer) for layer in range(2)}
+    write_evaluation(folder, right, best="mean pos@0.2", flags=flags)
+    return folder
 
 
 def test_tiny_p_values_and_included_steering_examples(tmp_path):
@@ -725,6 +751,25 @@ def test_missing_stages_are_named(tmp_path):
     assert "No manifest lies beside" in text
 
 
+def test_the_picture_of_the_text_demo_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_evaluation(tmp_path, {"base": some(16), "mean pos@0.2": some(30)})
+    attributions = write_attributions(tmp_path, attribution_rows())
+    grid, output = tmp_path / "steering" / f"{STEM}_grid.csv", tmp_path / "new" / "demo.png"
+    monkeypatch.setattr(sys, "argv", ["text_figure", *map(str, (attributions, grid, output))])
+    text_figure.main()
+    picture = output.read_bytes()
+    assert Image.open(output).format == "PNG" and Image.open(output).width > 600
+
+    def cut_short(figure, path, **options):
+        Path(path).write_bytes(picture[:100])
+        raise OSError("no space")
+
+    monkeypatch.setattr(Figure, "savefig", cut_short)
+    with pytest.raises(UserError, match=r"demo\.png' could not be written"):
+        text_figure.main()
+    assert output.read_bytes() == picture and list(output.parent.iterdir()) == [output]
+
+
 def test_what_a_demo_measured_and_drew(tmp_path):
     write_attributions(tmp_path, attribution_rows())
     (tmp_path / "demo").mkdir()
@@ -959,7 +1004,10 @@ def test_questions_of_another_run(tables_and_page, tmp_path):
         ('{"model": {"model": 7}}', "model.model: expected a text, found 7"),
         ('{"data": {"name": ["x"]}}', "data.name: expected a text"),
         ('{"data": {"ids": 3}}', "data.ids: expected a list, found 3"),
-        ('{"flags": {"score": "both"}}', "flags.score: expected token or sum, found both"),
+        (
+            '{"flags": {"score": "both"}}',
+            "flags.score: expected one of token, sum, mc1, mc2, found both",
+        ),
         ("5", "expected a JSON object, found 5"),
         ("null", "expected a JSON object"),
         ('{"data": ' + DEEP + "}", "cannot be read"),

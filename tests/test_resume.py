@@ -14,8 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 from helpers import tiny
 from helpers.command_line import SRC
+
+from grains import runs
+from grains.errors import UserError
 
 pytest_plugins = ("helpers.command_line",)
 
@@ -343,3 +347,13 @@ def test_accelerate_launch(commands, script, whole, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert f"{SAMPLES // 2}/{SAMPLES // 2}" in ended.stderr  # the other half is the other's
     assert contents(tmp_path) == whole("token_ablation")
+
+
+def test_the_cause_of_an_output_that_is_locked_is_kept(tmp_path):
+    """--debug shows it."""
+    first = runs.Run([tmp_path / "a.csv"], {"a": 1})
+    with pytest.raises(UserError, match=r"another run is writing .*a.csv'") as error:
+        runs.Run([tmp_path / "a.csv"], {"a": 1})
+    assert isinstance(error.value.__cause__, Timeout)
+    (tmp_path / "a.csv").touch()
+    first.finish()  # and releases the lock

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 import steering_generation
 import steering_mc
 import token_ablation
+from demo import registered  # noqa: F401  the data set shapes, by its short name
+from grains import data
 from grains.cli import flags, where
 from grains.errors import UserError
 
@@ -71,6 +74,52 @@ def test_the_text_demo_takes_the_files_of_its_own_stages(tmp_path):
     stage_3 = steering_generation.parser(flags.LLM).parse_args(called["steering_generation.py"])
     assert stage_3.chosen_path == str(made["chosen"])
     assert stage_1.top_k == stage_2.top_k == 7 and stage_1.seed == 3
+
+
+def test_the_states_of_each_selection(capsys, monkeypatch):
+    args = token_ablation.parser(flags.LLM).parse_args(STAGE_1)
+    every = flags.names_of(args).states(("pos", "neg", "rand"))
+    words = ("llm", "states", *STAGE_1)
+    assert printed(capsys, monkeypatch, *words).splitlines() == [
+        str(every["pos"]),
+        str(every["neg"]),
+    ]
+    assert printed(capsys, monkeypatch, *words, "--top", "rand") == str(every["rand"])
+
+
+@pytest.mark.parametrize("folder", [None, "out"])
+def test_all_generations_of_these_settings(capsys, monkeypatch, tmp_path, folder):
+    monkeypatch.chdir(tmp_path)
+    written = []
+    for seed, alpha in (("3", 0.1), ("3", 0.2), ("4", 0.1)):
+        args = steering_generation.parser(flags.LLM).parse_args([*STAGE_1, "--seed", seed])
+        grid = replace(flags.GRID, alphas=(alpha,))
+        path = flags.names_of(args).generations(grid, flags.GRID, (), folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        written.append(str(path))
+    words = ["llm", "generations", *STAGE_1, *(["--output_dir", folder] if folder else [])]
+    assert printed(capsys, monkeypatch, *words).splitlines() == written[:2]
+    assert printed(capsys, monkeypatch, *words, "--top_k", "8") == ""
+
+
+def test_a_data_set_that_the_demo_registers(capsys, monkeypatch):
+    """It is known to the demo's scripts alone; stage 1's names hold its split."""
+    shapes = data.DATASETS["shapes"]
+    words = ("--model_name", "shapes-vlm", "--dataset_name", "shapes")
+    args = token_ablation.parser(flags.VLM).parse_args(words)
+    expected = str(flags.names_of(args).attributions())
+    assert "_steering_" in expected
+    assert printed(capsys, monkeypatch, "vlm", "attributions", *words) == expected
+    args = steering_mc.parser(flags.VLM).parse_args(words)
+    grid = flags.names_of(args).multiple_choice(flags.GRID, flags.GRID, "token")["grid"]
+
+    monkeypatch.delitem(data.DATASETS, "shapes")
+    assert printed(capsys, monkeypatch, "vlm", "grid", *words) == str(grid)
+    with pytest.raises(UserError, match="unknown data set 'shapes': give --split"):
+        printed(capsys, monkeypatch, "vlm", "attributions", *words)
+    words = (*words, "--split", shapes.splits[0])
+    assert printed(capsys, monkeypatch, "vlm", "attributions", *words) == expected
 
 
 def test_it_is_light():

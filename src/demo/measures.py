@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from demo import shapes
-from grains import prompts, stats, vision
+from grains import prompts, runs, stats, vision
 from grains.attribution import attribute
 from grains.data import Example
 from grains.errors import UserError
@@ -326,6 +326,5 @@ def draw(
                     )
                 ],
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        runs.write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
     return True

@@ -30,6 +30,7 @@ def main() -> None:
 
     from matplotlib.figure import Figure
 
+    from grains import runs
     from grains.report import figures
     from grains.report.reading import read_table
 
@@ -44,8 +45,7 @@ def main() -> None:
         accuracy.legend(ncols=2)
         words.set_title("Which words push to the true answer (blue) or the false one (orange)")
         figures.draw_words(words, lines(attributions))
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.output)
+        runs.write_whole(args.output, lambda path: figure.savefig(path, format="png"))
     print(f"picture: {args.output}")
 
 

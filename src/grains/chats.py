@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
+from operator import eq
 from typing import Any
 
 from grains.errors import UserError
@@ -94,9 +95,7 @@ def _two_answers(chosen: list[Turn], rejected: list[Turn]) -> dict:
                 "an answer of the role 'assistant'"
             )
     if chosen[:-1] != rejected[:-1]:
-        same = sum(
-            1 for _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False))
-        )
+        same = _common_length(chosen, rejected)
         raise UserError(
             f"the chosen and the rejected conversation differ before their last answers, from "
             f"message {same + 1} on; a pair is two answers to one conversation"
@@ -150,15 +149,8 @@ def _marked(text: str, what: str) -> list[Turn]:
 
 def _common_beginning(chosen: str, rejected: str) -> dict:
     """The words that two texts begin with are the prompt."""
-    length = sum(
-        1 for _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False))
-    )
-    edge = 0
-    for edge in range(length, 0, -1):
-        if chosen[edge - 1].isspace():
-            break
-    else:
-        edge = 0
+    length = _common_length(chosen, rejected)
+    edge = next((edge for edge in range(length, 0, -1) if chosen[edge - 1].isspace()), 0)
     prompt = chosen[:edge]
     if not prompt.strip():
         raise UserError(
@@ -166,6 +158,11 @@ def _common_beginning(chosen: str, rejected: str) -> dict:
             "column prompt"
         )
     return {"question": prompt, "choices": [chosen[edge:], rejected[edge:]], "label": 0}
+
+
+def _common_length(first: Sequence, second: Sequence) -> int:
+    """How many items two sequences begin with alike."""
+    return sum(takewhile(bool, map(eq, first, second)))
 
 
 class Paired:

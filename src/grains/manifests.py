@@ -64,6 +64,9 @@ def evaluation(
         "data": {
             "name": source.name,
             "path": source.path,
+            "split": source.split,
+            "validation_split": source.validation_split,
+            "test_split": source.test_split,
             **{split: data.fingerprint(examples) for split, examples in splits.items()},
             "pictures": data.pictures_digest([e for some in splits.values() for e in some]),
         },

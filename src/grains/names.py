@@ -352,7 +352,7 @@ class StudyNames:
         return self.folder / f"{self.stem}_{items}_scores_{digest}.safetensors"
 
     def all_scores(self, items: str) -> list[Path]:
-        """Log-likelihoods of these items that are there."""
+        """Existing files of these items' log-likelihoods."""
         begin = glob.escape(f"{self.stem}_{items}_scores_")
         return sorted(self.folder.glob(f"{begin}*.safetensors"))
 

@@ -274,16 +274,19 @@ class Run:
         self.parts = first.with_suffix(".parts")
         self.locks: list[FileLock] = []
         # The main process opens the run for all; if it cannot, all of them end.
-        outcome: list[Any] = [False, None]
+        problem: UserError | None = None
+        outcome = [False, False]  # finished, failed
         if self.state.is_main_process:
             try:
                 outcome[0] = self._open(overwrite, expected_bytes)
             except UserError as error:
-                outcome[1] = str(error)
+                problem, outcome[1] = error, True
         broadcast_object_list(outcome)
-        self.finished, problem = outcome
-        if problem is not None:
-            raise UserError(problem) if self.state.is_main_process else SystemExit(1)
+        self.finished, failed = outcome
+        if problem:
+            raise problem
+        if failed:
+            raise SystemExit(1)
 
     def _open(self, overwrite: bool, expected_bytes: int) -> bool:
         """Lock the outputs and make the folder of parts. Returns whether the run is finished."""
@@ -294,11 +297,11 @@ class Run:
                 lock = FileLock(path.with_suffix(".lock"))
                 lock.acquire(timeout=0)
                 self.locks.append(lock)
-        except Timeout:
+        except Timeout as error:
             self._unlock()
             raise UserError(
                 f"another run is writing '{path}': wait for it, or give other output paths"
-            ) from None
+            ) from error
         except OSError as error:
             self._unlock()
             raise UserError(

@@ -187,7 +187,12 @@ def add_attribution(flags: argparse.ArgumentParser, top: bool = False) -> None:
         help="the objective, contrastive: log P(y+) - log P(y-), or normal: each response on its "
         "own",
     )
-    group.add_argument("--grad_method", default=default.grad_method, choices=GRAD_METHODS)
+    group.add_argument(
+        "--grad_method",
+        default=default.grad_method,
+        choices=GRAD_METHODS,
+        help="gradient method of the attribution",
+    )
     group.add_argument("--top_k", type=positive, default=kind.top_k, help="tokens to ablate")
     if top:
         group.add_argument(
@@ -312,7 +317,11 @@ def add_grid(flags: argparse.ArgumentParser, chosen_by_default: bool = False) ->
         "from: one per layer, which steers it and all layers above",
     )
     group.add_argument(
-        "--alphas", nargs="+", type=finite, default=[*default.alphas] or None, help="strengths"
+        "--alphas",
+        nargs="+",
+        type=finite,
+        default=[*default.alphas] or None,
+        help="steering strengths to try",
     )
     group.add_argument(
         "--alpha_units",
@@ -347,8 +356,8 @@ def add_score(flags: argparse.ArgumentParser) -> None:
         "--score",
         default="token",
         choices=(*SCORES, *TARGET_SCORES),
-        help="what the choice of a configuration goes by: accuracy of the per-token or of the "
-        "summed log-likelihood, or TruthfulQA's MC1 or MC2 (all that the data allows are reported)",
+        help="the accuracy that chooses the configuration: of the per-token or of the summed "
+        "log-likelihood, or TruthfulQA's MC1 or MC2 (all that the data allows are reported)",
     )
 
 
@@ -365,11 +374,13 @@ def add_evaluate_on(flags: argparse.ArgumentParser) -> None:
 # --- settings from flags ---
 
 
-def names_of(args: argparse.Namespace) -> Names:
-    """The names of the files of a stage by its flags."""
-    split = default_split(args.dataset_name, "steering")
-    ablation = ablation_settings(args, TOPS)
-    return Names(args.kind.name, args.model_name, data_settings(args), ablation, split)
+def names_of(args: argparse.Namespace, dataset: str | None = None) -> Names:
+    """The names of the files of a stage by its flags. dataset: replaces --dataset_name."""
+    data = data_settings(args)
+    if dataset is not None:
+        data = replace(data, name=dataset)
+    split = default_split(data.name, "steering")
+    return Names(args.kind.name, args.model_name, data, ablation_settings(args, TOPS), split)
 
 
 def data_settings(args: argparse.Namespace) -> DataSettings:

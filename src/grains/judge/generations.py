@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,12 @@ from grains.data import Example
 from grains.errors import UserError
 from grains.judge.metrics import Objects
 from grains.settings import DataSettings
+from grains.steering import BASE
 
 TEXT = ("id", "question", "configuration", "method", "base", "steered", "reference")
 COLUMNS = ("prompt", *TEXT, "alpha")
+# Setting -> role of its split, in the order in which the splits are searched for questions.
+SPLITS = {"test_split": "test", "validation_split": "validation", "split": "steering"}
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -67,9 +69,11 @@ def manifest_of(path: Path) -> dict:
 def source_of(
     path: Path, name: str | None = None, place: str | None = None, split: str | None = None
 ) -> DataSettings:
-    """The data set of a table: as given, otherwise as the manifest beside the table says.
+    """The data set of a table and its splits: as given, otherwise as the manifest beside it says.
 
-    Raises UserError if neither names one.
+    split: holds all questions; but where it is that of the run's steering examples, the questions
+        are in the run's own splits.
+    Raises UserError if neither names a data set.
     """
     known = manifest_of(path).get("data")
     known = known if isinstance(known, dict) else {}
@@ -79,9 +83,15 @@ def source_of(
             f"no manifest beside '{path}' says which data set the generations are from: "
             "give dataset_name (and dataset_path)"
         )
-    if place is None and name == known.get("name") and isinstance(known.get("path"), str):
-        place = known["path"]
-    return DataSettings(name, place, split=split)
+    if name != known.get("name"):
+        known = {}
+    recorded = {key: value for key, value in known.items() if isinstance(value, str)}
+    place = place or recorded.get("path")
+    if split is None or split == recorded.get("split"):
+        splits_of = {key: recorded.get(key) for key in SPLITS}
+    else:
+        splits_of = dict.fromkeys(SPLITS, split)
+    return DataSettings(name, place, **splits_of)
 
 
 def find_examples(
@@ -89,15 +99,19 @@ def find_examples(
 ) -> tuple[dict[str, Example], Objects]:
     """The examples by their ids, and all objects that are in the pictures of their splits.
 
-    source: its split is searched; without one the split of the test questions, and the others
-        where some are not in it. path: of the table, for messages.
+    source: the split of its test questions is searched, and the others where some are not in it.
+    path: of the table, for messages.
     Raises UserError if an example is missing, or asks something else than the table says.
     """
     wanted = set(generations.id)
     examples: dict[str, Example] = {}
     names: set[str] = set()
-    roles = ("steering",) if source.split else ("test", "validation", "steering")
-    for role in roles:
+    # Roles often share a split, which is searched once.
+    roles = {
+        getattr(source, setting) or data.default_split(source.name, role): role
+        for setting, role in SPLITS.items()
+    }
+    for role in roles.values():
         rows, origin = splits.rows_of(source, role)
         for index in range(len(rows)):
             example = data.read(rows, origin, index)
@@ -134,7 +148,10 @@ def _plain(text: str) -> str:
 def texts(generations: pd.DataFrame) -> pd.DataFrame:
     """What is scored: a row per prompt and configuration, the base texts first."""
     base = generations.drop_duplicates("prompt").assign(
-        configuration="base", method="base", alpha=0.0, text=lambda table: table.base
+        configuration=BASE.label,
+        method=BASE.method,
+        alpha=BASE.alpha,
+        text=lambda table: table.base,
     )
     steered = generations.assign(text=generations.steered)
     return pd.concat([base, steered], ignore_index=True)[
@@ -161,12 +178,8 @@ def manifest(
             "path": source.path,
             "split": source.split,
             "fingerprint": data.fingerprint(list(examples.values())),
-            "known": _digest([known, objects.forms]),
+            "known": runs.digest([known, objects.forms]),
         },
-        "judge": judge and judge | {"prompts": _digest(prompts)},
+        "judge": judge and judge | {"prompts": runs.digest(prompts)},
         "versions": runs.versions(),
     }
-
-
-def _digest(content) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -184,7 +184,7 @@ class Endpoint:
             raise UserError(
                 f"judge_url {self.url} cannot be used ({self._line(error)}): check it, and the "
                 "environment's proxy"
-            ) from None
+            ) from error
         return client.chat.completions.with_raw_response
 
     def groups(self, asked: list[str]) -> list[list[int]]:
@@ -205,7 +205,7 @@ class Endpoint:
                 f"the judge at {self.url} answers '{self._line(response.text)}', which is no chat "
                 "completion (choices[0].message.content is not a text): is judge_url the address "
                 "of an OpenAI-compatible interface?"
-            ) from None
+            ) from None  # the cause quotes the server, which may send the key back
         return self._without_key(content)
 
     def _post(self, prompt: str):
@@ -227,6 +227,7 @@ class Endpoint:
                 wait = next(waits, None) if busy else None
                 wait = wait and (_retry_after(error) or wait)
                 if wait is None or wait > left:
+                    # The cause quotes the server, which may send the key back.
                     raise UserError(self._refusal(error, wait)) from None
                 reason = f"is busy (status {error.status_code})"
             except openai.APIConnectionError as error:
@@ -235,7 +236,7 @@ class Endpoint:
                     raise UserError(
                         f"the judge at {self.url} {reason}; check judge_url and the network, and "
                         "run the same command again: the answers so far are kept"
-                    ) from None
+                    ) from None  # the cause may quote the server too, as above
                 wait = next(waits)
             self.say(f"the judge at {self.url} {reason}: asking again in {wait:g} s")
             time.sleep(wait)

@@ -1,4 +1,4 @@
-"""Scores of every generated text, and what they come to for each configuration."""
+"""Scores of every generated text, and their summary for each configuration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from grains import stats
 from grains.data import Example
 from grains.judge import judges
 from grains.judge.metrics import Objects, overlap
+from grains.steering import BASE
 
 MEANINGS = {
     "f1": "words shared with a right answer, 0 to 1 (SQuAD's F1)",
@@ -100,8 +101,8 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
                 "low": low,
                 "high": high,
             }
-            if name != "base":
-                gains = (values[name] - values["base"]).dropna().to_numpy()
+            if name != BASE.label:
+                gains = (values[name] - values[BASE.label]).dropna().to_numpy()
                 low, high = stats.bootstrap_interval(gains)
                 row |= {
                     "pairs": len(gains),

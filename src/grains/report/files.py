@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grains import data, runs
 from grains.errors import UserError
-from grains.settings import SCORES
+from grains.settings import SCORES, TARGET_SCORES
 
 FOLDERS = {"token_attribution": "attribution", "steering_generation": "generation"}
 STAGES = {"token_ablation": "attribution", "steering_generation": "generation"}
@@ -135,10 +135,11 @@ def manifest_of(path: Path) -> dict:
                 if isinstance(manifest.get(key), dict):
                     _check(file, manifest[key], types, f"{key}.")
             score = (manifest.get("flags") or {}).get("score")
-            if score not in (None, *SCORES):
+            known = (*SCORES, *TARGET_SCORES)
+            if score not in (None, *known):
                 raise UserError(
-                    f"'{file}', flags.score: expected {' or '.join(SCORES)}, found {score}; was it "
-                    "changed?"
+                    f"'{file}', flags.score: expected one of {', '.join(known)}, found {score}; "
+                    "was it changed?"
                 )
             return manifest
     return {}

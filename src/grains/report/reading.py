@@ -83,7 +83,7 @@ def _require(fits: pd.Series, cells: pd.Series, expected: str) -> None:
 class Kind(NamedTuple):
     """A kind of table: the script that writes it, its columns, and those that it may lack.
 
-    key: columns that no two rows have alike, as far as they are there.
+    key: columns that no two rows have alike, of those that exist.
     """
 
     script: str

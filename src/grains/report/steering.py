@@ -15,8 +15,8 @@ from grains.report.images import Images
 from grains.report.reading import read_table
 from grains.report.tables import MEASURES, present
 from grains.report.text import joined, percent, points
-from grains.settings import CONTROLS
-from grains.steering import layer_ranges
+from grains.settings import CONTROLS, SCORES
+from grains.steering import BASE, layer_ranges
 
 MAX_LAYER_SETS = 6
 
@@ -103,12 +103,14 @@ def grid_view(stem, files, grid, questions, images, name) -> dict:
     sizes = grid.groupby("part").size()  # of equally large ones test comes before validation
     split = sizes.idxmax()
     rows = grid[grid.part == split]
-    if not (rows.method == "base").any():
+    if not (rows.method == BASE.method).any():
         raise UserError(
             f"'{files['grid']}': no row of the base model among the {split} questions; "
             "make it again with steering_mc.py"
         )
-    score = (manifest_of(files["grid"]).get("flags") or {}).get("score") or "token"
+    score = (manifest_of(files["grid"]).get("flags") or {}).get("score")
+    if score not in SCORES:  # unknown, or TruthfulQA's own, which figures and sentences lack
+        score = SCORES[0]
     best = chosen_configuration(stem)
     seeds = list(dict.fromkeys(grid.get("seed", ())))
     splits = [split, *(name for name in sizes.index if name != split)]
@@ -148,11 +150,11 @@ def summary(
     chosen = rows[rows.configuration == best]
     if chosen.empty:
         return None
-    base, chosen = rows[rows.method == "base"].iloc[0], chosen.iloc[0]
+    base, chosen = rows[rows.method == BASE.method].iloc[0], chosen.iloc[0]
     same = rows[(rows.layers == chosen.layers) & (rows.alpha == chosen.alpha)]
     controls = [row for _, row in same[same.method.isin(CONTROLS)].iterrows()]
     named = [
-        ("base", base),
+        (BASE.label, base),
         ("steered (chosen)", chosen),
         *((f"control: {row.method}", row) for row in controls),
     ]
@@ -174,7 +176,7 @@ def curves(
 ) -> dict:
     """Accuracies, costs and other measures over strength for each set of layers, the chosen one's
     first; and the gain by layer where single layers were tried."""
-    base, steered = grid[grid.method == "base"], grid[grid.method != "base"]
+    base, steered = grid[grid.method == BASE.method], grid[grid.method != BASE.method]
     single = steered[steered.layers.str.fullmatch(r"\d+")]
     sets = list(dict.fromkeys([*steered.layers[steered.configuration == best], *steered.layers]))
     if len(sets) > MAX_LAYER_SETS:  # the single ones after the chosen are in the heat-map
@@ -207,7 +209,7 @@ def ranges(layers: str) -> str:
 
 
 def strength_figure(images, name, grid, where: str, label: str) -> dict:
-    steered, base = grid[grid.method != "base"], grid[grid.method == "base"].iloc[0]
+    steered, base = grid[grid.method != BASE.method], grid[grid.method == BASE.method].iloc[0]
     parts = []
     for score, title in TITLES.items():
         best = steered.loc[steered[f"accuracy_{score}"].idxmax()]
@@ -232,8 +234,8 @@ def strength_figure(images, name, grid, where: str, label: str) -> dict:
 
 
 def layers_figure(images, name, grid, score: str) -> dict:
-    steered, value = grid[grid.method != "base"], f"accuracy_{score}"
-    gains = steered[value] - grid[grid.method == "base"][value].iloc[0]
+    steered, value = grid[grid.method != BASE.method], f"accuracy_{score}"
+    gains = steered[value] - grid[grid.method == BASE.method][value].iloc[0]
     layers = steered.layers.astype(int)
     alt = (
         f"Heat-map of the gain in {TITLES[score]} accuracy at single layers {layers.min()} to "

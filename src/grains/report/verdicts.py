@@ -1,4 +1,4 @@
-"""What the tables about steering come to, in a sentence or two each."""
+"""What the tables about steering show, in a sentence or two each."""
 
 from __future__ import annotations
 

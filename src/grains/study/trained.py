@@ -14,7 +14,7 @@ where a margin is log P(y+) - log P(y-). The answers are what the base model its
 prompts of the pairs, where the gate is open: without this penalty the vectors raise the margins by
 breaking the language of answers. They are sampled, because a small model's greedy answers repeat
 themselves. Text and question penalties use vectors scaled by HELD_AT. Every step leaves out layers
-drawn at random (dropout), as 50 pairs are soon learnt by heart; the result averages RUNS runs,
+drawn at random (dropout), as 50 pairs are quickly overfitted; the result averages RUNS runs,
 which cancels effects of the order of examples. The paper has no such vectors.
 """
 

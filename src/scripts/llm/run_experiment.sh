@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiment on text: gain on held-out questions over the price in perplexity, three seeds,
+# The experiment on text: gain on held-out questions, and its cost in perplexity, three seeds,
 # controls beside every method. Resumes on the same command.
 #
 #   MODEL_NAME=... DATASET_NAME=... NUM_SAMPLES=... bash scripts/llm/run_experiment.sh [flags]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiment on images and text: gain on held-out questions over the price in perplexity, three
+# The experiment on images and text: gain on held-out questions, and its cost in perplexity, three
 # seeds, controls beside every method. Resumes on the same command.
 #
 #   MODEL_NAME=... DATASET_NAME=... NUM_SAMPLES=... bash scripts/vlm/run_experiment_vlm.sh [flags]
