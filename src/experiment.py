@@ -24,7 +24,7 @@ from dataclasses import replace
 from grains.cli import entry, flags
 from grains.cli.flags import LLM, Kind
 from grains.names import ExperimentNames
-from grains.settings import LORA_OBJECTIVES, METHODS, STUDY_TOPS, StudySettings
+from grains.settings import LORA_OBJECTIVES, METHODS, MODES, StudySettings, selections
 
 CONTENTS = {"grid": "every configuration", "front": "gain and cost", "generations": "free answers"}
 
@@ -119,7 +119,7 @@ def study_settings(args: argparse.Namespace) -> StudySettings:
     return StudySettings(
         tuple(sources),
         tuple(dict.fromkeys(args.seeds)),
-        flags.ablation_settings(args, STUDY_TOPS),
+        flags.ablation_settings(args, selections(METHODS, MODES)),
         flags.grid_settings(args),
         tuple(args.max_ppl_increase),
         tuple(args.strengths_at or ()),

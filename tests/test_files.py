@@ -200,9 +200,9 @@ def test_pictures_are_read_a_row_group_at_a_time(tmp_path, monkeypatch):
     path = data_files.write(tmp_path, "parquet", rows)  # three rows a group
     loaded, source = data.load("mine", "train", path)
     groups = []
-    laid_out = files.ParquetPart._laid_out
+    laid_out = files.ParquetFile._laid_out
     monkeypatch.setattr(
-        files.ParquetPart,
+        files.ParquetFile,
         "_laid_out",
         lambda self, group: groups.append(group) or laid_out(self, group),
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 from grains.settings import LAYER_MODES, AblationSettings, DataSettings, GridSettings, StudySettings
 
-LONGEST = 200  # bytes of a name without its endings; file systems allow 255 with them
+LONGEST_NAME = 200  # bytes of a name without its endings; file systems allow 255 with them
 
 
 def slug(name: str) -> str:
@@ -26,10 +26,10 @@ def slug(name: str) -> str:
 def stem(parts: Iterable[str | None]) -> str:
     """The beginning of a file name, parts joined by _; if it is too long, a digest ends it."""
     whole = "_".join(part for part in parts if part)
-    if len(whole.encode()) <= LONGEST:
+    if len(whole.encode()) <= LONGEST_NAME:
         return whole
     digest = hashlib.sha256(whole.encode()).hexdigest()[:12]
-    return whole.encode()[: LONGEST - 13].decode(errors="ignore") + f"_{digest}"
+    return whole.encode()[: LONGEST_NAME - 13].decode(errors="ignore") + f"_{digest}"
 
 
 def differing(settings: Any, default: Any, labels: dict[str, str]) -> list[str]:
