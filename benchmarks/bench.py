@@ -37,7 +37,7 @@ from grains import cpu, data, models, prompts, runs  # noqa: E402
 from grains.ablation import hidden_states, select  # noqa: E402
 from grains.attribution import PromptFunction, attribute, baseline_embeddings  # noqa: E402
 from grains.generation import generate  # noqa: E402
-from grains.replay import pack  # noqa: E402
+from grains.packing import pack  # noqa: E402
 from grains.scoring import Configuration, score_all  # noqa: E402
 from grains.settings import AttributionSettings  # noqa: E402
 from grains.study import costs  # noqa: E402

@@ -219,7 +219,7 @@ def row(name: str) -> list[str]:
         return [name, "refused", *[""] * len(CHECKS), str(error)]
     lm = family.lm
     ways = ["packed" if lm.packs else "one by one" if lm.batches else "one by one, a row at a time"]
-    ways += ["own head"] * lm.own_end + ["own embeddings"] * lm.own_embeddings
+    ways += ["own head"] * lm.own_head + ["own embeddings"] * lm.own_embeddings
     ways += ["equal lengths decoded"] * (not lm.pads)
     cells = [f"{check(family):.0e}".replace("nan", "-") for check in CHECKS.values()]
     return [name, "right" if _is_right(cells) else "WRONG", *cells, ", ".join(ways)]

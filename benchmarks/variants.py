@@ -67,7 +67,7 @@ class Variant:
     """One way to steer, at any strength.
 
     vectors: Material -> (L, D), to be multiplied by the strength.
-    move: how states are steered_states, see `add`. begin: the first position steered, 0 for the prompt's
+    move: how states are moved, see `add`. begin: the first position steered, 0 for the prompt's
         last token and 1 for the response; None steers everywhere.
     """
 

@@ -126,14 +126,14 @@ def configured(args: argparse.Namespace, names: Names) -> tuple[GridSettings, Pa
     candidates = [Path(args.chosen_path)] if args.chosen_path else names.chosen()
     if len(candidates) > 1:
         raise UserError(
-            f"{len(candidates)} configurations were chosen with these settings of stage 1: give one of "
-            f"them with --chosen_path ({', '.join(map(str, candidates))})"
+            f"{len(candidates)} configurations were chosen with these settings of stage 1: give "
+            f"one of them with --chosen_path ({', '.join(map(str, candidates))})"
         )
     if not candidates or not candidates[0].is_file():
         missing = f" ({candidates[0]} does not exist)" if candidates else ""
         raise UserError(
-            f"no configuration is chosen yet{missing}: run steering_mc.py with the same model, data and --num_samples first, or "
-            "give --methods, --layer_idxs and --alphas"
+            f"no configuration is chosen yet{missing}: run steering_mc.py with the same model, "
+            "data and --num_samples first, or give --methods, --layer_idxs and --alphas"
         )
     best = runs.read_json(candidates[0])
     grid = GridSettings(

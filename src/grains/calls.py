@@ -68,7 +68,8 @@ class Calls:
 
 
 def _rows(value: Tensor, index: Tensor) -> Tensor:
-    """(R, ...) a layer's argument (B, ...) for rows of the sequences index (R,); if B = 1, as it is."""
+    """A layer's argument (B, ...) for R rows of the sequences index (R,): (R, ...), or as it is
+    if B = 1."""
     return value if value.shape[0] == 1 else value[index.to(value.device)]
 
 

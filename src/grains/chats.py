@@ -49,8 +49,8 @@ def _turn(message: Any, what: str) -> Turn:
 
 
 def _texts(parts: Iterable[Any], what: str) -> Iterable[str]:
-    """The texts of a message's content parts. A part that stands for the row's picture is passed over:
-    the picture's place is before the text."""
+    """The texts of a message's content parts. A part that stands for the row's picture is passed
+    over: the picture's place is before the text."""
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":

@@ -571,7 +571,7 @@ def pictures_digest(examples: list[Example]) -> str:
     pictures = [example.image for example in examples if example.image is not None]
     digest = hashlib.sha256()
     for picture in pictures:
-        path = picture
+        path: Any = picture
         if isinstance(picture, dict):
             path = None if picture.get("bytes") else picture.get("path")
         if isinstance(path, (str, Path)) and Path(path).is_file():

@@ -125,8 +125,8 @@ class LanguageModel:
     def identity(self) -> dict[str, Any]:
         """What a file records of the model it was made with: name, sizes, digest of the weights.
 
-        The digest is of the names, the sizes and a few values of every tensor. It tells a model from
-        one with other weights in the same folder, and from itself in another precision.
+        The digest is of the names, the sizes and a few values of every tensor. It tells a model
+        from one with other weights in the same folder, and from itself in another precision.
         """
         digest = hashlib.sha256()
         total = 0.0

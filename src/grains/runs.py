@@ -36,9 +36,7 @@ from tqdm import tqdm
 from grains.errors import UserError
 from grains.version import __version__
 
-Unit = tuple[
-    dict[str, Tensor], list[dict]
-]  # what a unit of a run gives: tensors, and rows of tables
+Unit = tuple[dict[str, Tensor], list[dict]]  # what a unit gives: tensors, and rows of tables
 Units = Callable[[], Iterator[Unit]]  # all units of a run, in order
 HEADER = "grains"  # the key of our metadata in the header of a safetensors file
 

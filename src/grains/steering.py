@@ -213,8 +213,8 @@ class SteeringVectors:
             vector.norm() <= LARGEST_RATIO * self.norms[layer] for layer, vector in added.items()
         ):
             raise UserError(
-                f"strength {alpha:g} ({units}) is more than {LARGEST_RATIO:g} times the hidden states' "
-                "norm, which leaves nothing of them: give a smaller one"
+                f"strength {alpha:g} ({units}) is more than {LARGEST_RATIO:g} times the hidden "
+                "states' norm, which leaves nothing of them: give a smaller one"
             )
         return added
 

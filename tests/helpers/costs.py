@@ -1,4 +1,4 @@
-"""Perplexity and accuracy from texts and questions in a single call, for tests of what steering costs."""
+"""Perplexity and accuracy of texts and questions as they are, in a single call."""
 
 import numpy as np
 

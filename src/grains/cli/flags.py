@@ -60,6 +60,7 @@ LLM = Kind("llm", "llama-3.1-8b-instruct", "truthfulqa", 10, "qa", False)
 VLM = Kind("vlm", "llava-1.6-7b", "spa-vl", 50, "chat", True)
 # The default grid of steering_mc.py. The experiment tries all methods and searches strengths.
 GRID = GridSettings(("mean", "pca", "gradient", "caa", "random"), alphas=(0.005, 0.01, 0.02, 0.03))
+UNSET = GridSettings(())  # fills nothing but the layers, which are then all
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -411,10 +412,9 @@ def ablation_settings(args: argparse.Namespace, tops: tuple[str, ...] = ()) -> A
     )
 
 
-def grid_settings(
-    args: argparse.Namespace, default: GridSettings = GridSettings(())
-) -> GridSettings:
-    """From the flags of `add_grid`. default: its methods, layers and strengths fill what is None."""
+def grid_settings(args: argparse.Namespace, default: GridSettings = UNSET) -> GridSettings:
+    """From the flags of `add_grid`. default: takes the place of methods, layers and strengths that
+    are None."""
     return GridSettings(
         tuple(dict.fromkeys(args.methods or default.methods)),
         tuple(dict.fromkeys(args.mode)),
