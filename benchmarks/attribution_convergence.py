@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from grains import data, models, prompts, runs  # noqa: E402
 from grains.ablation import hidden_states, select  # noqa: E402
-from grains.attribution import Settings, attribute, moved  # noqa: E402
+from grains.attribution import attribute, attributed_positions  # noqa: E402
+from grains.settings import AttributionSettings  # noqa: E402
 
 PATHS = [("mean", "content"), ("pad", "content"), ("zeros", "content"), ("zeros", "all")]
 RULES: dict[str, dict] = {
@@ -59,7 +60,9 @@ def measure(args) -> pd.DataFrame:
                     key = (example.id, baseline, scope, rule)
                     if key in done:
                         continue
-                    row = one(lm, encoded, baseline, scope, settings) | {"key": list(key)}
+                    row = measured_point(lm, encoded, baseline, scope, settings) | {
+                        "key": list(key)
+                    }
                     done[key] = row
                     file.write(json.dumps(row) + "\n")
                     file.flush()
@@ -74,17 +77,17 @@ def measure(args) -> pd.DataFrame:
     )
 
 
-def one(lm, encoded, baseline: str, scope: str, settings: dict) -> dict:
+def measured_point(lm, encoded, baseline: str, scope: str, settings: dict) -> dict:
     begin = time.perf_counter()
     result = attribute(
         lm,
         encoded,
-        Settings(baseline=baseline, attribute=scope, **settings),
+        AttributionSettings(baseline=baseline, attribute=scope, **settings),
         2048,
         torch.Generator(),
     )[0]
     seconds = time.perf_counter() - begin
-    candidates = encoded.words & moved(encoded, scope)
+    candidates = encoded.words & attributed_positions(encoded, scope)
     top = select(torch.from_numpy(result.scores), candidates, TOP, "pos", torch.Generator())
     states = hidden_states(lm, encoded, [top], 2048).last
     shift = (states[0] - states[1])[:, 1:].mean(0)
@@ -101,15 +104,16 @@ def one(lm, encoded, baseline: str, scope: str, settings: dict) -> dict:
 def table(measured: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for baseline, scope in PATHS:
-        part = measured[(measured.baseline == baseline) & (measured.scope == scope)]
-        reference = part[part.rule == REFERENCE].set_index("id")
+        of_path = measured[(measured.baseline == baseline) & (measured.scope == scope)]
+        reference = of_path[of_path.rule == REFERENCE].set_index("id")
         vector = np.mean(reference["shift"].tolist(), axis=0)
-        for rule, here in part.groupby("rule", sort=False):
-            here = here.set_index("id").loc[reference.index]
+        for rule, of_rule in of_path.groupby("rule", sort=False):
+            of_rule = of_rule.set_index("id").loc[reference.index]
             agreement = [
-                len(set(a) & set(b)) / len(b) for a, b in zip(here.top, reference.top, strict=True)
+                len(set(a) & set(b)) / len(b)
+                for a, b in zip(of_rule.top, reference.top, strict=True)
             ]
-            own = np.mean(here["shift"].tolist(), axis=0)
+            own = np.mean(of_rule["shift"].tolist(), axis=0)
             cosine = (own * vector).sum(-1) / (
                 np.linalg.norm(own, axis=-1) * np.linalg.norm(vector, axis=-1)
             )
@@ -118,12 +122,12 @@ def table(measured: pd.DataFrame) -> pd.DataFrame:
                     "path starts at": baseline,
                     "moves": scope,
                     "rule": rule,
-                    "points": f"{here.points.median():.0f}",
-                    "median error": f"{here.error.median():.1%}",
-                    "within 5 %": f"{(here.error <= 0.05).mean():.0%}",
+                    "points": f"{of_rule.points.median():.0f}",
+                    "median error": f"{of_rule.error.median():.1%}",
+                    "within 5 %": f"{(of_rule.error <= 0.05).mean():.0%}",
                     "top-5 agreement": f"{np.mean(agreement):.0%}",
                     "vectors' cosine": f"{cosine.mean():.3f}",
-                    "s/example": f"{here.seconds.median():.1f}",
+                    "s/example": f"{of_rule.seconds.median():.1f}",
                 }
             )
     return pd.DataFrame(lines)

@@ -33,12 +33,14 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 import plain  # noqa: E402
 
-from grains import costs, cpu, data, models, prompts, runs  # noqa: E402
+from grains import cpu, data, models, prompts, runs  # noqa: E402
 from grains.ablation import hidden_states, select  # noqa: E402
-from grains.attribution import PromptFunction, Settings, absent, attribute  # noqa: E402
+from grains.attribution import PromptFunction, attribute, baseline_embeddings  # noqa: E402
 from grains.generation import generate  # noqa: E402
-from grains.replay import pack  # noqa: E402
+from grains.packing import pack  # noqa: E402
 from grains.scoring import Configuration, score_all  # noqa: E402
+from grains.settings import AttributionSettings  # noqa: E402
+from grains.study import costs  # noqa: E402
 from grains.vectors import pca_vector  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
@@ -47,7 +49,9 @@ STEPS, K, REPEATS = 20, 10, 3
 MAX_TOKENS = 2048
 LONG_PROMPT, BUDGET_GIB = 2900, 2.0
 # The published setting: what captum integrates, so that the numbers can be compared.
-PUBLISHED = Settings(baseline="zeros", image_baseline="zeros", attribute="all", ig_steps=STEPS)
+PUBLISHED = AttributionSettings(
+    baseline="zeros", image_baseline="zeros", attribute="all", ig_steps=STEPS
+)
 
 
 @dataclass
@@ -72,7 +76,7 @@ class Job:
 
 
 def pairs_of(lm, dataset: str, count: int, style: str) -> list:
-    rows, source = data.load(dataset, data.default_split(dataset, 0))
+    rows, source = data.load(dataset, data.default_split(dataset, "steering"))
     return [
         prompts.encode(lm, example.pair(), style)
         for example in data.examples(rows, source, 0, count)
@@ -101,7 +105,9 @@ def ablation_job(lm, dataset: str, count: int, style: str, stage: str, part: int
     def by_plain_code(items):
         results = []
         for item in items:
-            replacement = absent(lm, item, plain.embed(lm, item.inputs)[0], "pad", "mean")
+            replacement = baseline_embeddings(
+                lm, item, plain.embed(lm, item.inputs)[0], "pad", "mean"
+            )
             results.append(
                 plain.token_ablation(lm, item, item.words | item.image, K, STEPS, replacement)
             )
@@ -315,13 +321,13 @@ def long_prompt() -> dict:
     unlimited = STEPS * LONG_PROMPT  # so that memory alone decides how many rows there are
     function = PromptFunction(lm, item, [1.0, -1.0], unlimited)
     loaded = psutil.Process().memory_info().rss / 2**20
-    found, _, peak = peak_memory(lambda: attribute(lm, item, PUBLISHED, unlimited, None)[0])
+    attributed, _, peak = peak_memory(lambda: attribute(lm, item, PUBLISHED, unlimited, None)[0])
     return {
         "tokens": len(item.prompt_ids),
         "rows": function.rows,
         "checkpointed": function.checkpointed,
         "peak": peak - loaded,
-        "finite": bool(np.isfinite(found.scores).all()),
+        "finite": bool(np.isfinite(attributed.scores).all()),
     }
 
 
@@ -544,35 +550,35 @@ def main() -> None:
     parser.add_argument("--peer_pairs", type=int, default=4)
     parser.add_argument("--output", default=RESULTS, type=Path)
     # A job's own process.
-    parser.add_argument("--one", choices=[*JOBS, LONG], help=argparse.SUPPRESS)
+    parser.add_argument("--job", choices=[*JOBS, LONG], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
+    if args.job:
         cpu.keep_freed_memory()  # as the stages do
-        print(json.dumps(long_prompt() if args.one == LONG else run_job(args.one, args.all)))
+        print(json.dumps(long_prompt() if args.job == LONG else run_job(args.job, args.all)))
         return
     kept = args.output.with_suffix(".json")  # so that a part can be measured anew
-    found = json.loads(kept.read_text()) if kept.exists() else {"jobs": {}, "peers": []}
+    results = json.loads(kept.read_text()) if kept.exists() else {"jobs": {}, "peers": []}
     for name in args.jobs:
         done = subprocess.run(
-            [sys.executable, __file__, "--one", name, *(["--all"] if args.all else [])],
+            [sys.executable, __file__, "--job", name, *(["--all"] if args.all else [])],
             check=True,
             stdout=subprocess.PIPE,
             text=True,
         )
-        found["jobs"][name] = json.loads(done.stdout.splitlines()[-1])
-        write(found, kept, args.output)
+        results["jobs"][name] = json.loads(done.stdout.splitlines()[-1])
+        write(results, kept, args.output)
     if args.peers:
         with tempfile.TemporaryDirectory() as folder:
-            found["peers"] = peer_rows(args.peers, args.peer_pairs, Path(folder))
-        write(found, kept, args.output)
+            results["peers"] = peer_rows(args.peers, args.peer_pairs, Path(folder))
+        write(results, kept, args.output)
     print(f"results: {args.output}")
 
 
-def write(found: dict, kept: Path, output: Path) -> None:
-    kept.write_text(json.dumps(found, indent=1) + "\n")
+def write(results: dict, kept: Path, output: Path) -> None:
+    kept.write_text(json.dumps(results, indent=1) + "\n")
     before, _, after = output.read_text().partition(BEGIN)
-    jobs = [found["jobs"][name] for name in JOBS if name in found["jobs"]]
-    text = report(jobs, found["jobs"].get(LONG), found["peers"])
+    jobs = [results["jobs"][name] for name in JOBS if name in results["jobs"]]
+    text = report(jobs, results["jobs"].get(LONG), results["peers"])
     output.write_text(f"{before}{BEGIN}\n{text}\n{END}{after.partition(END)[2]}")
 
 

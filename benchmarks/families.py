@@ -83,8 +83,8 @@ def steered(family: Family, layer: int | None) -> AbstractContextManager[None]:
     """The untouched model with `direction` added behind a layer, its norm kept."""
 
     def steer(states: Tensor) -> Tensor:
-        moved = states + direction(layer, states.shape[-1])
-        return moved * states.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
+        shifted = states + direction(layer, states.shape[-1])
+        return shifted * states.norm(dim=-1, keepdim=True) / shifted.norm(dim=-1, keepdim=True)
 
     return hooked({} if layer is None else {family.layers[layer]: steer})
 
@@ -155,7 +155,7 @@ def gradients(family: Family) -> float:
 def states(family: Family) -> float:
     """Last-position hidden states of all layers, relative to their norm."""
     pair = prompts.encode(family.lm, ASKED[1].pair())
-    found = hidden_states(family.lm, pair, [[4]], 2048)
+    replayed = hidden_states(family.lm, pair, [[4]], 2048)
     worst = 0.0
     for column, response in enumerate(pair.responses):
         read: list[Tensor] = []
@@ -169,7 +169,7 @@ def states(family: Family) -> float:
         for handle in handles:
             handle.remove()
         expected = torch.stack(read)
-        difference = found.last[0, column, 1:] - expected
+        difference = replayed.last[0, column, 1:] - expected
         worst = max(worst, (difference.norm() / expected.norm()).item())
     return worst
 
@@ -182,11 +182,11 @@ def ablation(family: Family) -> float:
     pair = prompts.encode(family.lm, ASKED[0].pair())
     if any("per_layer" in name for name, _ in family.model.named_modules()):
         return float("nan")
-    found = hidden_states(family.lm, pair, [[3, 7]], 2048).log_likelihoods[1].tolist()
+    ablated = hidden_states(family.lm, pair, [[3, 7]], 2048).log_likelihoods[1].tolist()
     ids = list(pair.prompt_ids)
     ids[3] = ids[7] = family.lm.replacement_id("pad")
     expected = [own_log_likelihood(family, ids, response) for response in pair.responses]
-    return max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    return max(abs(a - b) for a, b in zip(ablated, expected, strict=True))
 
 
 def generation(family: Family) -> float:
@@ -219,7 +219,7 @@ def row(name: str) -> list[str]:
         return [name, "refused", *[""] * len(CHECKS), str(error)]
     lm = family.lm
     ways = ["packed" if lm.packs else "one by one" if lm.batches else "one by one, a row at a time"]
-    ways += ["own end"] * lm.own_end + ["own embeddings"] * lm.own_embeddings
+    ways += ["own head"] * lm.own_head + ["own embeddings"] * lm.own_embeddings
     ways += ["equal lengths decoded"] * (not lm.pads)
     cells = [f"{check(family):.0e}".replace("nan", "-") for check in CHECKS.values()]
     return [name, "right" if _is_right(cells) else "WRONG", *cells, ", ".join(ways)]

@@ -114,8 +114,8 @@ def hooked(lm, vectors: dict[int, Tensor]):
 
     def steer(vector):
         def hook(module, args, output):
-            moved = output + vector
-            return moved * output.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
+            shifted = output + vector
+            return shifted * output.norm(dim=-1, keepdim=True) / shifted.norm(dim=-1, keepdim=True)
 
         return hook
 

@@ -39,12 +39,14 @@ from grains.replay import replay  # noqa: E402
 from grains.scoring import batches, margins, packed_batch  # noqa: E402
 from grains.settings import (  # noqa: E402
     EMBEDDED,
+    METHODS,
+    MODES,
     SCORES,
-    STUDY_TOPS,
     AblationSettings,
     DataSettings,
     GridSettings,
     StudySettings,
+    selections,
 )
 from grains.steering import steer  # noqa: E402
 from grains.study import costs, study  # noqa: E402
@@ -318,10 +320,10 @@ def values(
         def after(layer: int, states: Tensor, place=place) -> Tensor | None:
             if not vectors[layer].any():
                 return None
-            moved = variant.move(states, vectors[layer], material.norms[layer])
+            steered_states = variant.move(states, vectors[layer], material.norms[layer])
             if variant.begin is None:
-                return moved
-            return torch.where((place >= variant.begin)[..., None], moved, states)
+                return steered_states
+            return torch.where((place >= variant.begin)[..., None], steered_states, states)
 
         scored = read(replay(lm, batch.embeds, batch.calls, after=after)[None])[0]
         if not scored.isfinite().all():
@@ -421,7 +423,7 @@ def main() -> None:
     settings = StudySettings(
         (DataSettings(args.dataset_name, args.dataset_path),),
         tuple(args.seeds),
-        AblationSettings(tops=STUDY_TOPS, batch_tokens=1024),
+        AblationSettings(tops=selections(METHODS, MODES), batch_tokens=1024),
         GridSettings(("gradient", "mean", "random")),
         train_vectors=False,
     )

@@ -112,14 +112,14 @@ def main(kind: Kind = LLM) -> None:
     }
     lm = entry.load_model(args)
     attributed: Known = {}  # an example is attributed once for all settings that agree on it
-    fronts = []
+    front_tables = []
     for text in tried:
         entry.say(f"\n{text}")
         tables = protocol.run(lm, tried[text], names[text], args.overwrite, attributed, entry.say)
         protocol.write(tables, names[text])
-        fronts.append(tables["front"].assign(setting=text))
+        front_tables.append(tables["front"].assign(setting=text))
     if runs.processes().is_main_process:
-        table, path = pd.concat(fronts), names[GIVEN].ablations()
+        table, path = pd.concat(front_tables), names[GIVEN].ablations()
         runs.write_table(path, table)
         print_tables(args.document, path.stem, summaries(table), {"all settings": path})
 

@@ -27,10 +27,11 @@ from grains.names import ExperimentNames
 from grains.settings import (
     LORA_OBJECTIVES,
     METHODS,
+    MODES,
     STUDY_GRID,
     STUDY_SEEDS,
-    STUDY_TOPS,
     StudySettings,
+    selections,
 )
 
 CONTENTS = {"grid": "every configuration", "front": "gain and cost", "generations": "free answers"}
@@ -126,7 +127,7 @@ def study_settings(args: argparse.Namespace) -> StudySettings:
     return StudySettings(
         tuple(sources),
         tuple(dict.fromkeys(args.seeds)),
-        flags.ablation_settings(args, STUDY_TOPS),
+        flags.ablation_settings(args, selections(METHODS, MODES)),
         flags.grid_settings(args),
         tuple(args.max_ppl_increase),
         tuple(args.strengths_at or ()),

@@ -70,7 +70,7 @@ def main(kind: Kind = LLM) -> None:
     from grains.cli import stages
     from grains.generation import decoding_batches, generate
 
-    names = stages.names_of(args)
+    names = flags.names_of(args)
     grid, chosen = configured(args, names)
     output = names.generations(grid, flags.GRID, decoding_parts(args), args.output_dir)
     states = stages.states_files(args, grid)
@@ -85,7 +85,7 @@ def main(kind: Kind = LLM) -> None:
     encoded = [prompts.encode(lm, example, style) for example in questions]
     groups = decoding_batches(encoded, configurations, args.max_new_tokens, settings.batch_tokens)
 
-    def make(unit: int):
+    def make(unit: int) -> runs.Unit:
         members = groups[unit]
         base, *steered = generate(
             lm,
@@ -101,7 +101,7 @@ def main(kind: Kind = LLM) -> None:
             for i, *pair in zip(members, base, texts, strict=True)
         ]
 
-    def write(units) -> None:
+    def write(units: runs.Units) -> None:
         table = pd.DataFrame([row for _, rows in units() for row in rows])
         runs.write_table(output, table.sort_values(["prompt", "configuration"]))
 
@@ -130,23 +130,20 @@ def configured(args: argparse.Namespace, names: Names) -> tuple[GridSettings, Pa
     from grains.steering import layer_ranges
 
     if args.methods or args.layer_idxs or args.alphas:
-        args.methods = args.methods or [*flags.GRID.methods]
-        args.layer_idxs = args.layer_idxs or [*flags.GRID.layers]
-        args.alphas = args.alphas or [*flags.GRID.alphas]
-        return flags.grid_settings(args), None
-    found = [Path(args.chosen_path)] if args.chosen_path else names.chosen()
-    if len(found) > 1:
+        return flags.grid_settings(args, default=flags.GRID), None
+    candidates = [Path(args.chosen_path)] if args.chosen_path else names.chosen()
+    if len(candidates) > 1:
         raise UserError(
-            f"{len(found)} configurations were chosen with these settings of stage 1: give one of "
-            f"them with --chosen_path ({', '.join(map(str, found))})"
+            f"{len(candidates)} configurations were chosen with these settings of stage 1: give "
+            f"one of them with --chosen_path ({', '.join(map(str, candidates))})"
         )
-    if not found or not found[0].is_file():
+    if not candidates or not candidates[0].is_file():
+        missing = f" ({candidates[0]} does not exist)" if candidates else ""
         raise UserError(
-            f"no configuration is chosen yet{f' ({found[0]} does not exist)' if found else ''}: "
-            "run steering_mc.py with the same model, data and --num_samples first, or "
-            "give --methods, --layer_idxs and --alphas"
+            f"no configuration is chosen yet{missing}: run steering_mc.py with the same model, "
+            "data and --num_samples first, or give --methods, --layer_idxs and --alphas"
         )
-    best = runs.read_json(found[0])
+    best = runs.read_json(candidates[0])
     grid = GridSettings(
         tuple(dict.fromkeys([best["method"], *best["controls"]])),
         (best["mode"] or "pos",),
@@ -155,7 +152,7 @@ def configured(args: argparse.Namespace, names: Names) -> tuple[GridSettings, Pa
         (best["alpha"],),
         best["alpha_units"],
     )
-    return grid, found[0]
+    return grid, candidates[0]
 
 
 def decoding_parts(args: argparse.Namespace) -> list[str]:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from grains.cli import entry, flags
 from grains.cli.flags import LLM, Kind
 from grains.errors import UserError
-from grains.settings import CONTROLS, TARGET_SCORES, GridSettings
+from grains.settings import CONTROLS, SCORE_TITLES, SCORES, TARGET_SCORES, GridSettings
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCORED = ("sum", "token")  # the order of the columns
+SCORED = SCORES[::-1]  # the order of the columns
 ROW = (
     "configuration",
     "method",
@@ -55,7 +55,7 @@ def main(kind: Kind = LLM) -> None:
     from grains.scoring import margins, question_batches, score, target_scores
     from grains.steering import BASE
 
-    outputs = stages.names_of(args).multiple_choice(grid, flags.GRID, args.score, args.output_dir)
+    outputs = flags.names_of(args).multiple_choice(grid, flags.GRID, args.score, args.output_dir)
     states = stages.states_files(args, grid)
     examples = splits.evaluation_examples(source, args.seed, states["pos"].info["data"])
     lm = entry.load_model(args)
@@ -80,7 +80,7 @@ def main(kind: Kind = LLM) -> None:
     groups = question_batches(encoded, settings.batch_tokens)
     split_of = [split for split, questions in examples.items() for _ in questions]
 
-    def make(unit: int):
+    def make(unit: int) -> runs.Unit:
         members = groups[unit]
         batch = [prompts.encode(lm, asked[i], settings.prompt_style) for i in members]
         scores = score(lm, batch, configurations, settings.batch_tokens)
@@ -89,7 +89,7 @@ def main(kind: Kind = LLM) -> None:
             for index, values in zip(members, scores, strict=True)
         }, []
 
-    def write(units) -> None:
+    def write(units: runs.Units) -> None:
         scores = {int(i): s.numpy() for tensors, _ in units() for i, s in tensors.items()}
         scored = [scores[index] for index in range(len(encoded))]
         every = [BASE, *configurations]
@@ -132,8 +132,10 @@ def main(kind: Kind = LLM) -> None:
 
 def chosen(table: pd.DataFrame, grid: GridSettings, score: str) -> dict:
     """The configuration with the best validation accuracy; of equal ones the weakest."""
+    from grains.steering import BASE
+
     split = "all" if "all" in set(table.part) else "validation"
-    candidates = table[(table.part == split) & ~table.method.isin(["base", *CONTROLS])]
+    candidates = table[(table.part == split) & ~table.method.isin([BASE.method, *CONTROLS])]
     best = candidates.sort_values(
         [f"accuracy_{score}", "alpha", f"margin_{score}"], ascending=[False, True, False]
     ).iloc[0]
@@ -151,12 +153,14 @@ def chosen(table: pd.DataFrame, grid: GridSettings, score: str) -> dict:
 
 def report(table: pd.DataFrame, grid: GridSettings, score: str) -> None:
     """Print base, the chosen configuration and the control on the questions that count."""
+    from grains.steering import BASE
+
     best = chosen(table, grid, score)
     split = "all" if best["chosen_on"] == "all" else "test"
     rows = table[table.part == split]
     same = (rows.layers == " ".join(map(str, best["layers"]))) & (rows.alpha == best["alpha"])
     lines = {
-        "base": rows[rows.method == "base"],
+        BASE.label: rows[rows.method == BASE.method],
         "steered (chosen)": rows[rows.configuration == best["configuration"]],
         **{f"control ({name})": rows[same & (rows.method == name)] for name in CONTROLS},
     }
@@ -168,7 +172,8 @@ def report(table: pd.DataFrame, grid: GridSettings, score: str) -> None:
         )
     else:
         print(f"\n{count} test questions; configuration chosen on validation questions")
-    titles = {"token": "per-token accuracy", "sum": "summed accuracy", "mc1": "MC1", "mc2": "MC2"}
+    titles = {score: f"{title} accuracy" for score, title in SCORE_TITLES.items()}
+    titles |= {score: score.upper() for score in TARGET_SCORES}
     shown = [score for score in titles if f"accuracy_{score}" in table.columns]
     print(f"{'':22}" + "".join(f"{titles[score]:>30}{'p':>8}" for score in shown))
     for name, part in lines.items():

@@ -43,9 +43,8 @@ def main(kind: Kind = LLM) -> None:
 
     entry.import_libraries()
     from grains import runs, splits, stage1
-    from grains.cli import stages
 
-    names = stages.names_of(args)
+    names = flags.names_of(args)
     attributions = Path(args.output_path_meta or names.attributions())
     states = names.states(settings.tops, args.output_path_hidden)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.costs import capability, perplexity
 from helpers.reference import encoded, example, own_loss_log_likelihood
 from scipy.stats import ttest_1samp
 from tokenizers.processors import TemplateProcessing
@@ -76,7 +77,7 @@ def test_perplexity_is_that_of_every_text_alone(smollm2):
     configurations = grid(smollm2)
     sequences = [smollm2.tokenizer(text).input_ids for text in TEXTS]
     assert len({len(ids) for ids in sequences}) == 3
-    found = costs.perplexity(smollm2, TEXTS, configurations, 64)
+    found = perplexity(smollm2, TEXTS, configurations, 64)
     assert found[0] == pytest.approx(own_perplexity(smollm2, sequences), rel=1e-4)
     for value, item in zip(found[1:], configurations, strict=True):
         with steered(smollm2, item.vectors):
@@ -91,19 +92,19 @@ def test_a_bos_is_read_and_every_token_of_the_text_predicted(smollm2):
         single=f"{bos} $A", special_tokens=[(bos, number)]
     )
     sequences = [[number, *smollm2.tokenizer(text).input_ids] for text in TEXTS]
-    found = costs.perplexity(replace(smollm2, tokenizer=tokenizer), TEXTS, [], 64)
+    found = perplexity(replace(smollm2, tokenizer=tokenizer), TEXTS, [], 64)
     assert found == pytest.approx([own_perplexity(smollm2, sequences)], rel=1e-4)
 
 
 @pytest.mark.parametrize("text", ["", "Hello"])
 def test_a_text_of_which_nothing_is_predicted_is_refused(smollm2, text):
     with pytest.raises(UserError, match=r"prompt tokenizes to nothing|single token"):
-        costs.perplexity(smollm2, [*TEXTS, text], [], 64)
+        perplexity(smollm2, [*TEXTS, text], [], 64)
 
 
 def test_capability_is_that_of_every_choice_alone(smollm2):
     configurations = grid(smollm2, strength=3)[:2]
-    found = costs.capability(smollm2, QUESTIONS, configurations, 128)
+    found = capability(smollm2, QUESTIONS, configurations, 128)
     rows = [own_accuracies(smollm2)]
     for item in configurations:
         with steered(smollm2, item.vectors):

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
+from helpers.tiny import write_jsonl
 from PIL import Image as Picture
 
 from grains import data
@@ -13,14 +14,9 @@ from grains.errors import UserError
 from grains.vision import open_image
 
 
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def everything(name, path, split="train", seed=0, **options):
     """All examples of a file, by their question."""
-    rows, source = data.load(name, split, path)
+    rows, source = data.load(name, split, str(path))
     return {item.question: item for item in data.examples(rows, source, seed, **options)}
 
 
@@ -68,7 +64,7 @@ def test_faitheval(tmp_path, form):
         },
     ]
     path = tmp_path / f"test.{form}"
-    jsonl(path, rows) if form == "jsonl" else Dataset.from_list(rows).to_parquet(path)
+    write_jsonl(path, rows) if form == "jsonl" else Dataset.from_list(rows).to_parquet(path)
     found = everything("faitheval", str(path), "test")
     moon = found["Of what?"]
     assert moon.choices == ("rock", "ice", "cheese", "fire") and moon.chosen == "cheese"
@@ -78,7 +74,7 @@ def test_faitheval(tmp_path, form):
 
 
 def test_faitheval_names_a_key_that_is_no_choice(tmp_path):
-    path = jsonl(
+    path = write_jsonl(
         tmp_path / "x.jsonl",
         [
             {
@@ -228,7 +224,7 @@ def test_misconceptions(tmp_path):
         "correct_answers": ["Thus"],
         "incorrect_answers": ["No", "Never"],
     }
-    path = jsonl(
+    path = write_jsonl(
         tmp_path / "m.jsonl", [row, row | {"id": "a-2", "split": "test", "question": "Who?"}]
     )
     found = everything("misconceptions", path, "steering")
@@ -258,7 +254,7 @@ def test_a_missing_column_is_named(tmp_path, name):
     source = data.DATASETS[name]
     for column in source.columns:
         rows = [{key: "text" for key in source.columns if key != column} | {"other": "x"}]
-        path = jsonl(tmp_path / f"{column}.jsonl", rows)
+        path = write_jsonl(tmp_path / f"{column}.jsonl", rows)
         with pytest.raises(UserError, match=rf"column {column} missing.*found .*other"):
             data.load(name, "train", path)
 
@@ -271,7 +267,7 @@ QUESTION = {"question": "How many?", "choices": ["one", "two", "three, or so"], 
 
 def write(path, row):
     if path.suffix == ".jsonl":
-        jsonl(path, [row])
+        write_jsonl(path, [row])
     elif path.suffix == ".csv":
         flat = {
             key: json.dumps(value) if isinstance(value, list) else value
@@ -302,7 +298,9 @@ def test_own_questions(tmp_path, form):
 
 def test_a_context_and_an_image_beside_the_file(tmp_path):
     picture("red").save(tmp_path / "red.png")
-    path = jsonl(tmp_path / "x.jsonl", [QUESTION | {"context": " Once. ", "image": "red.png"}])
+    path = write_jsonl(
+        tmp_path / "x.jsonl", [QUESTION | {"context": " Once. ", "image": "red.png"}]
+    )
     (item,) = everything("x", path).values()
     assert item.context == "Once." and item.image == str(tmp_path / "red.png")
 
@@ -317,7 +315,7 @@ def test_a_context_and_an_image_beside_the_file(tmp_path):
 )
 def test_own_files_with_a_missing_column(tmp_path, row, reason):
     with pytest.raises(UserError, match=reason):
-        data.load("x", "train", jsonl(tmp_path / "x.jsonl", [row]))
+        data.load("x", "train", write_jsonl(tmp_path / "x.jsonl", [row]))
 
 
 @pytest.mark.parametrize(
@@ -335,7 +333,7 @@ def test_own_files_with_a_missing_column(tmp_path, row, reason):
 )
 def test_a_bad_row_is_named(tmp_path, row, reason):
     good = PAIR | {"prompt": "fine"} if "prompt" in row else QUESTION | {"question": "fine"}
-    rows, source = data.load("x", "train", jsonl(tmp_path / "x.jsonl", [good, row]))
+    rows, source = data.load("x", "train", write_jsonl(tmp_path / "x.jsonl", [good, row]))
     with pytest.raises(UserError, match="row 2") as caught:
         data.examples(rows, source, 0)
     assert reason in str(caught.value)
@@ -353,7 +351,7 @@ def test_unknown_names_and_files(tmp_path):
     ):
         data.load("x", "train", str(tmp_path / "x.txt"))
     with pytest.raises(UserError):
-        data.load("x", "train", jsonl(tmp_path / "empty.jsonl", []))
+        data.load("x", "train", write_jsonl(tmp_path / "empty.jsonl", []))
 
 
 # -- splits --
@@ -366,7 +364,7 @@ def many(tmp_path):
         for i in range(40)
     ]
     twice = [rows[3] | {"choices": ["other", "answers"]}, rows[5] | {"question": "QUESTION 5?"}]
-    return data.load("x", "train", jsonl(tmp_path / "x.jsonl", rows + twice))
+    return data.load("x", "train", write_jsonl(tmp_path / "x.jsonl", rows + twice))
 
 
 def ids(items):
@@ -417,12 +415,12 @@ def test_ids_are_of_the_content_and_stable(many, tmp_path):
     assert len(set(ids(items))) == len(items)
     order = np.random.default_rng(0).permutation(len(rows))
     turned, again = data.load(
-        "x", "train", jsonl(tmp_path / "turned.jsonl", [rows[int(i)] for i in order])
+        "x", "train", write_jsonl(tmp_path / "turned.jsonl", [rows[int(i)] for i in order])
     )
     assert ids(data.read(turned, again, i) for i in range(len(rows))) == [
         items[i].id for i in order
     ]
-    named = jsonl(tmp_path / "named.jsonl", [QUESTION | {"id": 17}])
+    named = write_jsonl(tmp_path / "named.jsonl", [QUESTION | {"id": 17}])
     assert ids(everything("x", named).values()) == ["17"]
 
 

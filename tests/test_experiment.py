@@ -19,6 +19,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.command_line import arguments_of
+from helpers.costs import capability, perplexity
 from helpers.lora import merged, random_adapter
 from helpers.reference import encoded, own_loss_log_likelihood, words
 from pytest import approx
@@ -30,7 +31,7 @@ from grains.cli.flags import LLM
 from grains.data import Example
 from grains.errors import UserError
 from grains.names import ExperimentNames, StudyNames
-from grains.settings import AblationSettings, AttributionSettings, DataSettings
+from grains.settings import TRAINED_METHODS, AblationSettings, AttributionSettings, DataSettings
 from grains.steering import Configuration, Gate, SteeringVectors, steered
 from grains.study import costs, evaluate, learned, pareto, protocol, strengths, study
 from grains.study.lora import LoraConfiguration, LoraDirection
@@ -182,12 +183,12 @@ def test_costs_are_the_librarys(made):
         (base, texts[::8], questions[::2]),
         (tested[tested.method == "base"], texts[1::4], questions[1::2]),
     ):
-        expected = costs.perplexity(lm, passages, [], 4096)[0]
+        expected = perplexity(lm, passages, [], 4096)[0]
         assert rows.perplexity.to_numpy() == approx(expected, rel=1e-4)
         assert (rows.perplexity_increase == 0).all() and (rows.unrelated_change == 0).all()
-        kept = costs.capability(lm, asked, [], 4096)
+        kept = capability(lm, asked, [], 4096)
         assert rows.unrelated_accuracy.to_numpy() == approx(kept["token"][0])
-    changed = validated[(validated.alpha == max(ALPHAS)) & ~validated.method.isin(learned.METHODS)]
+    changed = validated[(validated.alpha == max(ALPHAS)) & ~validated.method.isin(TRAINED_METHODS)]
     assert len(changed) and (changed.perplexity_increase.abs() > 0.001).all()
 
 
@@ -210,11 +211,11 @@ def the_vectors(folder, row):
 def test_the_cost_on_other_kinds_of_text_is_the_librarys(made):
     folder, lm = made.folder, models.load(str(made.model))
     texts = costs.neutral_texts(costs.VARIED)[1::4]
-    base = costs.perplexity(lm, texts, [], 4096)[0]
+    base = perplexity(lm, texts, [], 4096)[0]
     rows = rows_of(folder, "random")
     for row in rows.itertuples():
         with the_vectors(folder, row).apply(lm, row.alpha, [0, 1, 2]):
-            paid = costs.perplexity(lm, texts, [], 4096)[0]
+            paid = perplexity(lm, texts, [], 4096)[0]
         assert row.varied_increase == approx(paid / base - 1, rel=1e-3)
     assert len(rows)
 
@@ -354,7 +355,7 @@ def test_the_strongest_that_costs_no_more_is_taken():
 def test_what_is_learnt_is_tried_at_multiples_of_its_length(made):
     grid = tables(made.folder)[0]
     validated = grid[(grid.part == "validation") & (grid.seed == 0)]
-    for dataset, method in itertools.product(("first", "second"), learned.METHODS):
+    for dataset, method in itertools.product(("first", "second"), TRAINED_METHODS):
         rows = validated[(validated.dataset == dataset) & (validated.method == method)]
         layers = "" if method == "lora" else "1 2"  # of three layers the later ones
         assert [*zip(rows.layers.fillna(""), rows.alpha, strict=True)] == [

@@ -24,7 +24,7 @@ PACKED = {
     "olmo2",
     "nanochat",
 }
-OWN_END = {"gemma2", "cohere2", "granite", "nanochat"}
+OWN_HEAD = {"gemma2", "cohere2", "granite", "nanochat"}
 OWN_EMBEDDINGS = {"gpt2", "gpt_neo", "opt", "bloom", "granite", "nanochat"}
 
 
@@ -38,7 +38,7 @@ def test_how_it_is_replayed(family):
     assert lm.packs == (name in PACKED)
     assert lm.batches == (name != "bloom")
     assert lm.pads == (name != "minimax")
-    assert lm.own_end == (name in OWN_END)
+    assert lm.own_head == (name in OWN_HEAD)
     assert lm.own_embeddings == (name in OWN_EMBEDDINGS)
 
 

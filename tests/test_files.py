@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import re
 
 import numpy as np
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from helpers import data_files
+from helpers.tiny import write_jsonl
 from PIL import Image as Picture
 
 from grains import data, files
@@ -33,13 +33,6 @@ PAIRS = [
 def load(path, name="mine", split="train"):
     rows, source = data.load(name, split, str(path))
     return [data.read(rows, source, index) for index in range(len(rows))]
-
-
-def jsonl(path, *rows):
-    path.write_text(
-        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
-    )
-    return path
 
 
 def message(path, **options):
@@ -200,9 +193,9 @@ def test_pictures_are_read_a_row_group_at_a_time(tmp_path, monkeypatch):
     path = data_files.write(tmp_path, "parquet", rows)  # three rows a group
     loaded, source = data.load("mine", "train", path)
     groups = []
-    laid_out = files.ParquetPart._laid_out
+    laid_out = files.ParquetFile._laid_out
     monkeypatch.setattr(
-        files.ParquetPart,
+        files.ParquetFile,
         "_laid_out",
         lambda self, group: groups.append(group) or laid_out(self, group),
     )
@@ -291,13 +284,13 @@ SURROGATE = '{"prompt": "a", "chosen": "half \\ud83d", "rejected": "b"}'
 )
 def test_a_fault_is_named_with_its_row(tmp_path, row, expected):
     good = QUESTION | {"question": "fine"} if "question" in row else PAIR | {"prompt": "fine"}
-    text = message(jsonl(tmp_path / "rows.jsonl", good, good | {"id": "b"}, row))
+    text = message(write_jsonl(tmp_path / "rows.jsonl", [good, good | {"id": "b"}, row]))
     assert "row 3" in text and expected in text
 
 
 def test_numbers_for_text_are_written_as_in_the_file(tmp_path):
     row = '{"question": 1.50, "choices": [12345678901234567890, -0, 1e5], "label": 1.0, "id": 7, '
-    path = jsonl(tmp_path / "rows.jsonl", row + '"context": 2.0}')
+    path = write_jsonl(tmp_path / "rows.jsonl", [row + '"context": 2.0}'])
     (item,) = load(path)
     assert (item.question, item.context, item.id, item.label) == ("1.50", "2.0", "7", 1)
     assert item.choices == ("12345678901234567890", "-0", "1e5")
@@ -364,7 +357,7 @@ def test_files_that_are_refused(tmp_path, name, content, expected):
 )
 def test_odd_split_columns(tmp_path, splits, expected):
     rows = [PAIR | {"split": split} for split in splits]
-    assert expected in message(jsonl(tmp_path / "rows.jsonl", *rows))
+    assert expected in message(write_jsonl(tmp_path / "rows.jsonl", rows))
     if splits == [1, 2]:
         assert expected in message(data_files.write(tmp_path, "parquet", rows))
         assert len(load(tmp_path / "rows.parquet", split="2")) == 1
@@ -425,7 +418,7 @@ def test_the_splits_of_a_folder_stay_apart(tmp_path, names):
     for number, name in enumerate(names):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"prompt": str(number)}) + "\n")
+        path.write_text(f'{{"prompt": "{number}"}}\n')
     rows = {split: files.load(tmp_path, split) for split in ("train", "test")}
     assert [row["prompt"] for row in rows["train"]] == ["0", "1"]
     assert [row["prompt"] for row in rows["test"]] == ["2"]

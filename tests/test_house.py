@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).resolve().parents[1] / "src"
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "src"
+# Words that say nothing of what they name.
+NO_NAMES = {*["one", "other", "here", "there", "found", "told", "absent", "moved", "tell", "once"]}
 # Packages around the core. The core imports none of them, and none of them imports another.
 OUTER = ("cli", "study", "report", "judge", "export")
 
@@ -81,6 +84,58 @@ def complaints(sources):
 
 def test_the_library_imports_one_way():
     assert not complaints(SOURCES)
+
+
+def names(tree):
+    """Every name that a module gives, and its line: of functions, arguments, values and imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name, node.lineno
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((alias.asname or alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr, node.lineno
+
+
+def meaningless(root):
+    """path:line: name for each name in a folder that NO_NAMES holds."""
+    return [
+        f"{path.relative_to(root)}:{line}: {name}"
+        for path in sorted(root.rglob("*.py"))
+        for name, line in names(ast.parse(path.read_text(), str(path)))
+        if name in NO_NAMES
+    ]
+
+
+@pytest.mark.parametrize("folder", ["src", "benchmarks"])
+def test_names_say_what_they_name(folder):
+    assert not meaningless(ROOT / folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "one = 1",
+        "for one in (): pass",
+        "[one for one in ()]",
+        "def one(): pass",
+        "def f(*, one=1): pass",
+        "lambda one: 1",
+        "class one: pass",
+        "one: int = 1",
+        "import json as one",
+        "self.one = 1",
+        "with open(x) as one: pass",
+        "(one := 1)",
+    ],
+)
+def test_a_meaningless_name_is_seen(tmp_path, text):
+    (tmp_path / "module.py").write_text(f"\n{text}\n")
+    assert meaningless(tmp_path) == ["module.py:2: one"]
 
 
 CLEAN = {

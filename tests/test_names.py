@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from grains.cli.flags import GRID
-from grains.names import LONGEST, Names, stem
+from grains.names import LONGEST_NAME, Names, stem
 from grains.settings import AblationSettings, AttributionSettings, DataSettings
 
 NAMES = Names(
@@ -96,10 +96,10 @@ def test_what_is_found_again_is_of_these_settings_alone(tmp_path, monkeypatch):
         assert len(item.chosen()) == 2
 
 
-@pytest.mark.parametrize("length", [10, LONGEST, LONGEST + 1, 1000])
+@pytest.mark.parametrize("length", [10, LONGEST_NAME, LONGEST_NAME + 1, 1000])
 def test_a_long_name_is_shortened_and_stays_its_own(length):
     names = {stem(["é" * (length // 2), end]) for end in ("a", "b")}
-    assert len(names) == 2 and all(len(name.encode()) <= LONGEST for name in names)
+    assert len(names) == 2 and all(len(name.encode()) <= LONGEST_NAME for name in names)
 
 
 def test_a_choice_with_long_names_is_found_again(tmp_path, monkeypatch):

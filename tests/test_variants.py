@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import variants
+from helpers.costs import perplexity
 from helpers.reference import encoded, hooked, layer_outputs, own_logits, relative, words
 from pytest import approx
 from torch.nn.functional import normalize
@@ -180,7 +181,7 @@ def test_the_strength_of_a_cost(material, monkeypatch):
     layers = tuple(range(len(lm.layers)))
     scaled = material.vectors["gradient"].scaled(alpha, list(layers))
     steered = Configuration("it", "", layers, alpha, scaled)
-    before, after = costs.perplexity(
+    before, after = perplexity(
         lm, [text.text + lm.tokenizer.decode(text.responses[0]) for text in texts], [steered], 64
     )
     assert after / before - 1 == approx(0.1, rel=0.1)

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
-from helpers import vlm_models
+from helpers import tiny, vlm_models
 from helpers.command_line import SRC
 from helpers.families import SIZES
 from helpers.hub_stub import Hub
@@ -336,8 +336,7 @@ def test_a_missing_picture_names_its_example_and_nothing_is_left(finished, comma
         {"image": "gone.png", "question": "Why?", "chosen": "This", "rejected": "That"},
     ]
     vlm_models.picture(40, 30).save(tmp_path / "here.png")
-    table = tmp_path / "rows.jsonl"
-    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     message = commands.run(
         "token_ablation_vlm.py",
         "--dataset_path",

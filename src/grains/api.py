@@ -26,6 +26,7 @@ from grains.settings import (
     AblationSettings,
     AttributionSettings,
     DataSettings,
+    selections,
 )
 from grains.states import StatesInMemory
 from grains.steering import SteeringVectors
@@ -116,8 +117,7 @@ def fit(
     examples = [_example(number, pair) for number, pair in enumerate(pairs)]
     if not examples:
         raise UserError("no pairs are given: vectors are made from preference pairs")
-    tops = ("pos", "neg") if mode == "both" and method in ABLATION_METHODS else ("pos",)
-    tops = ("rand",) if method == "rand_tokens" else tops
+    tops = selections([method], [mode])
     settings = replace(settings or AblationSettings(), tops=tops)
     ablates = method in (*ABLATION_METHODS, "rand_tokens")
 

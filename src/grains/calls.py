@@ -25,7 +25,7 @@ NO_CACHE = {
 
 
 @dataclass(frozen=True)
-class Sequence:
+class SingleSequence:
     """One sequence of a trie on its own, for a model whose sequences cannot be packed.
 
     sample: the capture's row that it belongs to. nodes: (T_s,) its nodes in that row.
@@ -54,7 +54,7 @@ class Calls:
 
     layers: list[dict]
     added: dict[int, Tensor] = field(default_factory=dict)
-    sequences: list[Sequence] = field(default_factory=list)
+    sequences: list[SingleSequence] = field(default_factory=list)
     samples: Tensor | None = None
 
     def rows(self, index: Tensor) -> Calls:
@@ -68,6 +68,8 @@ class Calls:
 
 
 def _rows(value: Tensor, index: Tensor) -> Tensor:
+    """A layer's argument (B, ...) for R rows of the sequences index (R,): (R, ...), or as it is
+    if B = 1."""
     return value if value.shape[0] == 1 else value[index.to(value.device)]
 
 
@@ -94,7 +96,7 @@ def first_tensor(output: Any) -> Tensor:
 
 def _as_returned(lm: LanguageModel, states: Tensor) -> Any:
     """Hidden states as a layer of this model returns them."""
-    return (states, *[None] * (lm.tuples - 1)) if lm.tuples else states
+    return (states, *[None] * (lm.layer_outputs - 1)) if lm.layer_outputs else states
 
 
 def with_states(output: Any, states: Tensor) -> Any:
@@ -161,7 +163,7 @@ def record(lm: LanguageModel, inputs: dict) -> tuple[Tensor, Calls]:
     return entered[0].detach(), Calls(layers, added)
 
 
-def finish(lm: LanguageModel, states: Tensor) -> Tensor:
+def own_logits(lm: LanguageModel, states: Tensor) -> Tensor:
     """Logits (n, V) in fp32 by the model's own forward behind its layers, from (n, D) states.
 
     The layers are idle and the last of them returns the states, so that all that the model does to

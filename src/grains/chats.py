@@ -42,16 +42,16 @@ def _turn(message: Any, what: str) -> Turn:
     role = text_of(message["role"], f"role of the {what}").strip()
     content = message["content"]
     if isinstance(content, (list, tuple)):
-        content = "".join(_parts(content, what))
+        content = "".join(_texts(content, what))
     text = text_of(content, f"content of the {what}").strip()
     if not role or not text:
         raise UserError(f"the {what} has an empty {'content' if role else 'role'}; fill it in")
     return role, text
 
 
-def _parts(parts: Iterable[Any], what: str) -> Iterable[str]:
-    """The texts of a message's parts. A part that stands for the row's picture is passed over:
-    the picture's place is before the text."""
+def _texts(parts: Iterable[Any], what: str) -> Iterable[str]:
+    """The texts of a message's content parts. A part that stands for the row's picture is passed
+    over: the picture's place is before the text."""
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
@@ -139,12 +139,12 @@ def _conversation(prompt: Any, answer: Any, what: str) -> list[Turn]:
 def _marked(text: str, what: str) -> list[Turn]:
     """The turns of '\\n\\nHuman: ...\\n\\nAssistant: ...'; a text before them is the system's."""
     before, *marked = _MARK.split(text)
-    found = [("system", before.strip())] if before.strip() else []
+    conversation = [("system", before.strip())] if before.strip() else []
     for role, content in zip(marked[::2], marked[1::2], strict=True):
         if not content.strip():
             raise UserError(f"the {what} has an empty turn of '{role}'; fill it in")
-        found.append((_ROLES[role], content.strip()))
-    return found
+        conversation.append((_ROLES[role], content.strip()))
+    return conversation
 
 
 def _common_beginning(chosen: str, rejected: str) -> dict:

@@ -169,7 +169,7 @@ def from_json(text: str, name: str) -> Any:
         ) from error
 
 
-def names(objects: Any) -> tuple[str, ...] | None:
+def object_names(objects: Any) -> tuple[str, ...] | None:
     """Names from a list, from a JSON list as text, or from a text with commas."""
     if objects is None:
         return None

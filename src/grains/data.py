@@ -39,6 +39,7 @@ class Example:
     shared_prompt: many examples have this prompt, and only their answers differ.
     references: further right answers.
     objects: the names of everything in the picture, if the data set gives them.
+    question_type: the kind of question, as the data set names it; empty if it does not.
     turns: (role, content) of every turn before the answer, if they are more than the question; the
         question is then the last of the user's.
     targets: which choices are right, if several are.
@@ -363,7 +364,7 @@ def _converted(source: Source, split: str) -> Rows:
             f"data set '{source.path}' has no split '{split}': found "
             f"{', '.join(by_split) or 'none'}; give one of them as split"
         )
-    return files.LocalRows(Path(source.path), map(files.part, by_split[split]), split)
+    return files.LocalRows(Path(source.path), map(files.open_file, by_split[split]), split)
 
 
 def read(rows: Rows, source: Source, index: int) -> Example:
@@ -440,7 +441,7 @@ def _example(row: dict, source: Source, repeats: Callable[[str], bool]) -> Examp
         picture,
         source.shared_prompts,
         tuple(text_of(text, "reference") for text in content.get("references", ())),
-        columns.names(content.get("objects", row.get("image_content"))),
+        columns.object_names(content.get("objects", row.get("image_content"))),
         text_of(row.get("question_type") or "", "question_type"),
         turns,
         content.get("targets"),

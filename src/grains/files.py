@@ -57,7 +57,7 @@ class Rows(Protocol):
     def repeats(self, identity: str) -> bool: ...
 
 
-class Part(Protocol):
+class FileRows(Protocol):
     """The rows of one file.
 
     splits: the value of each row's column `split`, if the file has one. ids: a digest of each
@@ -103,18 +103,18 @@ class Listed:
 class LocalRows:
     """The rows of one split in one file or in the shards of a folder."""
 
-    def __init__(self, path: Path, parts: Iterable[Part], split: str):
-        self._parts = list(parts)
+    def __init__(self, path: Path, files: Iterable[FileRows], split: str):
+        self._files = list(files)
         self.column_names = list(
-            dict.fromkeys(c for part in self._parts for c in part.column_names)
+            dict.fromkeys(c for file in self._files for c in file.column_names)
         )
-        self._ends = list(accumulate(len(part) for part in self._parts))
+        self._ends = list(accumulate(len(file) for file in self._files))
         self._repeated: frozenset[int] | None = None
         if not self._ends[-1]:
             raise UserError(f"'{path}' has no rows")
         self._chosen: Sequence[int] = range(self._ends[-1])
         if "split" in self.column_names:
-            splits = [_split(part, index) for part in self._parts for index in range(len(part))]
+            splits = [_split(file, index) for file in self._files for index in range(len(file))]
             self._chosen = array("Q", (i for i, value in enumerate(splits) if value == split))
             if not self._chosen:
                 raise UserError(
@@ -125,32 +125,32 @@ class LocalRows:
         return len(self._chosen)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        part, place = self._find(index)
-        return part[place]
+        file, place = self._find(index)
+        return file[place]
 
     def place(self, index: int) -> str:
-        part, place = self._find(index)
-        return f"{part.path}, row {place + 1}"
+        file, place = self._find(index)
+        return f"{file.path}, row {place + 1}"
 
     def repeats(self, identity: str) -> bool:
         if self._repeated is None:
-            self._repeated = _repeated([part.ids for part in self._parts])
+            self._repeated = _repeated([file.ids for file in self._files])
         return _digest(identity) in self._repeated
 
-    def _find(self, index: int) -> tuple[Part, int]:
+    def _find(self, index: int) -> tuple[FileRows, int]:
         row = self._chosen[int(index)]
         number = bisect_right(self._ends, row)
-        return self._parts[number], row - (self._ends[number - 1] if number else 0)
+        return self._files[number], row - (self._ends[number - 1] if number else 0)
 
 
-def _split(part: Part, index: int) -> str:
-    value = part.splits[index] if part.splits else None
+def _split(file: FileRows, index: int) -> str:
+    value = file.splits[index] if file.splits else None
     if isinstance(value, str) and value:
         return str(value)
     if isinstance(value, int) and not isinstance(value, bool):  # of a Parquet file
         return str(value)
     raise UserError(
-        f"{part.path}, row {index + 1}: the split is {described(value)}, expected a name; "
+        f"{file.path}, row {index + 1}: the split is {described(value)}, expected a name; "
         "write one in every row, or take the column out"
     )
 
@@ -166,8 +166,8 @@ def _digest(identity: Any) -> int:
 def _repeated(digests: list[array[int]]) -> frozenset[int]:
     seen: set[int] = set()
     again: set[int] = set()
-    for part in digests:
-        for digest in part:
+    for ids in digests:
+        for digest in ids:
             (again if digest in seen else seen).add(digest)
     return frozenset(again - {0})
 
@@ -181,10 +181,10 @@ def load(path: Path, split: str) -> LocalRows:
     Raises UserError for a file that cannot be read, a split that does not exist and no rows.
     """
     if path.is_dir():
-        return LocalRows(path, [part(file) for file in shards(path, split)], split)
+        return LocalRows(path, [open_file(file) for file in shards(path, split)], split)
     if _format(path) is None:
         raise UserError(f"'{path}': expected a {EXPECTED}")
-    return LocalRows(path, [part(path)], split)
+    return LocalRows(path, [open_file(path)], split)
 
 
 def shards(path: Path, split: str) -> list[Path]:
@@ -199,7 +199,7 @@ def shards(path: Path, split: str) -> list[Path]:
         for file in sorted(path.rglob("*"))
         if file.is_file()
         and _format(file)
-        and not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
+        and not any(component.startswith((".", "_")) for component in file.relative_to(path).parts)
     ]
     if not files:
         raise UserError(
@@ -238,17 +238,21 @@ def _format(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in (*TEXTS, ".parquet") else None
 
 
-def part(path: Path) -> Part:
+def open_file(path: Path) -> FileRows:
+    """The rows of one file, in the format that its ending and its first byte say.
+
+    Raises UserError if it cannot be read.
+    """
     kind = _format(path)
     try:
         if kind == ".parquet":
-            return ParquetPart(path)
+            return ParquetFile(path)
         file = _open(path)
         if kind in (".csv", ".tsv"):
-            return CsvPart(path, file, "\t" if kind == ".tsv" else None)
+            return CsvFile(path, file, "\t" if kind == ".tsv" else None)
         if _first_byte(file) == b"[":
-            return ListPart(path, file)
-        return JsonLinesPart(path, file)
+            return ListFile(path, file)
+        return JsonLinesFile(path, file)
     except UserError:
         raise
     except (OSError, ValueError, csv.Error, NotImplementedError) as error:
@@ -309,7 +313,7 @@ class _Catalogue:
         self.ids.append(_digest(row.get("id")))
 
 
-class _TextPart:
+class _TextFile:
     """Rows that each begin at a known byte of a file."""
 
     def __init__(self, path: Path, file: IO[bytes]):
@@ -335,7 +339,7 @@ class _TextPart:
         return f"{self.path}, row {len(self._starts) + 1}"
 
 
-class JsonLinesPart(_TextPart):
+class JsonLinesFile(_TextFile):
     """A file with a JSON object a line."""
 
     def _rows(self) -> Iterator[tuple[int, dict]]:
@@ -363,7 +367,7 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-class ListPart:
+class ListFile:
     """A JSON list of objects, in memory."""
 
     def __init__(self, path: Path, file: IO[bytes]):
@@ -394,7 +398,7 @@ class ListPart:
         return dict(self._values[index])
 
 
-class CsvPart(_TextPart):
+class CsvFile(_TextFile):
     """A table with a header, quoted where a text holds the delimiter, a quote or a line end."""
 
     def __init__(self, path: Path, file: IO[bytes], delimiter: str | None):
@@ -470,7 +474,7 @@ class _Lines:
         return line.decode()
 
 
-class ParquetPart:
+class ParquetFile:
     """A Parquet file, a row group at a time; its pictures one by one.
 
     The pictures of a row group are laid into a temporary file when the first of them is asked
@@ -526,6 +530,7 @@ class ParquetPart:
             raise _unreadable(f"{self.path}, row {index + 1}", error) from error
 
     def picture(self, group: int, place: int) -> dict[str, Any] | None:
+        """bytes and path of the picture in a row of a row group; None for a row without one."""
         if group not in self._pictures:
             self._pictures[group] = list(self._laid_out(group))
         stored = self._pictures[group][place]
@@ -600,6 +605,7 @@ def parse_json(text: str) -> Any:
 
 
 def json_object(text: str, place: str) -> dict[str, Any]:
+    """An object from its JSON. place: where it stands. Raises UserError for anything else."""
     try:
         value = parse_json(text)
     except (ValueError, RecursionError) as error:
@@ -617,6 +623,7 @@ def _reason(error: BaseException) -> str:
 
 
 def decoded(line: bytes, place: str) -> str:
+    """UTF-8 as text. place: where it stands. Raises UserError for bytes that are no UTF-8."""
     try:
         return line.decode()
     except UnicodeDecodeError as error:
@@ -650,6 +657,7 @@ def described(value: Any) -> str:
 
 
 def shortened(value: Any) -> str:
+    """A value as text of at most 40 characters, for an error."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 

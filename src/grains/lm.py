@@ -34,12 +34,13 @@ class LanguageModel:
     embed: token ids (...) -> the embeddings (..., D) that enter layer 0.
     processor: transformers' image-text processor, or None for a text-only model.
     memory: how many bytes the activations that are kept for a gradient may take.
-    tuples: items of the tuple that a layer returns, hidden states first; 0 if it returns a tensor.
+    layer_outputs: items of the tuple that a layer returns, hidden states first; 0 if it returns a
+        tensor.
     packs: whether several sequences may be packed in one row; if not, each is computed alone.
     batches: whether several rows may be computed together; if not, they are one at a time.
     pads: whether padding on the left changes nothing; if not, only prompts of one length are
         decoded together.
-    own_end: whether the model's own forward turns the last hidden states into logits, as it does
+    own_head: whether the model's own forward turns the last hidden states into logits, as it does
         more than apply the norm and the head.
     own_embeddings: whether more than a look-up makes the embeddings that enter layer 0.
     """
@@ -53,11 +54,11 @@ class LanguageModel:
     embed: nn.Embedding
     processor: Any = None
     memory: int = 4 * 2**30
-    tuples: int = 0
+    layer_outputs: int = 0
     packs: bool = True
     batches: bool = True
     pads: bool = True
-    own_end: bool = False
+    own_head: bool = False
     own_embeddings: bool = False
 
     @property

@@ -14,22 +14,22 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from grains import cpu
-from grains.calls import finish
+from grains.calls import own_logits
 from grains.lm import LanguageModel
 from grains.packing import Pack
 
 # Logits held at a time, positions x words: in fp32 16 MiB, however large the vocabulary.
 LOGIT_ROWS, VOCABULARY_SLICE = 1024, 4096
 # Positions whose logits the model's own forward makes at a time, of the whole vocabulary.
-OWN_END_ROWS = 64
+OWN_HEAD_ROWS = 64
 
 
 def logits(lm: LanguageModel, hidden_states: Tensor) -> Tensor:
     """What follows the layers: outputs of the last one (..., D) -> logits (..., V) in fp32."""
-    if lm.own_end:
-        rows = hidden_states.flatten(0, -2).split(OWN_END_ROWS)
-        found = torch.cat([finish(lm, states) for states in rows])
-        return found.view(*hidden_states.shape[:-1], -1)
+    if lm.own_head:
+        rows = hidden_states.flatten(0, -2).split(OWN_HEAD_ROWS)
+        joined = torch.cat([own_logits(lm, states) for states in rows])
+        return joined.view(*hidden_states.shape[:-1], -1)
     return lm.head(lm.norm(hidden_states)).float()
 
 
@@ -90,12 +90,12 @@ def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -
     targets: (n,) token ids.
     Returns (n,) in fp32, differentiable with respect to hidden_states.
     """
-    if lm.own_end:
+    if lm.own_head:
         log_probs = [
             logits(lm, states).log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
             for states, wanted in zip(
-                hidden_states.split(OWN_END_ROWS),
-                targets.to(hidden_states.device).split(OWN_END_ROWS),
+                hidden_states.split(OWN_HEAD_ROWS),
+                targets.to(hidden_states.device).split(OWN_HEAD_ROWS),
                 strict=True,
             )
         ]

@@ -82,12 +82,12 @@ def load(
     options = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **options)
-        vision = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        has_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        auto = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
         model, loaded = auto.from_pretrained(
             source, dtype=torch_dtype, device_map=device_map, output_loading_info=True, **options
         )
-        if vision:
+        if has_images:
             processor = _processor(source, config, options)
             tokenizer = processor.tokenizer
         else:
@@ -153,10 +153,10 @@ def wrap(
     """
     model.eval().requires_grad_(False)
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
-    for part, module in (("output", head), ("input", embed)):
+    for side, module in (("output", head), ("input", embed)):
         if module is None:
             raise UserError(
-                f"{name}: {type(model).__name__} has no {part} embeddings; this architecture is "
+                f"{name}: {type(model).__name__} has no {side} embeddings; this architecture is "
                 "not supported"
             )
     if not isinstance(head, nn.Linear) or not head.weight.dtype.is_floating_point:
@@ -168,8 +168,10 @@ def wrap(
         f"{name}: its forward fails on a short text",
         "is the model whole, and of the kind that its config names?",
     ):
-        layers, norm, tuples = find_parts(model, name)
-    lm = LanguageModel(name, model, tokenizer, layers, norm, head, embed, processor, tuples=tuples)
+        layers, norm, layer_outputs = find_parts(model, name)
+    lm = LanguageModel(
+        name, model, tokenizer, layers, norm, head, embed, processor, layer_outputs=layer_outputs
+    )
     if self_check:
         lm = check_replay(lm)
     return lm

@@ -23,7 +23,7 @@ from grains.settings import (
     StudySettings,
 )
 
-LONGEST = 200  # bytes of a name without its endings; file systems allow 255 with them
+LONGEST_NAME = 200  # bytes of a name without its endings; file systems allow 255 with them
 
 
 def slug(name: str) -> str:
@@ -31,7 +31,7 @@ def slug(name: str) -> str:
     return Path(name.rstrip("/")).name.replace(" ", "-")
 
 
-def stem(parts: Iterable[str | None], longest: int = LONGEST) -> str:
+def stem(parts: Iterable[str | None], longest: int = LONGEST_NAME) -> str:
     """The beginning of a file name, parts joined by _; if it is too long, a digest ends it."""
     whole = "_".join(part for part in parts if part)
     if len(whole.encode()) <= longest:
@@ -167,7 +167,7 @@ class Names:
 
     def _existing(self, folder: Path, ending: str) -> list[Path]:
         """The files of all evaluations of this stage 1, in whose names the layer mode is next."""
-        beginning = glob.escape(stem(self._shared(), LONGEST // 2))
+        beginning = glob.escape(stem(self._shared(), LONGEST_NAME // 2))
         return sorted(
             path for mode in LAYER_MODES for path in folder.glob(f"{beginning}_{mode}_*{ending}")
         )
@@ -202,7 +202,7 @@ class Names:
     ) -> str:
         # The shared part is shortened by itself: all files that begin with it are looked for.
         own = [*grid_parts(grid, default), *_splits(self.data), *more]
-        return "_".join([stem(self._shared(), LONGEST // 2), stem(own, LONGEST // 2)])
+        return "_".join([stem(self._shared(), LONGEST_NAME // 2), stem(own, LONGEST_NAME // 2)])
 
 
 def _vectors(folder: Path, states: Path, method: str, mode: str, seed: int) -> Path:

@@ -51,8 +51,8 @@ def find_parts(model: PreTrainedModel, name: str) -> tuple[nn.ModuleList, nn.Mod
         places = [order.get(id(layer), -1) for layer in layers]
         if min(places) >= 0 and places == sorted(places) and _takes_states(calls[places[0]]):
             output = calls[places[0]][2]
-            tuples = len(output) if isinstance(output, (tuple, list)) else 0
-            return layers, _between(calls, places[-1], model), tuples
+            layer_outputs = len(output) if isinstance(output, (tuple, list)) else 0
+            return layers, _between(calls, places[-1], model), layer_outputs
     raise UserError(
         f"{name}: {type(model).__name__} does not call {config.num_hidden_layers} decoder layers "
         "one after the other on the hidden states of a text; this architecture is not supported"
@@ -60,6 +60,7 @@ def find_parts(model: PreTrainedModel, name: str) -> tuple[nn.ModuleList, nn.Mod
 
 
 def _takes_states(call: tuple[nn.Module, Any, Any]) -> bool:
+    """Whether a module was called with hidden states (B, T, D). call: module, arguments, output."""
     _, args, _ = call
     first = args[0] if args else None
     return isinstance(first, Tensor) and first.is_floating_point() and first.dim() >= 3
@@ -79,5 +80,5 @@ def _between(
     layer = calls[last_layer][0]
     after = [module for module in after if layer not in set(module.modules())]
     inner = {id(child) for module in after for child in module.modules() if child is not module}
-    found = [module for module in after if id(module) not in inner]
-    return found[0] if len(found) == 1 else Chain(*found)
+    modules = [module for module in after if id(module) not in inner]
+    return modules[0] if len(modules) == 1 else Chain(*modules)

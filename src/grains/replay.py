@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from grains import cpu
-from grains.calls import Calls, Sequence, first_tensor, map_tensors, record
+from grains.calls import Calls, SingleSequence, first_tensor, map_tensors, record
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.logprobs import LOGIT_ROWS, VOCABULARY_SLICE
@@ -71,6 +71,7 @@ def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
     its own; its hidden states have the layout of the trie all the same.
 
     prompt: the model's inputs for the prompt alone (one row), pictures included.
+    packed: the trie of T nodes, all sequences in one row.
     Returns a `Capture` with B = 1. Raises UserError if a layer takes a tensor that cannot be
     reordered.
     """
@@ -113,7 +114,7 @@ def _capture_apart(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
         owned = ~seen[path]
         seen[path] = True
         rows.append(alone.embeds[0, owned])
-        sequences.append(Sequence(0, path, owned, alone.calls.layers, alone.calls.added))
+        sequences.append(SingleSequence(0, path, owned, alone.calls.layers, alone.calls.added))
     # A trie numbers its nodes in the order in which the sequences bring them.
     embeds = torch.cat(rows)[None]
     return Capture(embeds, Calls([], sequences=sequences), torch.tensor([len(packed)]))
@@ -132,7 +133,10 @@ def _fill_masks(kwargs: list[dict], mask: Tensor) -> list[dict]:
 
 
 def _narrow(mask: Tensor, depth: Tensor, same_path: Tensor, name: str) -> Tensor:
-    """The mask (B, 1, T, T) at the nodes' positions, closed between nodes that share no path."""
+    """The mask (B, 1, T, T) at the nodes' positions, closed between nodes that share no path.
+
+    depth: (T,), same_path: (T, T), of the `Pack`. name: of the model, for errors.
+    """
     if mask.dim() != 4 or mask.shape[-1] != mask.shape[-2]:
         raise UserError(
             f"{name}: an attention mask of shape {tuple(mask.shape)} cannot be "

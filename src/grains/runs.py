@@ -36,6 +36,8 @@ from tqdm import tqdm
 from grains.errors import UserError
 from grains.version import __version__
 
+Unit = tuple[dict[str, Tensor], list[dict]]  # what a unit gives: tensors, and rows of tables
+Units = Callable[[], Iterator[Unit]]  # all units of a run, in order
 HEADER = "grains"  # the key of our metadata in the header of a safetensors file
 
 
@@ -49,7 +51,7 @@ def versions() -> dict:
     }
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file completely or not at all: `write` fills a temporary file, which is then renamed.
 
     Raises UserError if it cannot be written.
@@ -200,14 +202,14 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
 
 
-def differences(expected: dict, found: dict, prefix: str = "") -> list[str]:
-    """How two manifests differ: 'setting: found instead of expected' for each difference.
+def differences(expected: dict, recorded: dict, prefix: str = "") -> list[str]:
+    """How two manifests differ: 'setting: recorded instead of expected' for each difference.
 
     prefix: put before the names of settings.
     """
     lines = []
-    for key in sorted({*expected, *found}):
-        wanted, actual = expected.get(key), found.get(key)
+    for key in sorted({*expected, *recorded}):
+        wanted, actual = expected.get(key), recorded.get(key)
         if isinstance(wanted, dict) and isinstance(actual, dict):
             lines += differences(wanted, actual, f"{prefix}{key}.")
         elif wanted != actual:
@@ -334,9 +336,9 @@ class Run:
                 shutil.rmtree(self.parts, ignore_errors=True)
             self.manifest_path.unlink(missing_ok=True)
         elif self.manifest_path.is_file():
-            found = read_json(self.manifest_path)
-            written = found.pop("outputs", {})
-            self._check_manifest(found, self.outputs[0])
+            recorded = read_json(self.manifest_path)
+            written = recorded.pop("outputs", {})
+            self._check_manifest(recorded, self.outputs[0])
             if all(path.is_file() for path in self.outputs):
                 for path in self.outputs:
                     if written.get(path.name) not in (None, content_mark(path)):
@@ -386,9 +388,9 @@ class Run:
         except UserError:
             return False
 
-    def _check_manifest(self, found: dict, path: Path) -> None:
-        """Raise UserError unless `found`, the manifest of `path`, is this run's."""
-        different = differences(self.manifest, found)
+    def _check_manifest(self, recorded: dict, path: Path) -> None:
+        """Raise UserError unless `recorded`, the manifest of `path`, is this run's."""
+        different = differences(self.manifest, recorded)
         if different:
             raise UserError(
                 f"'{path}' is from other settings ({'; '.join(different[:4])}): give other output "
@@ -431,7 +433,7 @@ class Run:
         self._wait()
         return self.state.is_main_process
 
-    def units(self, count: int) -> Iterator[tuple[dict[str, Tensor], list[dict]]]:
+    def units(self, count: int) -> Iterator[Unit]:
         """The tensors and rows of all units, in order, read one by one."""
         for unit in range(count):
             tensors, info = read_tensors(self._part(unit))
@@ -470,8 +472,8 @@ def resume(
     outputs: Sequence[Path],
     manifest: dict,
     count: int,
-    make: Callable[[int], tuple[dict[str, Tensor], list[dict]]],
-    write: Callable[[Callable[[], Iterator[tuple[dict[str, Tensor], list[dict]]]]], None],
+    make: Callable[[int], Unit],
+    write: Callable[[Units], None],
     what: str,
     overwrite: bool = False,
     expected_bytes: int = 0,

@@ -19,6 +19,7 @@ from grains.logprobs import ResponseScorer, targets
 from grains.packing import pack
 from grains.prompts import Encoded
 from grains.replay import Capture, capture_pack, collate, replay
+from grains.settings import SCORES
 from grains.steering import Configuration, Gate, steer
 
 
@@ -157,14 +158,16 @@ def margins(encoded: list[Encoded], scores: list[np.ndarray]) -> dict[str, np.nd
     Returns two tables in nats: of log-likelihoods in sum ("sum") and per token ("token"). A
     question is answered right if its margin is above 0.
     """
-    by_score: dict[str, list] = {"sum": [], "token": []}
+    by_score: dict[str, list] = {score: [] for score in SCORES}
     for item, rows in zip(encoded, scores, strict=True):
-        lengths = np.array([len(response) for response in item.responses])
+        sizes = np.array([len(response) for response in item.responses])
         example = item.example
-        right = example.also_right
-        by_score["sum"].append([correct(row, example.label, None, right)[1] for row in rows])
-        by_score["token"].append([correct(row, example.label, lengths, right)[1] for row in rows])
-    return {kind: np.array(rows) for kind, rows in by_score.items()}
+        for score, leads in by_score.items():
+            lengths = sizes if score == "token" else None
+            leads.append(
+                [correct(row, example.label, lengths, example.also_right)[1] for row in rows]
+            )
+    return {score: np.array(leads) for score, leads in by_score.items()}
 
 
 def target_scores(encoded: list[Encoded], scores: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -53,7 +53,7 @@ def _checked(lm: LanguageModel) -> LanguageModel:
     responses = [words[4:6], words[6:9]]
     expected, states = _own(lm, short, responses)
     plain_end = logits(lm, states[0][-len(expected[0]) :])
-    lm = replace(lm, own_end=_distance(plain_end, expected[0]) > _limit(lm))
+    lm = replace(lm, own_head=_distance(plain_end, expected[0]) > _limit(lm))
     lm = replace(lm, packs=not _length_matters(lm), own_embeddings=not _looks_up(lm, short))
     lm = replace(lm, pads=_can_pad(lm, short, responses[1]))
     with_picture = _picture_prompt(lm) if lm.processor is not None else None
@@ -117,8 +117,8 @@ def _borders(lm: LanguageModel) -> list[int]:
         for name, value in config.items()
         if BORDERS.search(name) and isinstance(value, int) and not isinstance(value, bool)
     }
-    found = [size for size in sorted(sizes) if 4 < size <= longest]
-    return found[-1:]  # a text longer than the longest is longer than all
+    lengths = [size for size in sorted(sizes) if 4 < size <= longest]
+    return lengths[-1:]  # a text longer than the longest is longer than all
 
 
 @torch.no_grad()
@@ -166,9 +166,9 @@ def _own(
     return own, outputs
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def _distance(actual: Tensor, expected: Tensor) -> float:
     """Of log-probabilities: root mean square over the vocabulary, at the worst position."""
-    apart = found.log_softmax(-1).to(expected.device) - expected.log_softmax(-1)
+    apart = actual.log_softmax(-1).to(expected.device) - expected.log_softmax(-1)
     worst = apart.square().mean(-1).sqrt().max().item()
     return math.inf if math.isnan(worst) else worst  # max() would pass over a NaN
 
@@ -226,7 +226,7 @@ def _can_pad(lm: LanguageModel, prompt: dict, response: list[int]) -> bool:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        return torch.stack([logits[0].float() for logits in output.logits])
+        return torch.stack([step[0].float() for step in output.logits])
 
     alone = decode(text, torch.ones_like(text))
     try:

@@ -6,6 +6,7 @@ seconds to load.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from grains.errors import UserError
@@ -37,21 +38,46 @@ REPLACEMENTS = ("pad", "unk")
 
 # Stages 2 and 3: which vectors are added where and how strongly, and how answers are compared
 # (paper, sections 3.2 and 3.3).
-METHODS = ("mean", "pca", "gradient", "caa", "repe", "random", "rand_tokens", "shuffled")
-# Methods that hold no information of interest. `trained_random` is made by an experiment only:
-# random directions as long as the trained vectors.
-CONTROLS = ("random", "rand_tokens", "shuffled", "trained_random")
+METHOD_MEANINGS = {
+    "mean": "mean of the ablation shifts (the paper's)",
+    "pca": "first principal component of the ablation shifts (the paper's)",
+    "gradient": "mean gradient",
+    "caa": "mean difference of the responses' states",
+    "repe": "first principal component of the differences of caa",
+    "random": "control: random directions",
+    "rand_tokens": "control: mean shift when random tokens are ablated",
+    "shuffled": "control: gradients with answers swapped at random",
+}
+METHODS = tuple(METHOD_MEANINGS)
+# What an experiment trains: vectors, random directions of their length, and LoRA.
+TRAINED_RANDOM = "trained_random"
+TRAINED_METHODS = ("trained", TRAINED_RANDOM, "lora")
+# Methods that hold no information of interest.
+CONTROLS = ("random", "rand_tokens", "shuffled", TRAINED_RANDOM)
 # The paper's methods, which reduce ablation shifts: only they have the modes pos and both.
 ABLATION_METHODS = ("mean", "pca")
 MODES = ("pos", "both")
 LAYER_MODES = ("joint", "each", "from")
 UNITS = ("relative", "absolute")
-SCORES = ("token", "sum")  # an answer's log-likelihood per token, or summed over its tokens
+# An answer's log-likelihood, per token or summed over its tokens, and the title of its accuracy.
+SCORE_TITLES = {"token": "per-token", "sum": "summed"}
+SCORES = tuple(SCORE_TITLES)
 TARGET_SCORES = ("mc1", "mc2")  # TruthfulQA's own, for data that says which choices are right
 
-# The experiment: the selections that its methods need, and how LoRA is trained beside them.
-STUDY_TOPS = ("pos", "neg", "rand")
+# The experiment: how LoRA is trained beside the methods.
 LORA_OBJECTIVES = ("dpo", "sft")
+
+
+def selections(methods: Iterable[str], modes: Iterable[str]) -> tuple[str, ...]:
+    """Whose hidden states of stage 1 methods in these modes are made from, in the order of TOPS.
+
+    Methods that use no ablation take the plain states, which every selection's file holds: pos.
+    """
+    methods, modes = [*methods], [*modes]
+    needed = {"rand" if method == "rand_tokens" else "pos" for method in methods}
+    if "both" in modes and any(method in ABLATION_METHODS for method in methods):
+        needed.add("neg")
+    return tuple(top for top in TOPS if top in needed)
 
 
 @dataclass(frozen=True)
@@ -171,7 +197,8 @@ class StudySettings:
 
     sources: the data sets; with several, the vectors of each are also tested on the others.
     seeds: each draws its own steering, validation and test questions.
-    ablation: stage 1 with the selections STUDY_TOPS; each of the seeds takes its seed's place.
+    ablation: stage 1 with the selections that all methods need; each of the seeds takes its
+        seed's place.
     grid: where it has no alphas, strengths are searched that cost `strengths_at`.
     budgets: how much the perplexity of neutral text may rise, 0.1 for 10 %.
     strengths_at: rises of perplexity that the search aims at (none: every second budget).

@@ -57,9 +57,9 @@ def steer(
         weight, bias = (tensor.to(hidden_states.device) for tensor in gate)
         projection = (before * weight).sum(dim=-1, keepdim=True) / size.clamp_min(tiny)
         vector = torch.sigmoid(projection + bias) * vector
-    moved = before + vector
-    length = moved.norm(dim=-1, keepdim=True).clamp_min(tiny)
-    return (moved * (size / length)).to(hidden_states.dtype)
+    shifted = before + vector
+    length = shifted.norm(dim=-1, keepdim=True).clamp_min(tiny)
+    return (shifted * (size / length)).to(hidden_states.dtype)
 
 
 @contextmanager
@@ -158,7 +158,7 @@ def layer_ranges(layers: Sequence[int]) -> list[str]:
 
 
 # Next to a vector this many times as long, little is left of a state in fp32, which has 24 bits.
-LONGEST = 1e6
+LARGEST_RATIO = 1e6
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,10 +209,12 @@ class SteeringVectors:
         else:
             unit = normalize(self.vectors, dim=-1)
             added = {layer: alpha * self.norms[layer] * unit[layer] for layer in chosen}
-        if not all(vector.norm() <= LONGEST * self.norms[layer] for layer, vector in added.items()):
+        if not all(
+            vector.norm() <= LARGEST_RATIO * self.norms[layer] for layer, vector in added.items()
+        ):
             raise UserError(
-                f"strength {alpha:g} ({units}) is more than {LONGEST:g} times the hidden states' "
-                "norm, which leaves nothing of them: give a smaller one"
+                f"strength {alpha:g} ({units}) is more than {LARGEST_RATIO:g} times the hidden "
+                "states' norm, which leaves nothing of them: give a smaller one"
             )
         return added
 

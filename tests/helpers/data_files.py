@@ -11,6 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from helpers.tiny import jsonl
+
 DELIMITERS = {"csv": ",", "semicolons": ";", "tsv": "\t"}
 # Format -> the ending of its file.
 FORMATS = {
@@ -47,7 +49,7 @@ def content(form: str, rows: list[dict]) -> bytes:
     elif kind == "json":
         data = json.dumps(rows, indent=1).encode()
     else:
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        data = jsonl(rows, ensure_ascii=False).encode()
     if compression == "gz":
         return gzip.compress(data)
     return pa.compress(data, codec="zstd", asbytes=True) if compression == "zst" else data

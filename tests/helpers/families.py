@@ -52,8 +52,12 @@ def tiny_config(family: str, **changes):
     )
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomise(
+    model: torch.nn.Module, seed: int = 0, weights: float = 0.35, norms: float = 0.2
+) -> torch.nn.Module:
     """Random weights so large that attention and logits are far from flat.
+
+    weights, norms: standard deviations of weights and biases, and of what is added to norms.
 
     With the usual small ones a wrong mask or position hardly shows.
     """
@@ -62,20 +66,27 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
-                parameter.copy_(0.35 * noise)
+                parameter.copy_(weights * noise)
             elif "norm" in name:
-                parameter.add_(0.2 * noise)
+                parameter.add_(norms * noise)
             else:
-                parameter.copy_(0.35 * noise)
+                parameter.copy_(weights * noise)
     return model
 
 
-def tiny_model(family: str, attention: str = "sdpa", seed: int = 0, **changes):
-    """A random transformers model of a family, `changes` to its config."""
+def tiny_model(
+    family: str,
+    attention: str = "sdpa",
+    seed: int = 0,
+    weights: float = 0.35,
+    norms: float = 0.2,
+    **changes,
+):
+    """A random transformers model of a family, `changes` to its config (see `randomise`)."""
     kinds = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "gemma3": Gemma3ForCausalLM}
     config = tiny_config(family, **changes)
     config._attn_implementation = attention
-    return randomise(kinds[family](config), seed).eval()
+    return randomise(kinds[family](config), seed, weights, norms).eval()
 
 
 @contextmanager

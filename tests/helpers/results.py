@@ -16,6 +16,7 @@ import steering_mc
 from grains import data, runs, tables
 from grains.scoring import margins
 from grains.steering import BASE, Configuration
+from grains.study.pareto import UNCONSTRAINED
 from helpers import tiny
 
 MODEL = {
@@ -250,7 +251,7 @@ def picture_results(folder: Path, size=(24, 12)) -> dict:
 BUDGETS = (0.02, 0.05, 0.1)
 
 
-def write_front(folder: Path, rows: list[dict], stem=STEM, limits=("whatever else happens",)):
+def write_front(folder: Path, rows: list[dict], stem=STEM, limits=(UNCONSTRAINED,)):
     """rows: method, gain of each budget, p; one configuration a budget unless it is named.
 
     limits: on what else may be lost; under each the same is chosen.
@@ -292,7 +293,7 @@ def write_front(folder: Path, rows: list[dict], stem=STEM, limits=("whatever els
 
 
 def write_everything(folder: Path) -> Path:
-    """Results of all stages, with single layers, prices, a front, pictures and awkward texts."""
+    """Results of all stages, with single layers, costs, a front, pictures and awkward texts."""
     right = {"base": some(16)}
     for i, method in enumerate(("mean pos", "mean both", "gradient", "random")):
         right |= {f"{method}@{alpha}": some(22 + round(40 * alpha) - 3 * i) for alpha in (0.1, 0.2)}

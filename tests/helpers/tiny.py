@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from helpers.families import tiny_model
 
 TEMPLATE = (
     "{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}"
@@ -53,8 +55,14 @@ def question_rows(count: int = len(QUESTIONS)) -> list[dict]:
     return rows
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def jsonl(rows: Iterable[dict | str], **options) -> str:
+    """JSON Lines; a row that is text already is a line as it is. options: of `json.dumps`."""
+    lines = (row if isinstance(row, str) else json.dumps(row, **options) for row in rows)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict | str]) -> Path:
+    path.write_text(jsonl(rows))
     return path
 
 
@@ -95,30 +103,23 @@ def smollm2_tokenizer():
 
 
 def llama(vocab_size: int, seed: int = 0, layers: int = 3, **changes) -> LlamaForCausalLM:
-    """A random Llama; its weights are scaled up, for otherwise all its logits are alike."""
-    generator = torch.Generator().manual_seed(seed)
-    config = LlamaConfig(
+    """A random Llama, smaller than those of `families`."""
+    return tiny_model(
+        "llama",
+        seed=seed,
+        weights=0.3,
+        norms=0.1,
         **{
             "vocab_size": vocab_size,
             "hidden_size": 32,
             "intermediate_size": 48,
             "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
             "max_position_embeddings": 256,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
             "pad_token_id": 0,
             "tie_word_embeddings": False,
             **changes,
-        }
+        },
     )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if parameter.dim() == 1 else 0.3 * noise)
-    return model
 
 
 def save_model(folder: Path, seed: int = 0, **changes) -> Path:

@@ -20,6 +20,7 @@ from grains.settings import (
     GRAD_METHODS,
     IMAGE_BASELINES,
     LAYER_MODES,
+    METHOD_MEANINGS,
     METHODS,
     MODELS,
     MODES,
@@ -57,8 +58,9 @@ class Kind:
 
 LLM = Kind("llm", "llama-3.1-8b-instruct", "truthfulqa", 10, "qa", False)
 VLM = Kind("vlm", "llava-1.6-7b", "spa-vl", 50, "chat", True)
-# The default grid of steering_mc.py and of the experiment.
+# The default grid of steering_mc.py. The experiment tries all methods and searches strengths.
 GRID = GridSettings(("mean", "pca", "gradient", "caa", "random"), alphas=(0.005, 0.01, 0.02, 0.03))
+UNSET = GridSettings(())  # fills nothing but the layers, which are then all
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -291,10 +293,7 @@ def add_grid(flags: argparse.ArgumentParser, chosen_by_default: bool = False) ->
         nargs="+",
         default=[*default.methods] or None,
         choices=METHODS,
-        help="mean, pca: of the ablation shifts (the paper's methods); gradient: mean gradient; "
-        "caa: mean difference of the responses' states; repe: first principal component of these "
-        "differences; controls: random directions, rand_tokens (ablation of random tokens), "
-        "shuffled (gradients with answers swapped at random)",
+        help="; ".join(f"{name}: {meaning}" for name, meaning in METHOD_MEANINGS.items()),
     )
     group.add_argument(
         "--mode",
@@ -424,14 +423,15 @@ def ablation_settings(args: argparse.Namespace, tops: tuple[str, ...] = ()) -> A
     )
 
 
-def grid_settings(args: argparse.Namespace) -> GridSettings:
-    """From the flags of `add_grid`."""
+def grid_settings(args: argparse.Namespace, default: GridSettings = UNSET) -> GridSettings:
+    """From the flags of `add_grid`. default: takes the place of methods, layers and strengths that
+    are None."""
     return GridSettings(
-        tuple(dict.fromkeys(args.methods)),
+        tuple(dict.fromkeys(args.methods or default.methods)),
         tuple(dict.fromkeys(args.mode)),
-        tuple(args.layer_idxs),
+        tuple(args.layer_idxs or default.layers),
         args.layer_mode,
-        tuple(dict.fromkeys(args.alphas or ())),
+        tuple(dict.fromkeys(args.alphas or default.alphas)),
         args.alpha_units,
     )
 

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from grains import runs, vectors
-from grains.cli.flags import names_of
+from grains.cli import flags
 from grains.errors import UserError
 from grains.lm import LanguageModel
-from grains.settings import ABLATION_METHODS, TOPS, GridSettings
+from grains.settings import TOPS, GridSettings, selections
 from grains.states import StatesFile
 from grains.steering import Configuration, SteeringVectors, directions
 
@@ -19,12 +19,9 @@ def states_files(args: argparse.Namespace, grid: GridSettings) -> dict[str, Stat
 
     Raises UserError if a file does not exist, or if the files are of different runs.
     """
-    needed = ["pos"]
-    if "both" in grid.modes and any(method in ABLATION_METHODS for method in grid.methods):
-        needed.append("neg")
-    if "rand_tokens" in grid.methods:
-        needed.append("rand")
-    default = names_of(args).states(TOPS)
+    # Always pos: its file names those of the vectors, and its data the questions to leave out.
+    needed = dict.fromkeys(["pos", *selections(grid.methods, grid.modes)])
+    default = flags.names_of(args).states(TOPS)
     files: dict[str, StatesFile] = {}
     for top in needed:
         flag = "hidden_states_path" if top == "pos" else f"hidden_states_{top}_path"
@@ -55,7 +52,7 @@ def configurations(
     """
     for file in states.values():
         file.check_model(lm)
-    names = names_of(args)
+    names = flags.names_of(args)
     grid_configurations: list[Configuration] = []
     files: dict[Path, SteeringVectors] = {}
     for method, mode, by_layer in vectors.make_all(states, grid, args.seed):

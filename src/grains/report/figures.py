@@ -36,6 +36,7 @@ from PIL import Image
 from tokenizers import decoders
 
 from grains.settings import CONTROLS, METHODS
+from grains.settings import SCORE_TITLES as TITLES
 
 DIVERGING = LinearSegmentedColormap.from_list(
     "orange_blue", ["#8c4004", "#d9822b", "#f4f2ee", "#4a90c9", "#174f8a"]
@@ -52,7 +53,6 @@ PALETTE = (
     ("#c8434d", "*"),
 )
 GREY, CONTROL_MARKERS = "#808080", "x+1234"
-TITLES = {"token": "per-token", "sum": "summed"}
 # How the tokens of a selection are outlined.
 OUTLINES = {"pos": "solid", "neg": (0, (2, 1.2))}
 # Pieces of one character that byte-level vocabularies may cut it into (an emoji's four bytes).

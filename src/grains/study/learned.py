@@ -18,14 +18,14 @@ from torch.nn.functional import normalize
 from grains import data, prompts, runs
 from grains.lm import LanguageModel
 from grains.prompts import Encoded
+from grains.settings import TRAINED_RANDOM
 from grains.steering import Configuration, Direction, Gate, SteeringVectors, parse_layers
 from grains.study import costs, gates, lora, trained
 from grains.study.evaluate import encode_answers, own_answers
 from grains.study.lora import LoraDirection
 from grains.study.study import Study
 
-METHODS = ("trained", "trained_random", "lora")
-SCALES = (0.35, 0.7, 1.0, 1.5, 2.5)  # the strengths that they are tried at
+SCALES = (0.35, 0.7, 1.0, 1.5, 2.5)  # the strengths that trained methods are tried at
 Pairs = Callable[[], list[Encoded]]
 
 
@@ -142,7 +142,7 @@ def trained_vectors(
     vectors = replace(SteeringVectors.load(path), gate=gate)
     return [
         TrainedDirection("trained", "", tuple(layers), vectors),
-        TrainedDirection("trained_random", "", tuple(layers), random_like(vectors, study.seed)),
+        TrainedDirection(TRAINED_RANDOM, "", tuple(layers), random_like(vectors, study.seed)),
     ]
 
 
@@ -165,7 +165,7 @@ def random_like(vectors: SteeringVectors, seed: int) -> SteeringVectors:
     return replace(
         vectors,
         vectors=lengths * normalize(drawn, dim=-1),
-        info={**vectors.info, "method": "trained_random"},
+        info={**vectors.info, "method": TRAINED_RANDOM},
     )
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from grains import runs, stage1
 from grains.lm import LanguageModel
 from grains.names import ExperimentNames
-from grains.settings import StudySettings
+from grains.settings import TRAINED_METHODS, StudySettings
 from grains.steering import Configuration, Direction
 from grains.study import costs, learned, pareto, strengths, study
 from grains.study.evaluate import evaluate, free_answers, scores_of
@@ -93,7 +93,7 @@ def with_strengths(lm: LanguageModel, current: Study) -> list[Configuration]:
     """
     settings, units = current.settings, current.settings.grid.units
     alphas: dict[Direction | LoraDirection, Sequence[float]] = {
-        direction: learned.SCALES if direction.method in learned.METHODS else settings.grid.alphas
+        direction: learned.SCALES if direction.method in TRAINED_METHODS else settings.grid.alphas
         for direction in current.directions
     }
     passages = costs.passages(lm, "validation")

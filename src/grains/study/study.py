@@ -65,10 +65,9 @@ def begin(
 ) -> Study:
     """Draw the examples, do stage 1 and make the vectors of every method of the grid.
 
-    Raises UserError for questions with a single answer, and where none are left to evaluate on.
-
     attributed: attributions that studies have in common, to which this one's are added.
     say: takes a line that says what is being done.
+    Raises UserError for questions with a single answer, and where none are left to evaluate on.
     """
     ablation = replace(settings.ablation, seed=seed)
     pairs = [example.pair() for example in splits.steering_examples(source, seed)]
