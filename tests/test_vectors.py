@@ -215,7 +215,7 @@ def test_states_of_another_model_are_refused(files, make_tiny, tmp_path):
     write_tensors(
         tmp_path / "moved.safetensors",
         states(0),
-        info | {"model": info["model"] | {"final_norm_sum": "1.0"}},
+        info | {"model": info["model"] | {"weights": "0"}},
     )
     with pytest.raises(UserError, match="another model"):
         StatesFile(tmp_path / "moved.safetensors").check_model(lm)
