@@ -35,6 +35,7 @@ from grains.generation import generate  # noqa: E402
 from grains.lm import LanguageModel  # noqa: E402
 from grains.prompts import Encoded  # noqa: E402
 from grains.scoring import score  # noqa: E402
+from grains.selfcheck import can_pad  # noqa: E402
 from grains.steering import Configuration  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "families.md"
@@ -220,7 +221,7 @@ def row(name: str) -> list[str]:
     lm = family.lm
     ways = ["packed" if lm.packs else "one by one" if lm.batches else "one by one, a row at a time"]
     ways += ["own head"] * lm.own_head + ["own embeddings"] * lm.own_embeddings
-    ways += ["equal lengths decoded"] * (not lm.pads)
+    ways += ["equal lengths decoded"] * (not can_pad(lm))
     cells = [f"{check(family):.0e}".replace("nan", "-") for check in CHECKS.values()]
     return [name, "right" if _is_right(cells) else "WRONG", *cells, ", ".join(ways)]
 

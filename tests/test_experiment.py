@@ -689,15 +689,7 @@ def test_a_training_is_taken_up_after_its_last_whole_run(tmp_path):
         (tmp_path / "a.safetensors").touch()
 
     def compute_once():
-        learned.compute_once(
-            tmp_path / "a.safetensors",
-            {},
-            False,
-            "runs",
-            make,
-            save,
-            4,
-        )
+        learned.compute_once(tmp_path / "a.safetensors", {}, False, "runs", make, save, 4)
 
     with suppress(UserError):
         compute_once()

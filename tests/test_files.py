@@ -424,8 +424,9 @@ def test_the_splits_of_a_folder_stay_apart(tmp_path, names):
     assert [row["prompt"] for row in rows["test"]] == ["2"]
 
 
-def test_a_folder_in_which_some_files_name_a_split_is_refused(tmp_path):
-    for name in ("train-0.jsonl", "more.jsonl"):
-        (tmp_path / name).write_text('{"prompt": "a"}\n')
-    with pytest.raises(UserError, match=r"some files name a split \(train\).*more\.jsonl"):
-        files.load(tmp_path, "train")
+def test_a_split_of_another_name_is_one_of_its_own(tmp_path):
+    for name in ("train_0.jsonl", "yes_no.jsonl"):
+        (tmp_path / name).write_text(f'{{"prompt": "{name}"}}\n')
+    for split, name in (("train", "train_0.jsonl"), ("yes_no", "yes_no.jsonl")):
+        rows = files.load(tmp_path, split)
+        assert [rows[n]["prompt"] for n in range(len(rows))] == [name]

@@ -192,7 +192,6 @@ def shards(path: Path, split: str) -> list[Path]:
 
     The split is the first word of a file's name, or the folder that it is in (test/0000.parquet).
     Where neither names a split, all files are shards of the split train.
-    Raises UserError if only some of the files name a split.
     """
     files = [
         file
@@ -213,19 +212,14 @@ def shards(path: Path, split: str) -> list[Path]:
         )
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        first = re.split(r"[-_.]", file.name)[0]
-        folders = [name for name in file.relative_to(path).parts[:-1] if name in (*SPLITS, split)]
-        by_split.setdefault(folders[-1] if folders else first, []).append(file)
-    named = [name for name in by_split if name in SPLITS]
-    if named and len(named) < len(by_split):
-        unnamed = next(name for name in by_split if name not in SPLITS)
-        raise UserError(
-            f"'{path}': some files name a split ({', '.join(named)}), others do not "
-            f"('{by_split[unnamed][0].name}'): rename them, or give one file"
-        )
+        name = file.name.split(".")[0].split("-")[0]
+        beginning = name.split("_")[0]  # of train_0, and not of yes_no
+        folders = [part for part in file.relative_to(path).parts[:-1] if part in (*SPLITS, split)]
+        own = beginning if beginning in SPLITS else name
+        by_split.setdefault(folders[-1] if folders else own, []).append(file)
     if split in by_split:
         return by_split[split]
-    if split == "train" and not named:
+    if split == "train" and not any(name in by_split for name in SPLITS):
         return files
     raise UserError(f"'{path}' has no split '{split}': found {', '.join(by_split)}")
 

@@ -10,6 +10,7 @@ from grains import vision
 from grains.lm import LanguageModel
 from grains.prompts import Encoded
 from grains.scoring import batches
+from grains.selfcheck import can_pad
 from grains.steering import Configuration, steered
 
 # Decoding keeps only keys and values, much less than the activations of a whole forward, and its
@@ -54,7 +55,9 @@ def generate(
     """
     rows = 1 + len(configurations)
     # Batched are prompts that all have a picture or all have none, and of one length if need be.
-    kinds = [(bool(item.image.any()), 0 if lm.pads else len(item.prompt_ids)) for item in encoded]
+    lengths = {len(item.prompt_ids) for item in encoded}
+    apart = len(lengths) > 1 and not can_pad(lm)
+    kinds = [(bool(item.image.any()), len(item.prompt_ids) if apart else 0) for item in encoded]
     if len(set(kinds)) > 1:
         of_kind = {
             kind: generate(

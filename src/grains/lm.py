@@ -38,8 +38,6 @@ class LanguageModel:
         tensor.
     packs: whether several sequences may be packed in one row; if not, each is computed alone.
     batches: whether several rows may be computed together; if not, they are one at a time.
-    pads: whether padding on the left changes nothing; if not, only prompts of one length are
-        decoded together.
     own_head: whether the model's own forward turns the last hidden states into logits, as it does
         more than apply the norm and the head.
     own_embeddings: whether more than a look-up makes the embeddings that enter layer 0.
@@ -57,7 +55,6 @@ class LanguageModel:
     layer_outputs: int = 0
     packs: bool = True
     batches: bool = True
-    pads: bool = True
     own_head: bool = False
     own_embeddings: bool = False
 

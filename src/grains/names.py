@@ -13,15 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from grains.settings import (
-    LAYER_MODES,
-    STUDY_GRID,
-    STUDY_SEEDS,
-    AblationSettings,
-    DataSettings,
-    GridSettings,
-    StudySettings,
-)
+from grains.settings import LAYER_MODES, AblationSettings, DataSettings, GridSettings, StudySettings
 
 LONGEST_NAME = 200  # bytes of a name without its endings; file systems allow 255 with them
 
@@ -241,8 +233,8 @@ def grid_parts(grid: GridSettings, default: GridSettings) -> list[str]:
 class ExperimentNames:
     """The files of an experiment.
 
-    Methods, strengths, budgets and seeds are among the names of the tables alone: experiments that
-    differ in these share what they attribute, train and score.
+    Methods, strengths, budgets and seeds are not among the names: experiments that differ in these
+    share what they attribute, train and score, and the tables are those of the last command.
 
     kind: llm or vlm. model: its name as given. folder: of the tables, and of `parts`.
     vectors_folder: of the vectors that methods make (None: `parts`).
@@ -271,36 +263,7 @@ class ExperimentNames:
 
     def tables(self) -> dict[str, Path]:
         """The tables of an experiment."""
-        own = stem([self.stem, *self._tried()])
-        folder = self.parts.parent
-        return {name: folder / f"{own}_{name}.csv" for name in ("grid", "front", "generations")}
-
-    def _tried(self) -> list[str]:
-        """What is tried and how it is chosen, where it differs from the defaults."""
-        settings = self.settings
-        default = StudySettings(settings.sources, STUDY_SEEDS, settings.ablation, STUDY_GRID)
-        return [
-            *differing(
-                settings.grid,
-                default.grid,
-                {"methods": "methods", "modes": "mode", "alphas": "alphas", "units": "units"},
-            ),
-            *differing(
-                settings,
-                default,
-                {
-                    "seeds": "seeds",
-                    "budgets": "budgets",
-                    "strengths_at": "strengths-at",
-                    "max_unrelated_loss": "unrelated-loss",
-                    "gated": "gated",
-                    "train_vectors": "trained",
-                    "lora": "lora",
-                    "num_generations": "answers",
-                    "max_new_tokens": "tokens",
-                },
-            ),
-        ]
+        return {name: self._beside(f"_{name}.csv") for name in ("grid", "front", "generations")}
 
     def ablations(self) -> Path:
         """The table that compares experiments, named after the one with no setting changed."""

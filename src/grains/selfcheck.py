@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from PIL import Image
@@ -55,7 +56,6 @@ def _checked(lm: LanguageModel) -> LanguageModel:
     plain_end = logits(lm, states[0][-len(expected[0]) :])
     lm = replace(lm, own_head=_distance(plain_end, expected[0]) > _limit(lm))
     lm = replace(lm, packs=not _length_matters(lm), own_embeddings=not _looks_up(lm, short))
-    lm = replace(lm, pads=_can_pad(lm, short, responses[1]))
     with_picture = _picture_prompt(lm) if lm.processor is not None else None
 
     def differences(lm: LanguageModel) -> Iterator[tuple[float, str]]:
@@ -204,10 +204,14 @@ def _can_batch(lm: LanguageModel, prompt: dict, responses: list[list[int]]) -> b
     return max(_distance(*pair) for pair in zip(together, alone, strict=True)) <= _limit(lm)
 
 
+@lru_cache(maxsize=4)
 @torch.no_grad()
-def _can_pad(lm: LanguageModel, prompt: dict, response: list[int]) -> bool:
-    """Whether the model's own decoding of a text behind padding is that of the text alone."""
-    text = extend(prompt, response)["input_ids"]
+def can_pad(lm: LanguageModel) -> bool:
+    """Whether the model's own decoding of a text behind padding is that of the text alone.
+
+    Asked when prompts of different lengths are first decoded together.
+    """
+    text = _text_prompt(lm, 7)["input_ids"]
     padding = torch.full((1, 3), lm.replacement_id(), device=text.device)
     shorter = torch.cat([padding, text], dim=1)
     ids = torch.cat([shorter, text.flip(1).repeat(1, 2)[:, : shorter.shape[1]]])
