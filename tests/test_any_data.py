@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from grains import data
 from grains.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 FILES = int(os.environ.get("GRAINS_DATA_FILES", "240"))
 GENERATED = settings(
     max_examples=FILES // 4,

@@ -11,6 +11,8 @@ from grains import data, prompts, scoring
 from grains.data import Example
 from grains.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def user(text):
     return {"role": "user", "content": text}

@@ -24,6 +24,8 @@ from grains.scoring import score
 from grains.settings import AttributionSettings
 from grains.steering import Configuration
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("helpers.command_line",)
 
 LAYERS, TOKENS = 4, 512

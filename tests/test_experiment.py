@@ -36,6 +36,8 @@ from grains.steering import Configuration, Gate, SteeringVectors, steered
 from grains.study import costs, evaluate, learned, pareto, protocol, strengths, study
 from grains.study.lora import LoraConfiguration, LoraDirection
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("helpers.command_line",)
 
 W = words(60, seed=4)

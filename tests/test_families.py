@@ -11,6 +11,8 @@ import zoo
 
 from grains.selfcheck import can_pad
 
+pytestmark = pytest.mark.slow
+
 PACKED = {
     "llama",
     "gpt_neox",

@@ -17,6 +17,8 @@ from grains.scoring import score
 from grains.steering import Direction, Gate, SteeringVectors, steer, steered
 from grains.study import gates
 
+pytestmark = pytest.mark.slow
+
 W = words(120, seed=5)
 QUESTIONS = [
     (W[:11], [W[20:24], W[30:33]]),

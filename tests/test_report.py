@@ -40,6 +40,8 @@ from grains.report.examples import word_difference
 from grains.report.tables import over_seeds
 from grains.settings import METHODS
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("helpers.command_line", "helpers.everything")
 
 

@@ -25,6 +25,8 @@ from grains import data, prompts, vision
 from grains.errors import UserError
 from grains.replay import capture
 
+pytestmark = pytest.mark.slow
+
 # -- opening --
 
 
