@@ -150,9 +150,11 @@ def record(lm: LanguageModel, inputs: dict) -> tuple[Tensor, Calls]:
     def zeros(hidden_states: Tensor) -> Tensor:
         return hidden_states.new_zeros(*hidden_states.shape[:-1], len(lm.head.weight))
 
+    # Of every kind of layer once: most models have one kind, and many layers.
+    kinds = {type(layer): layer for layer in lm.layers}
+    signatures = {kind: inspect.signature(type(layer).forward) for kind, layer in kinds.items()}
     substitutes: dict[nn.Module, Callable] = {
-        layer: idle(index, inspect.signature(type(layer).forward))
-        for index, layer in enumerate(lm.layers)
+        layer: idle(index, signatures[type(layer)]) for index, layer in enumerate(lm.layers)
     }
     with torch.no_grad(), substituted(substitutes | {lm.head: zeros}):
         lm.model(**inputs, use_cache=False, logits_to_keep=1)

@@ -87,7 +87,6 @@ def evaluation(
 
 
 def model(lm: LanguageModel) -> dict:
-    """What a manifest records of the model."""
     """Name, weights, precision, config, tokenizer and template: all that a model's results need."""
     config = json.loads(lm.model.config.to_json_string())
     for name in ("_name_or_path", "transformers_version"):  # versions stand by themselves

@@ -12,10 +12,6 @@ from grains.errors import UserError
 from grains.lm import execution_device
 
 
-class Chain(nn.Sequential):
-    """Modules that a model calls one after the other between its last layer and its head."""
-
-
 def find_parts(model: PreTrainedModel, name: str) -> tuple[nn.ModuleList, nn.Module, int]:
     """The decoder's layers, what follows them before the head, and the items that a layer returns.
 
@@ -81,4 +77,4 @@ def _between(
     after = [module for module in after if layer not in set(module.modules())]
     inner = {id(child) for module in after for child in module.modules() if child is not module}
     modules = [module for module in after if id(module) not in inner]
-    return modules[0] if len(modules) == 1 else Chain(*modules)
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)

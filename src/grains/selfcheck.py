@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain, islice
 
 import torch
 from PIL import Image
@@ -56,17 +57,17 @@ def _checked(lm: LanguageModel) -> LanguageModel:
     plain_end = logits(lm, states[0][-len(expected[0]) :])
     lm = replace(lm, own_head=_distance(plain_end, expected[0]) > _limit(lm))
     lm = replace(lm, packs=not _length_matters(lm), own_embeddings=not _looks_up(lm, short))
-    with_picture = _picture_prompt(lm) if lm.processor is not None else None
+    cases = [(short, expected, "")]
+    for border in _borders(lm):
+        prompt = _text_prompt(lm, border + 3)
+        cases.append((prompt, _own(lm, prompt, responses)[0], f" on {border} tokens"))
+    if lm.processor is not None:
+        prompt = _picture_prompt(lm)
+        cases.append((prompt, _own(lm, prompt, responses)[0], " with a picture"))
 
     def differences(lm: LanguageModel) -> Iterator[tuple[float, str]]:
-        yield _difference(lm, short, responses, expected), ""
-        for border in _borders(lm):
-            prompt = _text_prompt(lm, border + 3)
-            own = _own(lm, prompt, responses)[0]
-            yield _difference(lm, prompt, responses, own), f" on {border} tokens"
-        if with_picture is not None:
-            own = _own(lm, with_picture, responses)[0]
-            yield _difference(lm, with_picture, responses, own), " with a picture"
+        for prompt, own, where in cases:
+            yield _difference(lm, prompt, responses, own), where
 
     if lm.packs:
         try:
@@ -95,16 +96,16 @@ def _words(lm: LanguageModel, count: int) -> list[int]:
     vocabulary = min(lm.head.weight.shape[0], lm.embed.weight.shape[0])
     special = lm.special_ids() | lm.image_ids()
     first = vocabulary // 7
-    in_order = [*range(first, vocabulary), *range(first)]
-    words = [token for token in in_order if token not in special][: min(count, 256)]
-    return [words[index % len(words)] for index in range(count)]
+    in_order = chain(range(first, vocabulary), range(first))
+    return list(islice((token for token in in_order if token not in special), min(count, 256)))
 
 
 def _text_prompt(lm: LanguageModel, length: int) -> dict:
     words = _words(lm, length)
-    # Tokens in an order that no position repeats, so that a shift of positions shows.
-    ids = torch.tensor([[words[index * index % len(words)] for index in range(length)]])
-    ids = ids.to(lm.device)
+    # In a long text each round of the words is shifted by one, so that it is not periodic: a wrong
+    # position shows.
+    order = [(index + index // len(words)) % len(words) for index in range(length)]
+    ids = torch.tensor([[words[place] for place in order]], device=lm.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
