@@ -1,6 +1,8 @@
 """Steering vectors: their definitions, their files, and what applying them does to a model."""
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -337,6 +339,57 @@ def test_an_exception_in_the_block_removes_the_hooks(family):
         raise RuntimeError("inside")
     assert no_hooks(family)
     assert torch.equal(own_logits(family, W[:8]), plain)
+
+
+def in_a_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_a_block_steers_its_own_thread_alone(family):
+    """Two threads that steer do not add up, and a third one's plain forward stays plain."""
+
+    def logits():
+        return own_logits(family, W[:8])
+
+    def steered_logits(vector):
+        with steered(family, {1: vector}):
+            return logits()
+
+    first, second = torch.ones(D), -torch.ones(D)
+    plain, one, two = logits(), steered_logits(first), steered_logits(second)
+    assert not torch.equal(one, plain) and not torch.equal(one, two)
+    with steered(family, {1: first}):
+        assert torch.equal(logits(), one)
+        assert torch.equal(in_a_thread(logits), plain)
+        assert torch.equal(in_a_thread(lambda: steered_logits(second)), two)
+        assert torch.equal(logits(), one)
+
+
+def test_a_block_in_which_only_other_threads_compute_is_an_error(family):
+    with pytest.raises(UserError, match="nothing was steered"), steered(family, {1: torch.ones(D)}):
+        in_a_thread(lambda: own_logits(family, W[:8]))
+    with pytest.raises(RuntimeError, match="inside"), steered(family, {1: torch.ones(D)}):
+        in_a_thread(lambda: own_logits(family, W[:8]))
+        raise RuntimeError("inside")
+    assert no_hooks(family)
+
+
+def test_a_thread_of_autograd_steers_as_the_block_that_began_it(family):
+    """On a GPU, checkpointed layers are computed again in a thread that Python did not begin."""
+    import _thread
+
+    found, done = [], threading.Event()
+
+    def outside():
+        found.append(own_logits(family, W[:8]))
+        done.set()
+
+    with steered(family, {1: torch.ones(D)}):
+        own = own_logits(family, W[:8])
+        _thread.start_new_thread(outside, ())
+        assert done.wait(60)
+    assert torch.equal(found[0], own)
 
 
 def test_weights_do_not_change(family):

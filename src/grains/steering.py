@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from grains.calls import first_tensor, with_states
@@ -70,26 +72,42 @@ def steered(
 ) -> Iterator[LanguageModel]:
     """Steer the outputs of decoder layers within the block; afterwards the model is unchanged.
 
+    What other threads compute meanwhile with the same model is not steered.
+
     vectors: layer -> (D,), or (R, 1, D) for R rows of a batch, with the strength included.
     gates: layer -> w and b (see `steer`); None: no gate.
-    Raises UserError for a layer that does not exist.
+    Raises UserError for a layer that does not exist, and at the end of the block if only other
+    threads computed in it, so that nothing was steered.
     """
     check_layers(vectors, len(lm.layers))
-    handles = []
+    owner, computed, handles = threading.get_ident(), set(), []
+
+    def hook(vector: Tensor, gate: tuple[Tensor, Tensor] | None) -> Callable:
+        def change(module: nn.Module, args: tuple, output: Any) -> Any:
+            own = threading.get_ident() == owner or _is_autograds()
+            computed.add(own)
+            return with_states(output, steer(first_tensor(output), vector, gate)) if own else None
+
+        return change
+
     try:
         for layer, vector in vectors.items():
             gate = gates[layer] if gates else None
-            handles.append(
-                lm.layers[layer].register_forward_hook(
-                    lambda module, args, output, vector=vector, gate=gate: with_states(
-                        output, steer(first_tensor(output), vector, gate)
-                    )
-                )
-            )
+            handles.append(lm.layers[layer].register_forward_hook(hook(vector, gate)))
         yield lm
     finally:
         for handle in handles:
             handle.remove()
+    if computed == {False}:
+        raise UserError(
+            f"nothing was steered: {lm.name} computed in other threads than the one that began to "
+            "steer; open the block in the thread that computes"
+        )
+
+
+def _is_autograds() -> bool:
+    """Whether this is a thread of autograd, which computes checkpointed layers a second time."""
+    return isinstance(threading.current_thread(), threading._DummyThread)  # not begun in Python
 
 
 def check_layers(layers: Iterable[int], count: int, hint: str = "") -> None:
@@ -227,6 +245,7 @@ class SteeringVectors:
     ) -> AbstractContextManager[LanguageModel]:
         """Steer everything that the model computes in a `with vectors.apply(lm, 0.02):` block.
 
+        A block steers what its own thread computes (see `steered`).
         alpha, layers, units: see `scaled`; by default all layers are steered.
         Raises UserError as `scaled` does, and if the vectors are of another model.
         """
