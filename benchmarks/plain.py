@@ -30,14 +30,13 @@ def embed(lm, inputs: dict) -> Tensor:
 
 def log_likelihood(lm, embeds: Tensor, response: list[int]) -> Tensor:
     """(R,) log P(response | prompt), the prompt as embeddings (R, P, D)."""
-    behind = lm.model.get_input_embeddings()(torch.tensor([response]))
+    target = torch.tensor(response, device=embeds.device)
+    behind = lm.model.get_input_embeddings()(target[None])
     sequence = torch.cat([embeds, behind.expand(len(embeds), -1, -1)], dim=1)
     decoder = lm.model.get_decoder()
     logits = lm.model.get_output_embeddings()(decoder(inputs_embeds=sequence).last_hidden_state)
-    log_probs = logits[:, embeds.shape[1] - 1 : -1].log_softmax(-1)
-    return log_probs.gather(
-        -1, torch.tensor(response)[None, :, None].expand(len(embeds), -1, 1)
-    ).sum((1, 2))
+    log_probs = logits[:, embeds.shape[1] - 1 : -1].float().log_softmax(-1)
+    return log_probs.gather(-1, target[None, :, None].expand(len(embeds), -1, 1)).sum((1, 2))
 
 
 def attribution(lm, encoded, steps: int, at_once: int | None = None) -> np.ndarray:
@@ -54,7 +53,7 @@ def attribution(lm, encoded, steps: int, at_once: int | None = None) -> np.ndarr
     scores = IntegratedGradients(f).attribute(
         prompt, torch.zeros_like(prompt), n_steps=steps, internal_batch_size=at_once
     )
-    return scores.sum(-1)[0].detach().numpy()
+    return scores.float().sum(-1)[0].detach().cpu().numpy()
 
 
 def token_ablation(
@@ -100,7 +99,7 @@ def last_states(lm, embeds: Tensor, response: list[int]) -> Tensor:
         layer.register_forward_hook(lambda module, args, output: read.append(output[0, -1]))
         for layer in lm.layers
     ]
-    behind = lm.model.get_input_embeddings()(torch.tensor([response]))
+    behind = lm.model.get_input_embeddings()(torch.tensor([response], device=embeds.device))
     sequence = torch.cat([embeds, behind], dim=1)
     lm.model.get_decoder()(inputs_embeds=sequence)
     for handle in handles:
@@ -114,7 +113,7 @@ def hooked(lm, vectors: dict[int, Tensor]):
 
     def steer(vector):
         def hook(module, args, output):
-            shifted = output + vector
+            shifted = output + vector.to(output)
             return shifted * output.norm(dim=-1, keepdim=True) / shifted.norm(dim=-1, keepdim=True)
 
         return hook
@@ -135,8 +134,9 @@ def steering_mc(lm, encoded, configurations) -> np.ndarray:
         with hooked(lm, vectors):
             values = []
             for response in encoded.responses:
-                ids = torch.tensor([encoded.prompt_ids + response])
-                log_probs = lm.model(input_ids=ids).logits[0].log_softmax(-1)
+                ids = torch.tensor([encoded.prompt_ids + response], device=lm.device)
+                inputs = encoded.inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                log_probs = lm.model(**inputs).logits[0].float().log_softmax(-1)
                 before = torch.arange(len(encoded.prompt_ids) - 1, ids.shape[1] - 1)
                 values.append(log_probs[before, torch.tensor(response)].sum().item())
             rows.append(values)
