@@ -52,6 +52,7 @@ LINES = {
     ("shuffled", ""),
     ("trained", "gated"),
     ("trained_random", "gated"),
+    ("trained_rotated", "gated"),
     ("lora", ""),
 }
 Made = namedtuple("Made", "flags result folder model")
@@ -541,6 +542,25 @@ def test_random_directions_are_as_long_as_the_vectors():
     assert (first.vectors - second.vectors).norm(dim=-1)[1:].min() > 0.5
 
 
+def test_trained_vectors_rotate_as_one():
+    lengths = torch.tensor([[0.0], [0.5], [3.0], [7.0]])
+    vectors = SteeringVectors(
+        lengths * torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) + 0.1,
+        torch.ones(4),
+        {},
+        "the gate",
+    )
+    for seed in (0, 1):
+        rotated = learned.rotated(vectors, seed)
+        assert torch.allclose(
+            rotated.vectors @ rotated.vectors.T, vectors.vectors @ vectors.vectors.T, rtol=1e-5
+        )
+        assert torch.cosine_similarity(rotated.vectors, vectors.vectors, dim=-1).abs().max() < 0.3
+        assert rotated.gate == "the gate" and rotated.info["method"] == "trained_rotated"
+    first, second = (learned.rotated(vectors, seed).vectors for seed in (0, 1))
+    assert (first - second).norm() > 1
+
+
 def test_the_front_follows_from_the_grid(made):
     """What is chosen is affordable and best on validation; its test accuracy is the grid's."""
     grid, front = tables(made.folder)
@@ -575,7 +595,8 @@ def test_the_front_follows_from_the_grid(made):
             assert validated.both[label] == approx(best, abs=1e-12)
             gains.append(tested[column][label] - tested[column]["base"])
             accuracies.append(tested[column][label])
-        assert row.is_control == (row.method in ("random", "shuffled", "trained_random"))
+        controls = ("random", "shuffled", "trained_random", "trained_rotated")
+        assert row.is_control == (row.method in controls)
         assert row.gain_low <= row.gain <= row.gain_high
         # A question that both seeds test counts once, so the mean over seeds is not exact.
         assert row.gain == approx(np.mean(gains), abs=0.15)

@@ -361,7 +361,7 @@ def drawn(axes) -> dict[str, tuple[list, list, list]]:
 
 
 def test_every_method_has_a_look_of_its_own():
-    methods = [*METHODS, "trained", "trained_random", "lora"]
+    methods = [*METHODS, "trained", "trained_random", "trained_rotated", "lora"]
     assert len({figures.look(method)[1] for method in methods}) == len(methods)
 
 

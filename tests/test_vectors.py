@@ -15,7 +15,7 @@ from grains.runs import write_tensors
 from grains.settings import METHODS, MODES
 from grains.states import StatesFile
 from grains.steering import SteeringVectors, parse_layers, steer, steered
-from grains.vectors import make, mean_vector, pca_vector
+from grains.vectors import make, mean_vector, pca_vector, random_rotation
 
 W = words(40, seed=4)
 N, L, D = 5, 4, 48
@@ -115,6 +115,39 @@ def test_gradient_caa_and_random(files):
     assert torch.equal(one, same) and relative(one, other) > 0.5
     directions = torch.nn.functional.normalize(one, dim=-1)
     assert (directions @ directions.T - torch.eye(L)).abs().max() < 0.6
+
+
+def cosines(vectors):
+    unit = torch.nn.functional.normalize(vectors.double(), dim=-1)
+    return unit @ unit.T
+
+
+def test_rotated_keeps_lengths_and_angles_between_layers(files):
+    _, opened = files
+    gradient = make(opened, "gradient", "", 0).vectors
+    first, same, second = (make(opened, "rotated", "", seed).vectors for seed in (1, 1, 2))
+    assert torch.equal(first, same) and relative(first, second) > 0.5
+    for rotated in (first, second):
+        assert relative(rotated.norm(dim=-1), gradient.norm(dim=-1)) <= 1e-6
+        assert (cosines(rotated) - cosines(gradient)).abs().max() <= 1e-6
+        assert torch.cosine_similarity(rotated, gradient, dim=-1).abs().max() < 0.9
+
+
+def test_a_rotation_is_no_reflection_and_has_no_preferred_direction():
+    rotations = [random_rotation(5, seed) for seed in range(400)]
+    for rotation in rotations[:20]:
+        assert np.abs(rotation @ rotation.T - np.eye(5)).max() <= 1e-12
+        assert np.linalg.det(rotation) == pytest.approx(1)
+    # Uniform over rotations: every entry has mean 0 and mean square 1/5.
+    mean, square = np.mean(rotations, axis=0), np.mean(np.square(rotations), axis=0)
+    assert np.abs(mean).max() < 0.1 and np.abs(square - 0.2).max() < 0.06
+
+
+def test_shared_random_is_one_direction_at_all_layers(files):
+    _, opened = files
+    first, same, second = (make(opened, "shared_random", "", seed).vectors for seed in (1, 1, 2))
+    assert torch.equal(first, same) and relative(first, second) > 0.5
+    assert torch.equal(first, first[:1].expand(L, D))
 
 
 def test_shuffled_swaps_the_answers_of_whole_examples(files):

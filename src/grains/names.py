@@ -198,7 +198,7 @@ class Names:
 
 
 def _vectors(folder: Path, states: Path, method: str, mode: str, seed: int) -> Path:
-    drawn = f"seed{seed}" if method == "random" else None
+    drawn = f"seed{seed}" if method in ("random", "shared_random", "rotated") else None
     return folder / f"{stem([states.stem, method, drawn, mode])}.safetensors"
 
 

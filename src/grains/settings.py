@@ -45,15 +45,21 @@ METHOD_MEANINGS = {
     "caa": "mean difference of the responses' states",
     "repe": "first principal component of the differences of caa",
     "random": "control: random directions",
+    "shared_random": "control: one random direction at all layers",
+    "rotated": "control: gradient under one random rotation of the hidden space",
     "rand_tokens": "control: mean shift when random tokens are ablated",
     "shuffled": "control: gradients with answers swapped at random",
 }
 METHODS = tuple(METHOD_MEANINGS)
-# What an experiment trains: vectors, random directions of their length, and LoRA.
-TRAINED_RANDOM = "trained_random"
-TRAINED_METHODS = ("trained", TRAINED_RANDOM, "lora")
+# What an experiment trains: vectors, random directions of their length, the vectors under a random
+# rotation, and LoRA.
+TRAINED_RANDOM, TRAINED_ROTATED = "trained_random", "trained_rotated"
+TRAINED_METHODS = ("trained", TRAINED_RANDOM, TRAINED_ROTATED, "lora")
 # Methods that hold no information of interest.
-CONTROLS = ("random", "rand_tokens", "shuffled", TRAINED_RANDOM)
+CONTROLS = (
+    *("random", "shared_random", "rotated", "rand_tokens", "shuffled"),
+    *(TRAINED_RANDOM, TRAINED_ROTATED),
+)
 # The paper's methods, which reduce ablation shifts: only they have the modes pos and both.
 ABLATION_METHODS = ("mean", "pca")
 MODES = ("pos", "both")

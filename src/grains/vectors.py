@@ -66,6 +66,20 @@ def pca_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
     return component if component @ mean >= 0 else -component
 
 
+def random_rotation(size: int, seed: int) -> np.ndarray:
+    """A rotation of the hidden space (D, D) in fp64, uniform over all rotations.
+
+    Vectors resemble each other from layer to layer, which makes them a far stronger push than a
+    random direction at each layer. Rotated alike they keep their lengths and angles.
+    """
+    normal = np.random.default_rng(seed).standard_normal((size, size))
+    orthogonal, triangular = np.linalg.qr(normal)
+    orthogonal *= np.sign(np.diag(triangular))  # without these signs it is not uniform
+    if np.linalg.slogdet(orthogonal).sign < 0:  # a reflection
+        orthogonal[:, 0] *= -1
+    return orthogonal
+
+
 def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> SteeringVectors:
     """One steering vector per layer (paper, section 3.2).
 
@@ -74,14 +88,17 @@ def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> Ste
     method: mean or pca: the mean or the first principal component of the shifts; gradient: the mean
         over examples of df/dh; caa: the mean over examples of h(x y+) - h(x y-); repe: the first
         principal component of these differences.
-        Controls: random: random directions; rand_tokens: the mean shift when random tokens are
-        ablated; shuffled: gradient with y+ and y- swapped at random in each example.
+        Controls: random: random directions; shared_random: one random direction at all layers;
+        rotated: gradient under one random rotation, so that lengths, and angles between layers,
+        stay; rand_tokens: the mean shift when random tokens are ablated; shuffled: gradient with
+        y+ and y- swapped at random in each example.
     mode: for mean and pca: pos, v = v_pos; both, v = v_pos - v_neg.
-    seed: seeds random and shuffled.
+    seed: seeds random, shared_random, rotated and shuffled.
     Raises UserError if the result holds NaN or infinite values.
     """
     generator = torch.Generator().manual_seed(seed)
     pos_states = states["pos"]
+    size = pos_states.info["model"]["hidden_size"]
 
     def vector(layer: int) -> np.ndarray:
         if method in ABLATION_METHODS:
@@ -90,7 +107,7 @@ def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> Ste
             return v_pos - reduce(states["neg"].shifts(layer)) if mode == "both" else v_pos
         if method == "rand_tokens":
             return mean_vector(states["rand"].shifts(layer))
-        if method == "gradient":
+        if method in ("gradient", "rotated"):
             return mean_vector(pos_states.layer("gradients", layer))
         if method in ("caa", "repe"):
             reduce = {"caa": mean_vector, "repe": pca_vector}[method]
@@ -103,10 +120,13 @@ def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> Ste
                 chunk * swaps.choice([-1.0, 1.0], size=(len(chunk), 1))
                 for chunk in pos_states.layer("gradients", layer)
             )
-        size = pos_states.info["model"]["hidden_size"]
+        if method == "shared_random":
+            generator.manual_seed(seed)  # each layer draws the same direction
         return torch.randn(size, generator=generator, dtype=torch.float64).numpy()
 
     by_layer = np.stack([vector(layer) for layer in range(pos_states.layers)])
+    if method == "rotated":
+        by_layer = by_layer @ random_rotation(size, seed)
     if not np.isfinite(by_layer).all():
         raise UserError("the hidden states hold NaN or infinite values: make them again")
     info = {**pos_states.info, "stage": "steering_vectors", "method": method, "mode": mode}

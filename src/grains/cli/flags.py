@@ -59,7 +59,10 @@ class Kind:
 LLM = Kind("llm", "llama-3.1-8b-instruct", "truthfulqa", 10, "qa", False)
 VLM = Kind("vlm", "llava-1.6-7b", "spa-vl", 50, "chat", True)
 # The default grid of steering_mc.py. The experiment tries all methods and searches strengths.
-GRID = GridSettings(("mean", "pca", "gradient", "caa", "random"), alphas=(0.005, 0.01, 0.02, 0.03))
+GRID = GridSettings(
+    ("mean", "pca", "gradient", "caa", "random", "shared_random", "rotated"),
+    alphas=(0.005, 0.01, 0.02, 0.03),
+)
 UNSET = GridSettings(())  # fills nothing but the layers, which are then all
 
 

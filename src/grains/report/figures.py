@@ -52,7 +52,7 @@ PALETTE = (
     ("#2b8fa8", "X"),
     ("#c8434d", "*"),
 )
-GREY, CONTROL_MARKERS = "#808080", "x+1234"
+GREY, CONTROL_MARKERS = "#808080", "x+1234|_"
 # How the tokens of a selection are outlined.
 OUTLINES = {"pos": "solid", "neg": (0, (2, 1.2))}
 # Pieces of one character that byte-level vocabularies may cut it into (an emoji's four bytes).

@@ -18,12 +18,13 @@ from torch.nn.functional import normalize
 from grains import data, prompts, runs
 from grains.lm import LanguageModel
 from grains.prompts import Encoded
-from grains.settings import TRAINED_RANDOM
+from grains.settings import TRAINED_RANDOM, TRAINED_ROTATED
 from grains.steering import Configuration, Direction, Gate, SteeringVectors, parse_layers
 from grains.study import costs, gates, lora, trained
 from grains.study.evaluate import encode_answers, own_answers
 from grains.study.lora import LoraDirection
 from grains.study.study import Study
+from grains.vectors import random_rotation
 
 SCALES = (0.35, 0.7, 1.0, 1.5, 2.5)  # the strengths that trained methods are tried at
 Pairs = Callable[[], list[Encoded]]
@@ -143,6 +144,7 @@ def trained_vectors(
     return [
         TrainedDirection("trained", "", tuple(layers), vectors),
         TrainedDirection(TRAINED_RANDOM, "", tuple(layers), random_like(vectors, study.seed)),
+        TrainedDirection(TRAINED_ROTATED, "", tuple(layers), rotated(vectors, study.seed)),
     ]
 
 
@@ -166,6 +168,16 @@ def random_like(vectors: SteeringVectors, seed: int) -> SteeringVectors:
         vectors,
         vectors=lengths * normalize(drawn, dim=-1),
         info={**vectors.info, "method": TRAINED_RANDOM},
+    )
+
+
+def rotated(vectors: SteeringVectors, seed: int) -> SteeringVectors:
+    """The vectors under one random rotation (see `random_rotation`), behind the same gate."""
+    rotation = random_rotation(vectors.vectors.shape[1], seed)
+    return replace(
+        vectors,
+        vectors=torch.from_numpy(vectors.vectors.double().numpy() @ rotation).float(),
+        info={**vectors.info, "method": TRAINED_ROTATED},
     )
 
 
