@@ -1,7 +1,7 @@
 """Stage 3: free generation, base and steered side by side from the same prompts.
 
 Without --methods, --layer_idxs and --alphas the configuration that steering_mc.py chose is used,
-with the random control of the same strength beside it.
+with the controls of the same strength beside it.
 """
 
 from __future__ import annotations

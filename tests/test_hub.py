@@ -195,11 +195,11 @@ def test_stage_2(finished, out):
     grid = pd.read_csv(out / "results" / f"{STEM}_grid.csv", keep_default_na=False)
     questions = pd.read_csv(out / "results" / f"{STEM}_questions.csv")
     chosen = json.loads((out / "results" / f"{STEM}_chosen.json").read_text())
-    configurations = 1 + 4 * (2 + 2 + 1 + 1 + 1)  # base; mean, pca (two modes), and three others
+    configurations = 1 + 4 * (2 + 2 + 5 * 1)  # base; mean, pca (two modes), and five others
     assert len(grid) == 2 * configurations and set(grid.part) == {"validation", "test"}
     assert len(questions) == configurations * (VALIDATION + TEST)
     assert chosen["configuration"] in set(grid.configuration)
-    assert len(list((out / "vectors").iterdir())) == 7
+    assert len(list((out / "vectors").iterdir())) == 9
     assert grid[grid.part == "test"].questions.unique().tolist() == [TEST]
 
 
@@ -221,8 +221,9 @@ def test_no_steering_example_is_evaluated(finished, out):
 def test_stage_3(finished, out):
     table = pd.read_csv(generations(out), keep_default_na=False)
     chosen = json.loads((out / "results" / f"{STEM}_chosen.json").read_text())
-    assert len(table) == 2 * 3  # the chosen configuration and the random control
-    assert set(table.method) == {chosen["method"], "random"}
+    controls = {"random", "shared_random", "rotated"}
+    assert len(table) == 4 * 3  # the chosen configuration and the controls
+    assert set(table.method) == {chosen["method"], *controls}
     assert {"question", "base", "steered", "reference", "changed"} <= set(table.columns)
     assert set(table.prompt_style) == {"chat"}
 
