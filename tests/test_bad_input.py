@@ -271,6 +271,16 @@ def test_states_of_different_runs(stage1, stage2, tmp_path):
     assert "different runs" in message and "seed" in message
 
 
+def test_states_of_the_other_selection(stage2, done, tmp_path):
+    """Taken for pos - neg, one file given twice would be a vector of zeros."""
+    pos, neg = done / "states_pos.safetensors", done / "states_neg.safetensors"
+    message = stage2(tmp_path, "--hidden_states_path", neg).error()
+    assert str(neg) in message and "holds the 'neg' hidden states" in message
+    message = stage2(tmp_path, "--mode", "both", "--hidden_states_neg_path", pos).error()
+    assert str(pos) in message and "expected the 'neg' ones" in message
+    assert not contents(tmp_path)
+
+
 def test_states_that_are_missing_or_damaged(stage2, done, tmp_path):
     message = stage2(tmp_path, "--hidden_states_path", tmp_path / "none.safetensors").error()
     assert "do not exist" in message and "token_ablation.py" in message

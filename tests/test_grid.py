@@ -24,13 +24,19 @@ def states(make_tiny, tmp_path):
     """A tiny model with 4 layers, and files of stage 1 of it."""
     lm = make_tiny("llama")
     shape = (EXAMPLES, len(lm.layers) + 1, lm.hidden_size)
-    info = {"stage": "token_ablation", "model": lm.identity() | {"dtype": "float32"}}
+    info = {
+        "stage": "token_ablation",
+        "model": lm.identity() | {"dtype": "float32"},
+        "data": {"fingerprint": "f", "questions": ["q"] * EXAMPLES},
+        "settings": {},
+        "seed": 0,
+    }
     files = {}
     for seed, top in enumerate(("pos", "neg")):
         generator = torch.Generator().manual_seed(seed)
         tensors = {name: torch.randn(shape, generator=generator) for name in NAMES}
         norms = torch.rand(shape[:2], generator=torch.Generator().manual_seed(9))
-        write_tensors(tmp_path / top, tensors | {"norms": norms}, info)
+        write_tensors(tmp_path / top, tensors | {"norms": norms}, info | {"top": top})
         files[top] = StatesFile(tmp_path / top)
     return lm, files
 

@@ -22,7 +22,10 @@ N, L, D = 5, 4, 48
 RESPONSES = ("hidden_pos_response", "hidden_neg_response")
 INFO = {
     "stage": "token_ablation",
+    "top": "pos",
     "seed": 0,
+    "data": {"fingerprint": "f", "questions": [f"q{index}" for index in range(N)]},
+    "settings": {},
     "model": {"model": "tiny-llama", "num_layers": L, "hidden_size": D, "dtype": "float32"},
 }
 

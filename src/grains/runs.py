@@ -134,7 +134,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 def read_header(path: Path) -> dict:
     """The `info` in the header of a safetensors file.
 
-    Raises UserError if the file is missing, cut short or has no such header.
+    Raises UserError if the file is missing, cut short or has no such header, and for a header that
+    is no JSON object.
     """
     if not path.is_file():
         raise UserError(f"'{path}' does not exist")
@@ -147,7 +148,21 @@ def read_header(path: Path) -> dict:
         ) from error
     if header is None:
         raise UserError(f"'{path}' has no '{HEADER}' header: it was not written by these scripts")
-    return json.loads(header)
+    return _object(header, f"the '{HEADER}' header of '{path}'", "make the file again")
+
+
+def _object(text: str, what: str, todo: str) -> dict:
+    """A JSON object from its text. what, todo: for the error. Raises UserError for another text."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{what} cannot be read ({reason}): was it cut short? {todo}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{what}: expected a JSON object, found {str(content)[:40]}; was it changed? {todo}"
+        )
+    return content
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -178,19 +193,12 @@ def write_rows(path: Path, chunks: Iterable[list[dict]]) -> None:
 
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises UserError if the file is missing, not valid, or no object."""
+    todo = "remove it and run the command again"
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"'{path}' cannot be read ({error}): was it cut short? remove it and run "
-            "the command again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"'{path}': expected a JSON object, found {str(content)[:40]}; was it changed? remove "
-            "it and run the command again"
-        )
-    return content
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): was it cut short? {todo}") from error
+    return _object(text, f"'{path}'", todo)
 
 
 def processes() -> PartialState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,17 @@ POS_ABLATED, NEG_ABLATED = f"{POS}_ablated", f"{NEG}_ablated"
 # What the files of all selections have in common; norms (N, L+1), gradients (N, L+1, D).
 SHARED = (POS, NEG, "norms", "gradients")
 EXAMPLES_AT_A_TIME = 4096
+# What the header of a file says, as far as later stages read it.
+MANIFEST: dict[str, type] = {
+    "top": str,
+    "seed": int,
+    "model.model": str,
+    "model.num_layers": int,
+    "model.hidden_size": int,
+    "data.fingerprint": str,
+    "data.questions": list,
+    "settings": dict,
+}
 
 
 class States(ABC):
@@ -47,11 +59,20 @@ class States(ABC):
         return len(self._norms())
 
     def layer(self, name: str, layer: int) -> Iterator[np.ndarray]:
-        """Array `name` after a decoder layer, as fp64 chunks (n, D) of the N examples."""
+        """Array `name` after a decoder layer, as fp64 chunks (n, D) of the N examples.
+
+        Raises UserError for NaN or infinite values.
+        """
         count = self.count
         for start in range(0, count, EXAMPLES_AT_A_TIME):
             end = min(start + EXAMPLES_AT_A_TIME, count)
-            yield self._rows(name, layer + 1, start, end).astype(np.float64)
+            rows = self._rows(name, layer + 1, start, end).astype(np.float64)
+            if not np.isfinite(rows).all():
+                raise UserError(
+                    f"the hidden states ({name}, layer {layer}) hold NaN or infinite values: make "
+                    "them again"
+                )
+            yield rows
 
     def norms(self) -> Tensor:
         """(L,) the median over examples of the median over positions of ||h_l||."""
@@ -97,16 +118,52 @@ class StatesInMemory(States):
 class StatesFile(States):
     """The states in a file of stage 1, read layer by layer: it need not fit in memory.
 
-    Raises UserError if the file is missing, cut short or of another kind.
+    top: the selection that is expected; None: any.
+    Raises UserError if the file is missing, cut short, of another kind or selection, or if its
+    arrays are not those that its header says.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, top: str | None = None):
         self.path = Path(path)
         self.info = read_header(self.path)
         if self.info.get("stage") != "token_ablation":
             raise UserError(f"'{path}' holds no hidden states of token_ablation.py")
+        for name, kind in MANIFEST.items():
+            value: Any = self.info
+            for key in name.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise self._changed(f"its header lacks {name}")
+        if top not in (None, self.info["top"]):
+            raise UserError(
+                f"'{path}' holds the '{self.info['top']}' hidden states, expected the '{top}' "
+                "ones: give the file of that selection"
+            )
         self._file = safe_open(str(self.path), framework="np")
-        self.layers = self._file.get_slice("gradients").get_shape()[1] - 1
+        self.layers = self.info["model"]["num_layers"]
+        self._check_arrays()
+
+    def _check_arrays(self) -> None:
+        examples = len(self.info["data"]["questions"])
+        shape = [examples, self.layers + 1, self.info["model"]["hidden_size"]]
+        if min(shape) < 1 or self.layers < 1:
+            raise self._changed(f"its header says {examples} examples, {self.layers} layers")
+        for name in (*SHARED, POS_ABLATED, NEG_ABLATED):
+            if name not in self._file.keys():  # noqa: SIM118 (safe_open has no `in`)
+                raise self._changed(f"{name} is missing")
+            array = self._file.get_slice(name)
+            expected = shape[:2] if name == "norms" else shape
+            if array.get_dtype() != "F32" or array.get_shape() != expected:
+                raise self._changed(
+                    f"{name} is {array.get_dtype()} {array.get_shape()}, where its header says "
+                    f"F32 {expected}"
+                )
+
+    def _changed(self, what: str) -> UserError:
+        return UserError(
+            f"'{self.path}' is not as token_ablation.py writes it: {what}; was it changed? make it "
+            "again"
+        )
 
     def _rows(self, name: str, layer: int, start: int, end: int) -> np.ndarray:
         return self._file.get_slice(name)[start:end, layer]

@@ -187,7 +187,8 @@ class SteeringVectors:
     norms: (L,) the median over the steering examples of ||h_l||.
     info: the manifest: model, data and settings that they come from.
     gate: scales them at each position; None: they are added alike at every position.
-    Raises UserError for NaN or infinite values, and for shapes that do not match.
+    Raises UserError for NaN or infinite values, for other types than floating point, and for shapes
+    that do not match.
     """
 
     vectors: Tensor
@@ -201,7 +202,18 @@ class SteeringVectors:
                 f"expected vectors (L, D) and norms (L,), found {tuple(self.vectors.shape)} and "
                 f"{tuple(self.norms.shape)}"
             )
+        if self.gate and (
+            self.gate.weights.shape != self.vectors.shape
+            or self.gate.biases.shape != self.norms.shape
+        ):
+            raise UserError(
+                f"expected a gate's weights {tuple(self.vectors.shape)} and biases "
+                f"{tuple(self.norms.shape)}, found {tuple(self.gate.weights.shape)} and "
+                f"{tuple(self.gate.biases.shape)}"
+            )
         for name, values in (("vectors", self.vectors), ("norms", self.norms)):
+            if not values.is_floating_point():
+                raise UserError(f"the {name} are {values.dtype}: expected floating point")
             if not values.isfinite().all():
                 raise UserError(f"the {name} hold NaN or infinite values: make them again")
 
@@ -214,10 +226,16 @@ class SteeringVectors:
         units: relative: alpha times the median activation norm, along the unit vector, so that an
             alpha means the same at every layer and in every model; absolute: alpha times the vector
             as its method gives it (as in the paper, whose factor of 10 is not included).
-        Raises UserError for unknown layers or units, and for a strength that is not finite or so
-        large that nothing of the hidden states would be left.
+        Raises UserError for unknown layers or units, for a strength that is not finite or so large
+        that nothing of the hidden states would be left, and for a layer whose gate is NaN.
         """
         chosen = parse_layers(layers, len(self.vectors))
+        if self.gate:
+            weights, biases = self.gate.weights[chosen], self.gate.biases[chosen]
+            if not weights.isfinite().all() or biases.isnan().any():
+                raise UserError(
+                    "a gate of these layers is NaN or infinite: give layers that have a gate"
+                )
         if units not in UNITS:
             raise UserError(f"unknown units '{units}': expected {' or '.join(UNITS)}")
         if not math.isfinite(alpha):

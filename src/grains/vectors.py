@@ -18,6 +18,9 @@ from grains.settings import ABLATION_METHODS, GridSettings
 from grains.states import NEG, POS, States
 from grains.steering import SteeringVectors
 
+# Variance as a share of the mean's square: below it rows of fp32 differ by nothing.
+SAME = 1e-20
+
 
 def mean_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
     """The mean (D,) of rows that come in chunks (n, D)."""
@@ -33,7 +36,7 @@ def pca_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
     Up to D rows are decomposed directly. More rows are summed into their covariance (D, D), which
     is then smaller than they are. A principal component has no sign of its own; it is oriented so
     that the mean of the rows projects positively on it.
-    Raises UserError for fewer than two rows.
+    Raises UserError for fewer than two rows, and for rows that are all the same.
     """
     # Imported late: these libraries take a second, and most runs compute no principal component.
     from scipy.linalg import eigh
@@ -50,6 +53,7 @@ def pca_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
         )
     if len(rows) <= rows.shape[1]:
         mean = rows.mean(axis=0)
+        _check_spread(rows.var(axis=0).sum(), mean)
         component = PCA(n_components=1, svd_solver="full").fit(rows).components_[0]
     else:
         # The products are of differences from an estimate of the mean: with a large mean, plain
@@ -62,8 +66,17 @@ def pca_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
         shift = total / count
         mean, size = origin + shift, len(origin)
         covariance = products / count - np.outer(shift, shift)
+        _check_spread(np.trace(covariance), mean)
         component = eigh(covariance, subset_by_index=[size - 1, size - 1])[1][:, 0]
     return component if component @ mean >= 0 else -component
+
+
+def _check_spread(variance: float, mean: np.ndarray) -> None:
+    if variance <= SAME * (mean @ mean):
+        raise UserError(
+            "all rows are the same, so they have no principal component: give other examples or "
+            "use the method 'mean'"
+        )
 
 
 def random_rotation(size: int, seed: int) -> np.ndarray:
@@ -94,7 +107,7 @@ def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> Ste
         y+ and y- swapped at random in each example.
     mode: for mean and pca: pos, v = v_pos; both, v = v_pos - v_neg.
     seed: seeds random, shared_random, rotated and shuffled.
-    Raises UserError if the result holds NaN or infinite values.
+    Raises UserError if the hidden states hold NaN or infinite values, or give zeros alone.
     """
     generator = torch.Generator().manual_seed(seed)
     pos_states = states["pos"]
@@ -127,8 +140,11 @@ def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> Ste
     by_layer = np.stack([vector(layer) for layer in range(pos_states.layers)])
     if method == "rotated":
         by_layer = by_layer @ random_rotation(size, seed)
-    if not np.isfinite(by_layer).all():
-        raise UserError("the hidden states hold NaN or infinite values: make them again")
+    if not by_layer.any():
+        raise UserError(
+            f"the method '{method}' gives a vector of zeros at every layer, which steers nothing: "
+            "give other examples or another method"
+        )
     info = {**pos_states.info, "stage": "steering_vectors", "method": method, "mode": mode}
     return SteeringVectors(torch.from_numpy(by_layer).float(), pos_states.norms(), info)
 

@@ -31,7 +31,7 @@ def states_files(args: argparse.Namespace, grid: GridSettings) -> dict[str, Stat
                 f"hidden states '{path}' do not exist: first run token_ablation.py with --top "
                 f"{top} and the same model, data and settings, or give --{flag}"
             )
-        files[top] = StatesFile(path)
+        files[top] = StatesFile(path, top)
         different = runs.differences(
             files["pos"].info | {"top": None}, files[top].info | {"top": None}
         )

@@ -88,7 +88,7 @@ def begin(
     stage1.run(
         lm, pairs, source, ablation, names.attributions(), files, overwrite, known=attributed
     )
-    states = {top: StatesFile(path) for top, path in files.items()}
+    states = {top: StatesFile(path, top) for top, path in files.items()}
     made: list[Direction | LoraDirection] = []
     for method, mode, steering_vectors in vectors.make_all(states, settings.grid, seed):
         if runs.processes().is_main_process:
