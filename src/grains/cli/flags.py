@@ -103,7 +103,7 @@ def add_model(flags: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model_name",
         default=flags.get_default("kind").model,
-        help=f"short name ({', '.join([EMBEDDED, *MODELS])}), hub id or local folder",
+        help=f"short name ({', '.join([EMBEDDED, *MODELS])}), hub id, local folder or GGUF file",
     )
     add_device(group)
     group.add_argument(
