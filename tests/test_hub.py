@@ -187,7 +187,7 @@ def test_stage_1(finished, out):
 
 
 def generations(out):
-    (path,) = (out / "results").glob(f"{STAGE1}_joint_0-2_*prompts-3_tokens-6.csv")
+    (path,) = (out / "results").glob(f"{STAGE1}_joint_0-2_methods-*.csv")
     return path
 
 
