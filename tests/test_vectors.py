@@ -120,6 +120,19 @@ def test_gradient_caa_and_random(files):
     assert (directions @ directions.T - torch.eye(L)).abs().max() < 0.6
 
 
+def test_icv_is_the_first_direction_of_all_layers_joined(files):
+    tensors, opened = files
+    of = tensors["pos"]
+    rows = (of["hidden_pos_response"] - of["hidden_neg_response"])[:, 1:].double().flatten(1)
+    direction = torch.linalg.svd(rows, full_matrices=False).Vh[0]
+    direction *= torch.sign(direction @ rows.mean(0))
+    icv = make(opened, "icv", "", 0).vectors
+    assert relative(icv, direction.view(L, D)) <= 1e-5
+    assert icv.norm().item() == pytest.approx(1, abs=1e-5)  # over all layers, not for each
+    assert relative(icv, make(opened, "repe", "", 0).vectors) > 0.1
+    assert torch.equal(icv, make(opened, "icv", "", 1).vectors)
+
+
 def cosines(vectors):
     unit = torch.nn.functional.normalize(vectors.double(), dim=-1)
     return unit @ unit.T

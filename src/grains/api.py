@@ -104,7 +104,7 @@ def fit(
     """One steering vector per layer from preference pairs (paper, sections 3.1 and 3.2).
 
     pairs: N times (prompt, preferred answer, dispreferred answer), or `Example`s.
-    method: mean or pca (the paper's), gradient, caa, repe, or a control: random,
+    method: mean or pca (the paper's), gradient, caa, repe, icv, or a control: random,
         shared_random, rotated, rand_tokens, shuffled (see `grains.vectors.make`).
     mode: for mean and pca: pos, or both (pos minus neg).
     settings: attribution, ablation, prompt style and seed. `tops` is set by method and mode.

@@ -44,6 +44,7 @@ METHOD_MEANINGS = {
     "gradient": "mean gradient",
     "caa": "mean difference of the responses' states",
     "repe": "first principal component of the differences of caa",
+    "icv": "in-context vectors: first direction of these differences, all layers joined",
     "random": "control: random directions",
     "shared_random": "control: one random direction at all layers",
     "rotated": "control: gradient under one random rotation of the hidden space",

@@ -79,6 +79,51 @@ def _check_spread(variance: float, mean: np.ndarray) -> None:
         )
 
 
+def joint_direction(states: States) -> np.ndarray:
+    """In-context vectors (arXiv 2311.06668): (L, D), of unit length over all layers together.
+
+    The states of all layers are joined to one row an example; the vector is the first principal
+    direction of the rows' differences h(x y+) - h(x y-), which are not centred, oriented so that
+    their mean projects positively on it. The differences are read layer by layer in every step of
+    the iteration, so they need not fit in memory.
+    """
+    from scipy.sparse.linalg import LinearOperator, svds  # late, as in `pca_vector`
+
+    layers, size = range(states.layers), states.info["model"]["hidden_size"]
+    mean = np.stack([mean_vector(states.difference(POS, NEG, layer)) for layer in layers])
+
+    def onto(direction: np.ndarray) -> np.ndarray:
+        """(N,) the rows' projections."""
+        by_layer = direction.reshape(len(layers), size)
+        total = np.zeros(states.count)
+        for layer in layers:
+            total += np.concatenate(
+                [rows @ by_layer[layer] for rows in states.difference(POS, NEG, layer)]
+            )
+        return total
+
+    def combined(weights: np.ndarray) -> np.ndarray:
+        """(L * D,) the weighted sum of the rows."""
+        weights = weights.ravel()
+        sums = np.zeros((len(layers), size))
+        for layer in layers:
+            start = 0
+            for rows in states.difference(POS, NEG, layer):
+                sums[layer] += weights[start : start + len(rows)] @ rows
+                start += len(rows)
+        return sums.ravel()
+
+    if states.count == 1 or not mean.any():  # one row is its own direction
+        return mean / max(np.linalg.norm(mean), np.finfo(float).tiny)
+    rows = LinearOperator(
+        (states.count, len(layers) * size), matvec=onto, rmatvec=combined, dtype=np.float64
+    )
+    start = np.ones(min(rows.shape))  # so that the same states give the same digits
+    direction = svds(rows, k=1, v0=start, return_singular_vectors="vh")[2][0]
+    direction = direction.reshape(len(layers), size)
+    return direction if (direction * mean).sum() >= 0 else -direction
+
+
 def random_rotation(size: int, seed: int) -> np.ndarray:
     """A rotation of the hidden space (D, D) in fp64, uniform over all rotations.
 
@@ -100,7 +145,8 @@ def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> Ste
         both, rand for rand_tokens.
     method: mean or pca: the mean or the first principal component of the shifts; gradient: the mean
         over examples of df/dh; caa: the mean over examples of h(x y+) - h(x y-); repe: the first
-        principal component of these differences.
+        principal component of these differences; icv: in-context vectors (see
+        `joint_direction`).
         Controls: random: random directions; shared_random: one random direction at all layers;
         rotated: gradient under one random rotation, so that lengths, and angles between layers,
         stay; rand_tokens: the mean shift when random tokens are ablated; shuffled: gradient with
@@ -137,7 +183,10 @@ def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> Ste
             generator.manual_seed(seed)  # each layer draws the same direction
         return torch.randn(size, generator=generator, dtype=torch.float64).numpy()
 
-    by_layer = np.stack([vector(layer) for layer in range(pos_states.layers)])
+    if method == "icv":
+        by_layer = joint_direction(pos_states)
+    else:
+        by_layer = np.stack([vector(layer) for layer in range(pos_states.layers)])
     if method == "rotated":
         by_layer = by_layer @ random_rotation(size, seed)
     if not by_layer.any():
