@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from grains.lm import LanguageModel
 from grains.logprobs import Targets, targets, token_log_probs
 from grains.packing import pack
 from grains.prompts import Encoded
-from grains.replay import Capture, capture_pack, gradient_rows, replay
+from grains.replay import Capture, capture_pack, gradient_rows, replay, without_prefix
 from grains.settings import TOPS
 
 
@@ -81,17 +81,22 @@ def hidden_states(
     plain = _plain(lm, encoded, captured, terms, ends, gradients)
     prompt = captured.embeds[0, : len(encoded.prompt_ids)]
     replacement = baseline_embeddings(lm, encoded, prompt, text, image)
-    rows = captured.embeds.repeat(len(ablated), 1, 1)
-    for row, positions in enumerate(ablated):
-        rows[row, positions] = replacement[positions]
     last, log_likelihoods = [plain.last], [plain.log_likelihoods]
-    with torch.inference_mode():
-        for batch in rows.split(max(1, max_tokens // rows.shape[1])) if ablated else ():
-            reader = _Reader(ends)
-            reader(-1, batch)
-            final = replay(lm, batch, captured.calls, after=reader)
-            last.append(reader.stacked())
-            log_likelihoods.append(_log_likelihoods(lm, final, terms).cpu())
+    if ablated:
+        first = min((min(positions) for positions in ablated if positions), default=0)
+        moving = without_prefix(lm, captured, first)
+        rows = captured.embeds.repeat(len(ablated), 1, 1)
+        for row, positions in enumerate(ablated):
+            rows[row, positions] = replacement[positions]
+        rows = rows[:, moving.start :]
+        terms = replace(terms, nodes=terms.nodes - moving.start)
+        with torch.inference_mode():
+            for batch in rows.split(max(1, max_tokens // rows.shape[1])):
+                reader = _Reader(ends - moving.start)
+                reader(-1, batch)
+                final = replay(lm, batch, moving.calls, after=reader)
+                last.append(reader.stacked())
+                log_likelihoods.append(_log_likelihoods(lm, final, terms).cpu())
     return States(torch.cat(last), torch.cat(log_likelihoods), plain.norms, plain.gradients)
 
 

@@ -20,6 +20,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from grains import vision
 from grains.errors import UserError
@@ -27,7 +28,14 @@ from grains.lm import LanguageModel
 from grains.logprobs import targets, token_log_probs
 from grains.packing import pack
 from grains.prompts import Encoded
-from grains.replay import Capture, capture, capture_pack, gradient_rows, replay
+from grains.replay import (
+    Capture,
+    capture,
+    capture_pack,
+    gradient_rows,
+    replay,
+    without_prefix,
+)
 from grains.settings import AttributionSettings
 
 
@@ -37,14 +45,24 @@ class PromptFunction:
     f(x) = sum_c weights[c] * log P(response_c | x), for prompt embeddings x (P, D).
     Log-probabilities that cancel, of words with which two answers begin, are never computed.
 
+    Positions before `first` never change, so they are computed once.
+
     prompt: (P, D) the embeddings of the prompt as it is.
     rows: how many prompts fit in memory, and into max_tokens positions, at a time.
     """
 
-    def __init__(self, lm: LanguageModel, encoded: Encoded, weights: list[float], max_tokens: int):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        encoded: Encoded,
+        weights: list[float],
+        max_tokens: int,
+        first: int = 0,
+    ):
         self.lm = lm
         packed = pack(encoded.sequences(without_last=True))
-        self.captured: Capture = capture_pack(lm, encoded.inputs, packed)
+        whole = capture_pack(lm, encoded.inputs, packed)
+        self.captured: Capture = without_prefix(lm, whole, first)
         fitting, self.checkpointed = gradient_rows(lm, self.captured)
         self.rows = min(fitting, max(1, max_tokens // self.captured.embeds.shape[1]))
         length = len(encoded.prompt_ids)
@@ -52,13 +70,14 @@ class PromptFunction:
         weight = torch.tensor(weights) @ terms.member
         keep = weight != 0
         device = self.captured.embeds.device
-        self.nodes = terms.nodes[keep].to(device)
+        self.nodes = terms.nodes[keep].to(device) - self.captured.start
         self.tokens = terms.tokens[keep].to(device)
         self.weight = weight[keep].to(device)
-        self.prompt = self.captured.embeds[0, :length]
-        self.fixed = self.captured.embeds[:, length:]
+        self.prompt = whole.embeds[0, :length]
+        self.fixed = whole.embeds[:, length:]
 
     def _values(self, prompts: Tensor) -> Tensor:
+        """f (R,) of R prompts from the first position that is computed, (R, P - start, D)."""
         rows = len(prompts)
         if not len(self.nodes):  # the two answers are the same: f is 0
             return 0 * prompts.flatten(1).sum(dim=1)
@@ -77,15 +96,20 @@ class PromptFunction:
 
     def values(self, prompts: Tensor) -> Tensor:
         """f (R,) in nats of R prompts (R, P, D), without gradients."""
+        moving = prompts[:, self.captured.start :]
         with torch.inference_mode():
-            return torch.cat([self._values(batch) for batch in prompts.split(self.rows)]).cpu()
+            return torch.cat([self._values(batch) for batch in moving.split(self.rows)]).cpu()
 
     def values_and_grads(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """f (R,) in nats and its gradient (R, P, D) at R prompts (R, P, D); R is at most `rows`."""
-        prompts = prompts.detach().requires_grad_()
-        values = self._values(prompts)
-        (grads,) = torch.autograd.grad(values.sum(), prompts)
-        return values.detach().cpu(), grads
+        """f (R,) in nats and its gradient (R, P, D) at R prompts (R, P, D); R is at most `rows`.
+
+        The gradient is 0 at the positions that never change.
+        """
+        start = self.captured.start
+        moving = prompts[:, start:].detach().requires_grad_()
+        values = self._values(moving)
+        (grads,) = torch.autograd.grad(values.sum(), moving)
+        return values.detach().cpu(), pad(grads, (0, 0, start, 0))
 
 
 class StraightPath:
@@ -224,9 +248,16 @@ def attribute(
     Returns one result for the contrastive objective, two (of y+ and of y-) for the normal one.
     """
     terms = [[1.0, -1.0]] if settings.objective == "contrastive" else [[1.0, 0.0], [0.0, 1.0]]
+    # Gradient times input is taken at every position; a path leaves some where they are.
+    along_path = settings.grad_method == "integrated_gradients"
+    first = first_moved(attributed_positions(encoded, settings.attribute)) if along_path else 0
     return [
         _attribute(
-            PromptFunction(lm, encoded, weights, max_tokens), lm, encoded, settings, generator
+            PromptFunction(lm, encoded, weights, max_tokens, first),
+            lm,
+            encoded,
+            settings,
+            generator,
         )
         for weights in terms
     ]
@@ -271,6 +302,11 @@ def attributed_positions(encoded: Encoded, attribute: str) -> Tensor:
         "image": encoded.image,
         "text": encoded.content,
     }[attribute]
+
+
+def first_moved(moves: Tensor) -> int:
+    """The first of the prompt's positions (P,) that moves; the last position if none does."""
+    return int(moves.nonzero()[0]) if moves.any() else len(moves) - 1
 
 
 def _start(

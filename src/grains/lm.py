@@ -37,6 +37,8 @@ class LanguageModel:
     layer_outputs: items of the tuple that a layer returns, hidden states first; 0 if it returns a
         tensor.
     packs: whether several sequences may be packed in one row; if not, each is computed alone.
+    keeps_prefix: whether positions that never change may be computed once, and their keys and
+        values kept in the layers' cache.
     batches: whether several rows may be computed together; if not, they are one at a time.
     own_head: whether the model's own forward turns the last hidden states into logits, as it does
         more than apply the norm and the head.
@@ -54,6 +56,7 @@ class LanguageModel:
     memory: int = 4 * 2**30
     layer_outputs: int = 0
     packs: bool = True
+    keeps_prefix: bool = False
     batches: bool = True
     own_head: bool = False
     own_embeddings: bool = False

@@ -34,6 +34,8 @@ from grains.packing import Pack
 # mask and the rotary embeddings). A model whose layers take any other tensor per position is
 # refused: how to reorder it would be a guess.
 POSITION_KEYS = ("position_ids", "cache_position")
+# The names by which families hand a layer its cache of keys and values.
+CACHE_KEYS = ("past_key_values", "past_key_value", "layer_past")
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,14 @@ class Capture:
     embeds: (B, T, D) the hidden states that enter layer 0.
     calls: what each layer is called with beside them.
     lengths: (B,) the number of positions of each sequence; padding follows on the right.
+    start: how many positions come before the T, of which only keys and values are kept (see
+        `without_prefix`).
     """
 
     embeds: Tensor
     calls: Calls
     lengths: Tensor
+    start: int = 0
 
 
 def capture(lm: LanguageModel, inputs: dict) -> Capture:
@@ -89,19 +94,24 @@ def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
         positions = depth.to(value.device)
         if key == "attention_mask":
             return _narrow(value, positions, same_path.to(value.device), lm.name)
-        if key == "position_embeddings" and value.shape[-2] == length:
-            return value.index_select(-2, positions)
-        if key in POSITION_KEYS and value.shape[-1] == length:
-            return value.index_select(-1, positions)
-        raise UserError(
-            f"{lm.name}: its layers take a tensor '{key}' of shape {tuple(value.shape)} that "
-            "cannot be replayed for packed sequences; this model is not supported"
-        )
+        return _at_positions(key, value, positions, length, lm.name)
 
     layers = map_tensors(linear.calls.layers, change)
     causal = _narrow(_causal(length, device), depth, same_path, lm.name)
     calls = Calls(_fill_masks(layers, causal), linear.calls.added)
     return Capture(linear.embeds, calls, linear.lengths)
+
+
+def _at_positions(key: str, value: Tensor, positions: Tensor, length: int, name: str) -> Tensor:
+    """What a layer takes for each of `length` positions, at some of them (n,); no mask."""
+    if key == "position_embeddings" and value.shape[-2] == length:
+        return value.index_select(-2, positions)
+    if key in POSITION_KEYS and value.shape[-1] == length:
+        return value.index_select(-1, positions)
+    raise UserError(
+        f"{name}: its layers take a tensor '{key}' of shape {tuple(value.shape)} that "
+        "cannot be replayed for packed sequences; this model is not supported"
+    )
 
 
 def _capture_apart(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
@@ -146,6 +156,103 @@ def _narrow(mask: Tensor, depth: Tensor, same_path: Tensor, name: str) -> Tensor
     if mask.dtype == torch.bool:
         return mask & same_path
     return mask.masked_fill(~same_path, torch.finfo(mask.dtype).min)
+
+
+class _Noted:
+    """Stands for a layer's cache, and notes the keys and values (1, heads, T, d) it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.given.append((keys.detach(), values.detach()))
+        return keys, values
+
+
+class _Kept:
+    """Stands for a layer's cache that holds what comes before; it never changes.
+
+    The rows of a batch share the keys and values (1, heads, m, d), and a layer may be replayed any
+    number of times.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.before = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        joined_keys, joined_values = (
+            torch.cat([kept.expand(len(new), -1, -1, -1), new], dim=-2)
+            for kept, new in zip(self.before, (keys, values), strict=True)
+        )
+        return joined_keys, joined_values
+
+
+def without_prefix(lm: LanguageModel, captured: Capture, first: int) -> Capture:
+    """The capture of the positions from `first` on, if nothing before them ever changes.
+
+    The keys and values of the positions before are computed once and stand in the layers' cache.
+    Where an earlier position sees a later one (in a picture, for some families), the capture begins
+    where none does. It begins at 0 for a model without such a cache (`LanguageModel.keeps_prefix`).
+
+    captured: B = 1, T positions. Returns a `Capture` of T - `start` positions.
+    """
+    first = _closed(captured.calls, first) if lm.keeps_prefix else 0
+    if not first:
+        return captured
+    length = captured.embeds.shape[1]
+    causal = _causal(length, captured.embeds.device)
+    filled = replace(captured.calls, layers=_fill_masks(captured.calls.layers, causal))
+    noted = [_Noted() for _ in lm.layers]
+    before = _between(lm, filled, 0, first, length, noted)
+    with torch.no_grad():
+        replay(lm, captured.embeds[:, :first], before)
+    if any(len(note.given) != 1 for note in noted):
+        raise UserError(f"{lm.name}: its layers do not keep keys and values in their cache")
+    kept = [_Kept(*note.given[0]) for note in noted]
+    calls = _between(lm, filled, first, length, length, kept)
+    return Capture(captured.embeds[:, first:], calls, captured.lengths - first, first)
+
+
+def _closed(calls: Calls, first: int) -> int:
+    """The largest number of positions, at most `first`, of which none sees a later one."""
+    masks = {
+        id(mask): mask
+        for layer in calls.layers
+        if isinstance(mask := layer.get("attention_mask"), Tensor)
+    }
+    for mask in masks.values():
+        if mask.dim() != 4:
+            return 0
+        rows = mask[..., :first, :]
+        seen = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+        columns = torch.arange(seen.shape[-1], device=seen.device)
+        last = (seen * columns).amax((0, 1, 3)).cummax(0).values
+        closed = (last <= columns[:first]).nonzero()
+        first = int(closed[-1]) + 1 if len(closed) else 0
+        if not first:
+            break
+    return first
+
+
+def _between(
+    lm: LanguageModel, calls: Calls, start: int, stop: int, length: int, caches: list
+) -> Calls:
+    """The calls (B = 1) for positions start to stop-1 of `length`, with a cache for each layer."""
+
+    def change(key: str, value: Tensor) -> Tensor:
+        if key == "attention_mask":
+            return value[..., start:stop, :stop]
+        positions = torch.arange(start, stop, device=value.device)
+        return _at_positions(key, value, positions, length, lm.name)
+
+    layers = []
+    for layer, cache in zip(map_tensors(calls.layers, change), caches, strict=True):
+        name = next((key for key in CACHE_KEYS if key in layer), None)
+        if name is None:
+            raise UserError(f"{lm.name}: its layers take no cache of keys and values")
+        layers.append(layer | {name: cache})
+    added = {layer: states[:, start:stop] for layer, states in calls.added.items()}
+    return Calls(layers, added)
 
 
 def extend(prompt: dict, tokens: list[int]) -> dict:
