@@ -21,7 +21,7 @@ from grains import ablation, generation, logprobs, models, prompts, replay, sett
 from grains.attribution import attribute
 from grains.errors import UserError
 from grains.packing import pack
-from grains.replay import capture, capture_pack
+from grains.replay import capture, capture_pack, without_prefix
 from grains.scoring import score
 from grains.settings import AttributionSettings
 from grains.steering import Configuration, steered
@@ -269,6 +269,24 @@ def test_packed_answers_are_separate_sequences(either, answers):
         found = logprobs.logits(either, replay.replay(either, captured.embeds, captured.calls))[0]
     for path, response in zip(packed.paths, item.responses, strict=True):
         assert difference(found[path], own_logits(either, item, response)) <= 1e-4
+
+
+@pytest.mark.parametrize("place", ["before", "in", "behind"])
+def test_what_comes_before_a_place_is_kept(either, place):
+    """A picture whose tokens see each other both ways is kept as a whole or not at all."""
+    item = encode(either)
+    inside = item.image.nonzero()[:, 0].tolist()
+    first = {"before": inside[0] - 1, "in": inside[3], "behind": inside[-1] + 2}[place]
+    packed = pack(item.sequences())
+    whole = capture_pack(either, item.inputs, packed)
+    rest = without_prefix(either, whole, first)
+    sees_ahead = "gemma" in either.name and place == "in"
+    assert rest.start == (inside[0] if sees_ahead else first)
+    with torch.no_grad():
+        found = logprobs.logits(either, replay.replay(either, rest.embeds, rest.calls))[0]
+    for path, response in zip(packed.paths, item.responses, strict=True):
+        expected = own_logits(either, item, response)[rest.start :]
+        assert difference(found[path[rest.start :] - rest.start], expected) <= 1e-4
 
 
 def vectors_for(lm, seed=0, strength=8.0):

@@ -28,14 +28,7 @@ from grains.lm import LanguageModel
 from grains.logprobs import targets, token_log_probs
 from grains.packing import pack
 from grains.prompts import Encoded
-from grains.replay import (
-    Capture,
-    capture,
-    capture_pack,
-    gradient_rows,
-    replay,
-    without_prefix,
-)
+from grains.replay import Capture, capture, capture_pack, gradient_rows, replay, without_prefix
 from grains.settings import AttributionSettings
 
 
