@@ -173,7 +173,14 @@ def score(
         table, source, examples, objects, judge and judge.identity, asked
     )
     if not runs.resume(
-        [*outputs.values()], manifest, len(groups), make, write, "judging", args.overwrite
+        [*outputs.values()],
+        manifest,
+        len(groups),
+        make,
+        write,
+        "judging",
+        args.overwrite,
+        inputs=[table, source.path],
     ):
         entry.say("nothing to do: these results are already there")
     if runs.processes().is_main_process:

@@ -112,7 +112,16 @@ def main(kind: Kind = LLM) -> None:
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
     }
-    if not runs.resume([output], manifest, len(groups), make, write, "generating", args.overwrite):
+    if not runs.resume(
+        [output],
+        manifest,
+        len(groups),
+        make,
+        write,
+        "generating",
+        args.overwrite,
+        inputs=[source.path, chosen],
+    ):
         entry.say("nothing to do: these results are already there")
     if runs.processes().is_main_process:
         show(pd.read_csv(output, keep_default_na=False, dtype=dict.fromkeys(TEXTS, str)))

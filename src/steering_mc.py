@@ -108,8 +108,6 @@ def main(kind: Kind = LLM) -> None:
                 columns
             ]
         )
-        for path, vectors in made.items():
-            vectors.save(path)
         runs.write_table(outputs["questions"], questions)
         runs.write_table(outputs["grid"], table)
         runs.write_json(outputs["chosen"], chosen(table, grid, args.score))
@@ -119,7 +117,15 @@ def main(kind: Kind = LLM) -> None:
     )
     manifest["flags"]["score"] = args.score
     if not runs.resume(
-        [*outputs.values()], manifest, len(groups), make, write, "scoring", args.overwrite
+        [*outputs.values()],
+        manifest,
+        len(groups),
+        make,
+        write,
+        "scoring",
+        args.overwrite,
+        inputs=[source.path, *(file.path for file in states.values())],
+        shared={path: vectors.content() for path, vectors in made.items()},
     ):
         entry.say("nothing to do: these results are already there")
     if runs.processes().is_main_process:

@@ -352,14 +352,51 @@ def test_other_flags_are_refused(stage1, stage2, done, tmp_path):
     assert contents(tmp_path).keys() == after.keys()
 
 
-def test_files_of_somebody_else_are_kept(stage1, done, tmp_path):
+def test_files_of_somebody_else_are_kept(stage1, stage2, questions, tmp_path):
+    """--overwrite replaces what these scripts wrote, and nothing else."""
     mine = tmp_path / "tokens.csv"
     mine.write_text("my own")
-    message = stage1(tmp_path).error()
-    assert str(mine) in message and "overwrite" in message
-    assert contents(tmp_path) == {mine: b"my own"}
-    stage1(tmp_path, "--overwrite").ok()
-    assert mine.read_bytes() == (done / "tokens.csv").read_bytes()
+    for more in ((), ("--overwrite",)):
+        message = stage1(tmp_path, *more).error()
+        assert f"'{mine}'" in message and "move it away" in message
+        assert contents(tmp_path) == {mine: b"my own"}
+    message = stage1(tmp_path, "--output_path_meta", questions, "--overwrite").error()
+    assert f"'{questions}', which this run reads" in message
+
+    mine = tmp_path / "vectors" / "states_pos_mean_pos.safetensors"
+    mine.parent.mkdir()
+    mine.write_text("my own")
+    for more in ((), ("--overwrite",)):
+        message = stage2(tmp_path, *more).error()
+        assert f"'{mine}' was not written by these scripts" in message
+        assert mine.read_text() == "my own"
+
+
+def test_vectors_of_another_run_are_kept(stage1, stage2, done, tmp_path):
+    """Their file is named after that of the hidden states, and another run's may have its name."""
+    stage2(tmp_path).ok()
+    before = contents(tmp_path / "vectors")
+    assert [path.name for path in before] == [
+        "states_pos_mean_pos.safetensors",
+        "states_pos_random_seed0.safetensors",
+    ]
+    other = tmp_path / "other"
+    stage1(
+        other, "--top", "pos", "--top_k", 2, "--output_path_hidden", other / "states_pos.st"
+    ).ok()
+    again = ["--hidden_states_path", other / "states_pos.st", "--output_dir", other / "results"]
+    message = stage2(tmp_path, *again).error()
+    assert "states_pos_mean_pos" in message and "from another run (settings.top_k: 3" in message
+    assert contents(tmp_path / "vectors") == before
+    stage2(tmp_path, *again, "--overwrite").ok()
+    after = contents(tmp_path / "vectors")
+    assert after.keys() == before.keys()
+    assert not any(after[path] == before[path] for path in before)
+    assert "from another run" in stage2(tmp_path).error()  # finished, but its vectors are gone
+
+    shutil.rmtree(tmp_path / "vectors")
+    assert "nothing to do" in stage2(tmp_path).ok().out  # and the vectors are written again
+    assert contents(tmp_path / "vectors") == before
 
 
 def test_damaged_manifest(stage1, done, tmp_path):

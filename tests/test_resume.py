@@ -159,8 +159,8 @@ def wait_for_parts(folder: Path, count: int, process) -> None:
     [
         # After the manifest of the parts, after each part, and after each of the outputs.
         ("token_ablation", [1, *[2] * SAMPLES, 2, 3, 4, 5]),
-        # The two vectors are written with the outputs.
-        ("steering_mc", [2, 3, 4, 6, 4, 5, 6, 7]),
+        # The two vectors are written before the first part.
+        ("steering_mc", [2, 3, 2, 2, 2, 2, 3, 4, 5]),
         ("steering_generation", [2, 2, 2, 2, 3]),
     ],
 )

@@ -18,12 +18,13 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -51,12 +52,43 @@ def versions() -> dict:
     }
 
 
+LONGEST_NAME = 255  # bytes that a name may have in most file systems
+
+
+def check_output(path: Path) -> None:
+    """Raise UserError unless a file can be written at a path, with what lies beside it.
+
+    It is better said before the computing than after it.
+    """
+    own = _temporary(path.with_name(f"{path.stem}.manifest.json")) if path.name else path
+    excess = max(len(os.fsencode(name.name)) for name in (own, _temporary(path))) - LONGEST_NAME
+    if excess > 0:
+        room = len(os.fsencode(path.name)) - excess
+        raise UserError(f"the name of '{path}' is too long: give one of at most {room} bytes")
+    if folder := next((part for part in path.parts if len(os.fsencode(part)) > LONGEST_NAME), ""):
+        raise UserError(f"'{path.parent}' cannot be: the name '{folder[:40]}...' is too long")
+    if path.name in ("", "..") or path.is_dir():
+        raise UserError(f"'{path}' is a folder: give the path of a file")
+
+
+def _temporary(path: Path) -> Path:
+    """What a file is called while it is written."""
+    return path.parent / f".{path.name}.{os.getpid()}.tmp"
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes were writing at a path."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.tmp"):
+        if not psutil.pid_exists(int(leftover.name.split(".")[-2])):
+            leftover.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file completely or not at all: `write` fills a temporary file, which is then renamed.
 
     Raises UserError if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -168,7 +200,7 @@ def _object(text: str, what: str, todo: str) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file with sorted keys."""
     text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text))
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 # All text is quoted: by default pandas does not quote a carriage return, which then ends a row.
@@ -184,7 +216,7 @@ def write_rows(path: Path, chunks: Iterable[list[dict]]) -> None:
     """Write a CSV from chunks of rows, all with the same columns, with one chunk in memory."""
 
     def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as file:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             for index, rows in enumerate(chunks):
                 pd.DataFrame(rows).to_csv(file, header=not index, **CSV)
 
@@ -210,19 +242,43 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
 
 
+# What a user is told last of the differences between two manifests: it follows from what they did.
+TOLD_LAST = ("data", "hidden_states", "model", "versions")
+
+
 def differences(expected: dict, recorded: dict, prefix: str = "") -> list[str]:
     """How two manifests differ: 'setting: recorded instead of expected' for each difference.
 
+    Flags come first, then data, model and versions. Of long lists the lengths are said.
     prefix: put before the names of settings.
     """
     lines = []
-    for key in sorted({*expected, *recorded}):
+    for key in sorted({*expected, *recorded}, key=lambda key: (key in TOLD_LAST, key)):
         wanted, actual = expected.get(key), recorded.get(key)
         if isinstance(wanted, dict) and isinstance(actual, dict):
             lines += differences(wanted, actual, f"{prefix}{key}.")
+        elif isinstance(wanted, list) and isinstance(actual, list) and wanted != actual:
+            lines.append(f"{prefix}{key}: {_list_difference(wanted, actual)}")
         elif wanted != actual:
-            lines.append(f"{prefix}{key}: {actual} instead of {wanted}")
+            lines.append(f"{prefix}{key}: {_short(actual)} instead of {_short(wanted)}")
     return lines
+
+
+def _list_difference(wanted: list, actual: list) -> str:
+    if max(len(str(wanted)), len(str(actual))) <= LONGEST_VALUE:
+        return f"{actual} instead of {wanted}"
+    if len(wanted) != len(actual):
+        return f"{len(actual)} instead of {len(wanted)}"
+    others = sum(a != b for a, b in zip(wanted, actual, strict=True))
+    return f"{others} of {len(wanted)} are others"
+
+
+LONGEST_VALUE = 80  # characters of a value in an error
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def digest(content: Any) -> str:
@@ -252,15 +308,118 @@ def content_mark(path: Path) -> str:
     return f"{size} {hashlib.sha256(ends).hexdigest()[:16]}"
 
 
+Shared = dict[Path, tuple[dict[str, Tensor], dict]]  # path -> the tensors and `info` of its file
+
+
+def write_shared(
+    path: Path, tensors: dict[str, Tensor], info: dict, overwrite: bool = False
+) -> None:
+    """Write a tensor file that several runs make alike, unless it is there already.
+
+    Raises UserError if another file is at the path: one that these scripts wrote with the same
+    `stage` is replaced with `overwrite`, any other one is not.
+    """
+    check_output(path)
+    with _locked(path):
+        remove_leftovers(path)
+        if path.exists():
+            try:
+                kept, recorded = read_tensors(path)
+            except UserError:
+                kept, recorded = {}, {}
+            different = differences(json.loads(json.dumps(info)), recorded)
+            if not different and _alike(tensors, kept):
+                return
+            if recorded.get("stage") != info.get("stage"):
+                raise UserError(_not_ours(path))
+            if not overwrite:
+                reason = "; ".join(different[:4]) or "other values"
+                raise UserError(
+                    f"'{path}' is from another run ({reason}): give another folder, or overwrite "
+                    "to replace it"
+                )
+        write_tensors(path, tensors, info)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from a path for a moment; waits for one that has it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(_lock_of(path), timeout=60):
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    _lock_of(path).unlink()
+    except Timeout as error:
+        raise UserError(f"another run is writing '{path}': wait for it") from error
+    except OSError as error:
+        raise UserError(
+            f"'{path}' cannot be written: {error.strerror}; give another path"
+        ) from error
+
+
+def _lock_of(path: Path) -> Path:
+    """The file that is locked for a path. Raises UserError for a file with something in it."""
+    lock = path.with_suffix(".lock")
+    if lock.is_file() and lock.stat().st_size:
+        raise UserError(_not_ours(lock))
+    return lock
+
+
+def _alike(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether tensors are the same, but for rounding on another machine."""
+    return first.keys() == second.keys() and all(
+        first[name].shape == second[name].shape
+        and (first[name] - second[name]).norm() <= 1e-3 * first[name].norm()
+        for name in first
+    )
+
+
+def _not_ours(path: Path) -> str:
+    return (
+        f"'{path}' was not written by these scripts, so it is not replaced: move it away, or give "
+        "other output paths"
+    )
+
+
+def _without_outputs(manifest: dict) -> dict:
+    return {name: value for name, value in manifest.items() if name != "outputs"}
+
+
+def _outputs_of(manifest: Path) -> list[str] | None:
+    """The names of the outputs that a manifest names; none for a file that is no manifest.
+
+    None where it does not say: it is damaged, or of an earlier version.
+    """
+    try:
+        content = read_json(manifest)
+    except UserError:
+        return None
+    return list(content["outputs"]) if "outputs" in content else None if "stage" in content else []
+
+
+def _is_own_tensors(path: Path) -> bool:
+    try:
+        read_header(path)
+    except UserError:
+        return False
+    return True
+
+
 class Run:
     """The units of a resumable run, and the lock that keeps other runs away from its outputs.
 
     outputs: the files that the run will write. manifest: everything that they depend on.
     overwrite: replace outputs of another manifest, or do this run again.
     expected_bytes: the space that the run needs.
+    inputs: files and folders that the run reads; None and names that are no path are passed over.
+    shared: files that other runs make alike; they are written at the start (see `write_shared`).
     finished: whether the outputs already exist for exactly this manifest.
-    Raises UserError if the outputs belong to another manifest (unless `overwrite`), if another run
-    is writing them, or if space or permission is missing.
+    Raises UserError if the outputs belong to another manifest (unless `overwrite`), if they are
+    files that these scripts did not write, or inputs, if another run is writing them, or if space
+    or permission is missing.
     """
 
     def __init__(
@@ -269,19 +428,20 @@ class Run:
         manifest: dict,
         overwrite: bool = False,
         expected_bytes: int = 0,
+        inputs: Iterable[str | Path | None] = (),
+        shared: Shared | None = None,
     ):
         self.outputs = [Path(path) for path in outputs]
-        if len({path.resolve() for path in self.outputs}) < len(self.outputs):
-            raise UserError(
-                f"two outputs have one path ({', '.join(map(str, self.outputs))}), so one would "
-                "replace the other: give each its own"
-            )
+        for path in self.outputs:
+            check_output(path)
         self.manifest = json.loads(json.dumps(manifest))
         self.key = digest(manifest)
         self.state = processes()
         first = self.outputs[0]
         self.manifest_path = first.with_suffix(".manifest.json")
         self.parts = first.with_suffix(".parts")
+        self.shared = shared or {}
+        self._check_paths([Path(path) for path in inputs if path])
         self.locks: list[FileLock] = []
         # The main process opens the run for all; if it cannot, all of them end.
         problem: UserError | None = None
@@ -298,13 +458,31 @@ class Run:
         if failed:
             raise SystemExit(1)
 
+    def _check_paths(self, inputs: list[Path]) -> None:
+        """Raise UserError for two outputs with one path, and for an output that is an input."""
+        written = [*self.outputs, *self.shared, self.manifest_path, self.parts]
+        if len({path.resolve() for path in written}) < len(written):
+            raise UserError(
+                f"two outputs have one path ({', '.join(map(str, written))}), so one would "
+                "replace the other: give each its own"
+            )
+        for path in written:
+            for source in inputs:
+                same = path.exists() and source.exists() and path.samefile(source)
+                if same or (source.is_dir() and path.resolve().is_relative_to(source.resolve())):
+                    raise UserError(
+                        f"'{path}' {'is' if same else 'lies in'} '{source}', which this run reads: "
+                        "give other output paths"
+                    )
+
     def _open(self, overwrite: bool, expected_bytes: int) -> bool:
         """Lock the outputs and make the folder of parts. Returns whether the run is finished."""
         try:
             for path in [*self.outputs, self.parts]:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            for path in self.outputs:  # each, as two runs may share any of them
-                lock = FileLock(path.with_suffix(".lock"))
+            # Each, as two runs may share any of them; outputs of one stem have one lock.
+            for file, path in {_lock_of(path): path for path in self.outputs}.items():
+                lock = FileLock(file)
                 lock.acquire(timeout=0)
                 self.locks.append(lock)
         except Timeout as error:
@@ -320,12 +498,13 @@ class Run:
             ) from error
         try:
             finished = self._prepare(overwrite, expected_bytes)
+            for path in [*self.outputs, self.manifest_path]:
+                remove_leftovers(path)
+            for path, (tensors, info) in self.shared.items():
+                write_shared(path, tensors, info, overwrite)
         except BaseException:
             self._unlock()
             raise
-        for path in [*self.outputs, self.manifest_path]:  # what a killed run was writing
-            for leftover in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.tmp"):
-                leftover.unlink(missing_ok=True)
         if finished:
             self._unlock()
         return finished
@@ -338,11 +517,13 @@ class Run:
                 f"'{self.parts}' is no folder of unfinished results: give other output paths, or "
                 "move it away"
             )
+        if self.manifest_path.is_dir():
+            raise UserError(f"'{self.manifest_path}' is a folder: give other output paths")
+        begun = True  # whether the parts that are there may be taken up
         if overwrite:
+            self._check_replaceable(marker)
             # Parts of this run without outputs are from an overwrite that was killed: keep them.
-            if self.manifest_path.is_file() or not self._is_ours(marker):
-                shutil.rmtree(self.parts, ignore_errors=True)
-            self.manifest_path.unlink(missing_ok=True)
+            begun = self._is_ours(marker) and not self.manifest_path.is_file()
         elif self.manifest_path.is_file():
             recorded = read_json(self.manifest_path)
             written = recorded.pop("outputs", {})
@@ -357,13 +538,14 @@ class Run:
                 shutil.rmtree(self.parts, ignore_errors=True)
                 return True
         elif marker.is_file():
-            self._check_manifest(read_json(marker), self.parts)
+            self._check_manifest(_without_outputs(read_json(marker)), self.parts)
         else:
             for path in self.outputs:
                 if path.exists():
+                    todo = "overwrite to replace it" if _is_own_tensors(path) else "move it away"
                     raise UserError(
                         f"'{path}' exists already, and no manifest beside it says how it was made: "
-                        "give other output paths, or overwrite to replace it"
+                        f"give other output paths, or {todo}"
                     )
         try:
             self.parts.mkdir(exist_ok=True)
@@ -380,8 +562,26 @@ class Run:
                 f"'{self.parts.parent}' has {free / 2**20:.0f} MiB free, the run needs about "
                 f"{needed / 2**20:.0f} MiB: free some space or give other output paths"
             )
-        write_json(marker, self.manifest)
+        # The marker says whose the outputs are from now on; only then may the old manifest go.
+        write_json(marker, self.manifest | {"outputs": [path.name for path in self.outputs]})
+        if not begun:
+            for path in self.parts.iterdir():
+                if path != marker:
+                    path.unlink()
+        if overwrite:
+            self.manifest_path.unlink(missing_ok=True)
         return False
+
+    def _check_replaceable(self, marker: Path) -> None:
+        """Raise UserError if the run would replace a file that these scripts did not write."""
+        beside = self.outputs[0].parent
+        recorded = [_outputs_of(path) for path in (self.manifest_path, marker) if path.is_file()]
+        for path in self.outputs:
+            own = any(names is None or path.name in names for names in recorded)
+            if path.exists() and not (own and path.parent == beside) and not _is_own_tensors(path):
+                raise UserError(_not_ours(path))
+        if self.manifest_path.is_file() and _outputs_of(self.manifest_path) == []:
+            raise UserError(_not_ours(self.manifest_path))
 
     def _holds_parts_alone(self) -> bool:
         """Whether the folder of parts has nothing in it that these scripts do not write."""
@@ -392,7 +592,7 @@ class Run:
     def _is_ours(self, marker: Path) -> bool:
         """Whether the parts are of this manifest."""
         try:
-            return read_json(marker) == self.manifest
+            return _without_outputs(read_json(marker)) == self.manifest
         except UserError:
             return False
 
@@ -485,17 +685,19 @@ def resume(
     what: str,
     overwrite: bool = False,
     expected_bytes: int = 0,
+    inputs: Iterable[str | Path | None] = (),
+    shared: Shared | None = None,
 ) -> bool:
     """Do a run: compute the units that are missing, then write its outputs.
 
-    outputs, manifest, overwrite, expected_bytes: see `Run`.
+    outputs, manifest, overwrite, expected_bytes, inputs, shared: see `Run`.
     count: the number of units.
     make: number of a unit -> its tensors, and its rows for tables.
     write: writes `outputs`; its argument returns an iterator over all units in order.
     what: the progress bar's text.
     Returns False if the outputs exist already for exactly this manifest. Raises as `Run`.
     """
-    run = Run(outputs, manifest, overwrite, expected_bytes)
+    run = Run(outputs, manifest, overwrite, expected_bytes, inputs, shared)
     if run.finished:
         return False
     for unit in run.todo(count, what):

@@ -96,6 +96,7 @@ def run(
         "token ablation",
         overwrite,
         2 * size,
+        inputs=[source.path],
     )
 
 

@@ -295,12 +295,16 @@ class SteeringVectors:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, with `info` as JSON in its header (see docs/outputs.md)."""
+        write_tensors(Path(path), *self.content())
+
+    def content(self) -> tuple[dict[str, Tensor], dict]:
+        """What `save` writes: the tensors by their names, and `info`."""
         gate = (
             {"gate_weights": self.gate.weights, "gate_biases": self.gate.biases}
             if self.gate
             else {}
         )
-        write_tensors(Path(path), {"vectors": self.vectors, "norms": self.norms, **gate}, self.info)
+        return {"vectors": self.vectors, "norms": self.norms, **gate}, self.info
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVectors:

@@ -92,7 +92,7 @@ def begin(
     made: list[Direction | LoraDirection] = []
     for method, mode, steering_vectors in vectors.make_all(states, settings.grid, seed):
         if runs.processes().is_main_process:
-            steering_vectors.save(names.vectors(method, mode))
+            runs.write_shared(names.vectors(method, mode), *steering_vectors.content(), overwrite)
         made += directions(steering_vectors, method, mode, settings.grid)
     manifest = manifests.evaluation(
         "experiment", lm, states["pos"], source, ablation, settings.grid, evaluated
