@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from grains.cli import entry, flags
 from grains.cli.flags import LLM, Kind
 from grains.errors import UserError
-from grains.settings import STYLES, GridSettings
+from grains.settings import ABLATION_METHODS, CONTROLS, METHODS, MODES, STYLES, UNITS, GridSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from grains.steering import Configuration
 
 SHOWN = 3
+LARGEST = 1e300  # of a strength; beyond it is no finite number
 NUM_PROMPTS, MAX_NEW_TOKENS, TEMPERATURE = 32, 64, 0.0
 
 
@@ -135,9 +136,6 @@ def configured(args: argparse.Namespace, names: Names) -> tuple[GridSettings, Pa
 
     Raises UserError if there is none, or several.
     """
-    from grains import runs
-    from grains.steering import layer_ranges
-
     if args.methods or args.layer_idxs or args.alphas:
         return flags.grid_settings(args, default=flags.GRID), None
     candidates = [Path(args.chosen_path)] if args.chosen_path else names.chosen()
@@ -152,8 +150,45 @@ def configured(args: argparse.Namespace, names: Names) -> tuple[GridSettings, Pa
             f"no configuration is chosen yet{missing}: run steering_mc.py with the same model, "
             "data and --num_samples first, or give --methods, --layer_idxs and --alphas"
         )
-    best = runs.read_json(candidates[0])
-    grid = GridSettings(
+    return chosen_grid(candidates[0]), candidates[0]
+
+
+def chosen_grid(path: Path) -> GridSettings:
+    """The configuration in a file of steering_mc.py, and its controls, as a grid.
+
+    Raises UserError for a file with other content.
+    """
+    from grains import runs
+    from grains.steering import layer_ranges
+
+    best = runs.read_json(path)
+    modes = MODES if best.get("method") in ABLATION_METHODS else ("",)
+    controls = [method for method in CONTROLS if method in METHODS]
+
+    def is_number(value: object) -> bool:
+        return type(value) in (int, float) and -LARGEST < value < LARGEST
+
+    def are_layers(value: object) -> bool:
+        whole = isinstance(value, list) and all(type(item) is int for item in value)
+        return whole and bool(value) and value == sorted(set(value)) and value[0] >= 0
+
+    def are_controls(value: object) -> bool:
+        return isinstance(value, list) and all(item in controls for item in value)
+
+    for name, fits, expected in (
+        ("method", METHODS.__contains__, f"one of {', '.join(METHODS)}"),
+        ("controls", are_controls, f"a list of some of {', '.join(controls)}"),
+        ("mode", modes.__contains__, " or ".join(modes) or "an empty text"),
+        ("layers", are_layers, "a list of different layers in ascending order"),
+        ("alpha", is_number, "a finite number"),
+        ("alpha_units", UNITS.__contains__, " or ".join(UNITS)),
+    ):
+        if not fits(best.get(name)):
+            raise UserError(
+                f"'{path}', {name}: expected {expected}, found {str(best.get(name))[:40]!r}; was "
+                "it changed? make it again with steering_mc.py"
+            )
+    return GridSettings(
         tuple(dict.fromkeys([best["method"], *best["controls"]])),
         (best["mode"] or "pos",),
         tuple(layer_ranges(best["layers"])),
@@ -161,7 +196,6 @@ def configured(args: argparse.Namespace, names: Names) -> tuple[GridSettings, Pa
         (best["alpha"],),
         best["alpha_units"],
     )
-    return grid, candidates[0]
 
 
 def decoding_parts(args: argparse.Namespace) -> list[str]:

@@ -13,6 +13,9 @@ import torch
 from helpers import tiny
 from helpers.families import mounted_disk
 
+from grains.errors import UserError
+from steering_generation import chosen_grid
+
 pytest_plugins = ("helpers.command_line",)
 
 SAMPLES, LAYERS = 4, 3
@@ -307,6 +310,56 @@ def test_no_configuration_chosen_yet(stage2, commands, model, questions, done, t
         tmp_path / "chosen.json",
     ).error()
     assert "no configuration is chosen yet" in message and "steering_mc.py" in message
+
+
+CHOSEN = {
+    "configuration": "mean pos @ 1 x 0.1",
+    "method": "mean",
+    "mode": "pos",
+    "layers": [0, 1],
+    "alpha": 0.1,
+    "alpha_units": "relative",
+    "chosen_on": "validation",
+    "controls": ["random"],
+}
+
+
+def test_a_chosen_configuration_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "chosen.json"
+    path.write_text(json.dumps(CHOSEN))
+    grid = chosen_grid(path)
+    assert (grid.methods, grid.modes, grid.layers) == (("mean", "random"), ("pos",), ("0-1",))
+    assert (grid.alphas, grid.units, grid.layer_mode) == ((0.1,), "relative", "joint")
+    path.write_text(json.dumps(CHOSEN | {"method": "gradient", "mode": "", "controls": []}))
+    assert chosen_grid(path).methods == ("gradient",)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("method", value) for value in ("base", "trained", ["mean"], None, 5)),
+        *(("mode", value) for value in ("", "neg", None, ["pos"])),
+        *(("layers", value) for value in ("all", [], [1.0], [True], [1, 1], [2, 1], [-1], None)),
+        *(("alpha", value) for value in (float("nan"), float("inf"), 10**400, "0.1", True, None)),
+        *(("alpha_units", value) for value in ("relativ", None, ["relative"])),
+        *(("controls", value) for value in ("random", ["mean"], [["random"]], None)),
+    ],
+)
+def test_a_chosen_configuration_that_was_changed(tmp_path, name, value):
+    """Unknown words would steer by something else under the chosen one's label."""
+    path = tmp_path / "chosen.json"
+    path.write_text(json.dumps(CHOSEN | {name: value}))
+    with pytest.raises(UserError, match="was it changed") as error:
+        chosen_grid(path)
+    assert str(error.value).startswith(f"'{path}', {name}: expected")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "5", "null", "[" * 100_000])
+def test_a_file_that_is_no_chosen_configuration(tmp_path, content):
+    path = tmp_path / "chosen.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"chosen\.json"):
+        chosen_grid(path)
 
 
 def test_no_questions_left(stage2, tmp_path):

@@ -481,14 +481,16 @@ class Run:
             for path in [*self.outputs, self.parts]:
                 path.parent.mkdir(parents=True, exist_ok=True)
             # Each, as two runs may share any of them; outputs of one stem have one lock.
-            for file, path in {_lock_of(path): path for path in self.outputs}.items():
+            locked = {str(_lock_of(path)): path for path in self.outputs}
+            for file in locked:
                 lock = FileLock(file)
                 lock.acquire(timeout=0)
                 self.locks.append(lock)
         except Timeout as error:
             self._unlock()
             raise UserError(
-                f"another run is writing '{path}': wait for it, or give other output paths"
+                f"another run is writing '{locked[error.lock_file]}': wait for it, or give other "
+                "output paths"
             ) from error
         except OSError as error:
             self._unlock()
