@@ -95,7 +95,7 @@ def main(kind: Kind = LLM) -> None:
     import pandas as pd
 
     from grains import runs
-    from grains.cli.documents import print_tables
+    from grains.cli.documents import check_document, print_tables
     from grains.stage1 import Known
     from grains.study import protocol
 
@@ -110,6 +110,7 @@ def main(kind: Kind = LLM) -> None:
         )
         for text in tried
     }
+    check_document(args.document)
     lm = entry.load_model(args)
     attributed: Known = {}  # an example is attributed once for all settings that agree on it
     front_tables = []
@@ -120,6 +121,7 @@ def main(kind: Kind = LLM) -> None:
         front_tables.append(tables["front"].assign(setting=text))
     if runs.processes().is_main_process:
         table, path = pd.concat(front_tables), names[GIVEN].ablations()
+        runs.remove_leftovers(path)
         runs.write_table(path, table)
         print_tables(args.document, path.stem, summaries(table), {"all settings": path})
 

@@ -115,7 +115,9 @@ def parser(kind: Kind, description: str | None = __doc__) -> argparse.ArgumentPa
         default=StudySettings.max_new_tokens,
         help="longest free answer, in tokens",
     )
-    group.add_argument("--document", help="Markdown file that the tables are also written into")
+    group.add_argument(
+        "--document", type=flags.file, help="Markdown file that the tables are also written into"
+    )
     return parser
 
 
@@ -123,7 +125,9 @@ def study_settings(args: argparse.Namespace) -> StudySettings:
     sources = [flags.data_settings(args)]
     if args.datasets:
         named = [text.partition("=") for text in args.datasets]
-        sources = [replace(sources[0], name=name, path=path or None) for name, _, path in named]
+        sources = [
+            replace(sources[0], name=name, path=flags.path(path) or None) for name, _, path in named
+        ]
     return StudySettings(
         tuple(sources),
         tuple(dict.fromkeys(args.seeds)),
@@ -146,12 +150,13 @@ def main(kind: Kind = LLM) -> None:
 
     entry.import_libraries()
     from grains import runs
-    from grains.cli.documents import print_tables
+    from grains.cli.documents import check_document, print_tables
     from grains.study import pareto, protocol
 
     names = ExperimentNames(
         kind.name, args.model_name, settings, args.output_dir, args.steering_vectors_dir
     )
+    check_document(args.document)
     lm = entry.load_model(args)
     tables = protocol.run(lm, settings, names, args.overwrite, say=entry.say)
     protocol.write(tables, names)

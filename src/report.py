@@ -19,13 +19,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "results",
         nargs="+",
-        type=Path,
+        type=flags.path,
         metavar="RESULTS_DIR",
         help="folder with results of the stages, such as results/llm",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=flags.file,
         help="HTML file (default: report.html in the first RESULTS_DIR); the PNGs "
         "go into a folder beside it",
     )
@@ -40,13 +40,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    output = args.output or args.results[0] / "report.html"
+    results = [Path(folder) for folder in args.results]
+    output = Path(args.output) if args.output else results[0] / "report.html"
 
     entry.import_libraries()
     from grains import runs
     from grains.report import page
 
-    html, pngs = page.build(args.results, output, args.num_examples)
+    page.check_output(output)
+    html, pngs = page.build(results, output, args.num_examples)
     folder = output.with_name(f"{output.stem}_figures")
     for name, content in pngs.items():
         runs.write_whole(folder / name, lambda path, content=content: path.write_bytes(content))

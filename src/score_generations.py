@@ -33,13 +33,15 @@ def parser(kind: Kind) -> argparse.ArgumentParser:
     parser = flags.parser(__doc__, kind)
     parser.add_argument(
         "--generations",
-        type=Path,
+        type=flags.path,
         metavar="FILE",
         help="table that steering_generation.py or steering_generation_vlm.py wrote "
         "(default: all that they wrote with the flags below)",
     )
     parser.add_argument(
-        "--output_dir", type=Path, help="folder of the tables (default: scores/ beside the table)"
+        "--output_dir",
+        type=flags.path,
+        help="folder of the tables (default: scores/ beside the table)",
     )
     flags.add_overwrite(parser)
     group = parser.add_argument_group("model")
@@ -84,7 +86,7 @@ def main(kind: Kind = LLM) -> None:
     args = parser(kind).parse_args()
     if args.judge_url and not args.judge:
         raise UserError("--judge_url needs --judge MODEL, the name that the model has there")
-    tables = [args.generations] if args.generations else tables_of(args)
+    tables = [Path(args.generations)] if args.generations else tables_of(args)
 
     entry.import_libraries()
     from grains.judge import generations
@@ -152,7 +154,7 @@ def score(
         groups = judge.groups(asked)
 
     # Not in the folder of the generations: whatever table is there is taken for one of them.
-    folder = args.output_dir or table.parent / "scores"
+    folder = Path(args.output_dir or table.parent / "scores")
     stem = table.stem + (f"_{slug(args.judge)}" if judge else "")
     outputs = {kind: folder / f"{stem}_{kind}.csv" for kind in ("scores", "summary")}
 

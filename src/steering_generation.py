@@ -33,6 +33,7 @@ def parser(kind: Kind) -> argparse.ArgumentParser:
     group = parser.add_argument_group("generation")
     group.add_argument(
         "--chosen_path",
+        type=flags.path,
         help="the configuration that steering_mc.py chose, used where no flag gives another "
         "(default: found by the flags)",
     )

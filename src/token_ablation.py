@@ -25,11 +25,13 @@ def parser(kind: Kind) -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output_path_meta",
+        type=flags.file,
         help="CSV of attributions and log-likelihoods "
         f"(default: results/{kind.name}/token_attribution/...)",
     )
     group.add_argument(
         "--output_path_hidden",
+        type=flags.file,
         help="safetensors file of hidden states (default: "
         f"data/{kind.name}/hidden_states/...); with several --top the selection is "
         "put before its ending",

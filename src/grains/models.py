@@ -80,6 +80,7 @@ def load(
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"unknown dtype '{dtype}': expected auto, {', '.join(DTYPES)}")
     torch_dtype = DTYPES.get(dtype, torch.float32 if device == "cpu" else "auto")
+    _check_machine(device, max_memory)
     if is_file:
         precision = torch.bfloat16 if torch_dtype == "auto" else torch_dtype
         source = str(gguf_files.converted(Path(source).expanduser(), precision))
@@ -110,6 +111,19 @@ def load(
     lm = wrap(name, model, tokenizer, processor, self_check)
     memory = free_memory(lm.device) if max_memory is None else int(max_memory * 2**30)
     return replace(lm, memory=memory)
+
+
+def _check_machine(device: str, max_memory: float | None) -> None:
+    """Raise UserError for a device that cannot compute, and an amount of memory that is none."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"device '{device}' cannot be used ({str(error).splitlines()[0]}): give cpu, or cuda, "
+            "cuda:1 or mps where there is one"
+        ) from error
+    if max_memory is not None and not 0 < max_memory < 2**40:
+        raise UserError(f"max_memory {max_memory:g}: expected GiB, more than 0")
 
 
 def free_memory(device: torch.device) -> int:

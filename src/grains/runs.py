@@ -488,9 +488,13 @@ class Run:
                 self.locks.append(lock)
         except Timeout as error:
             self._unlock()
+            path = locked[error.lock_file]
+            if not Path(error.lock_file).exists():  # as in /proc, where nothing can be made
+                raise UserError(
+                    f"'{path.parent}' cannot be written: give other output paths"
+                ) from error
             raise UserError(
-                f"another run is writing '{locked[error.lock_file]}': wait for it, or give other "
-                "output paths"
+                f"another run is writing '{path}': wait for it, or give other output paths"
             ) from error
         except OSError as error:
             self._unlock()

@@ -10,6 +10,23 @@ from pathlib import Path
 import pandas as pd
 
 from grains import runs
+from grains.errors import UserError
+
+
+def check_document(path: str | None) -> None:
+    """Raise UserError unless tables can be written into a document: better now than at the end."""
+    if path:
+        runs.check_output(Path(path))
+        _text_of(Path(path))
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"'{path}' cannot be read as text in UTF-8 ({error}): give another document"
+        ) from error
 
 
 def print_tables(
@@ -55,8 +72,7 @@ def write_document(path: Path, stem: str, tables: Sequence[tuple[str, pd.DataFra
             "",
             *("| " + " | ".join(map(str, row)) + " |" for row in rows),
         ]
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, _, after = text.partition(begin)
+    before, _, after = _text_of(path).partition(begin)
     after = after.partition(end)[2] or "\n"
     runs.write_whole(
         path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -21,13 +22,16 @@ INTERRUPTED = "interrupted: finished units are kept; run the same command again 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main function.
 
-    A UserError is printed as one line, with exit status 1; Ctrl-C ends with status 130. With
-    --debug, errors keep their traceback.
+    A UserError is printed as one line, with exit status 1, and so is what the system says about a
+    path; Ctrl-C ends with status 130. With --debug, errors keep their traceback.
     """
     # An exception in the middle of an import prints a long traceback. Until the libraries are
     # imported, Ctrl-C therefore ends the process at once.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+    for stream in (sys.stdout, sys.stderr):  # texts and names that a terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv[1:]
     try:
         main()
@@ -38,6 +42,11 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print(f"\n{INTERRUPTED}", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        if debug or not error.filename:
+            raise
+        reason = UserError(f"'{error.filename}': {error.strerror}; check this path")
+        sys.exit(f"error: {reason}")
     except Exception as error:
         if debug or not _is_out_of_memory(error):
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from dataclasses import dataclass, replace
 
 from grains.data import DATASETS, default_split
@@ -156,6 +157,7 @@ def add_data(
     )
     group.add_argument(
         "--dataset_path",
+        type=path,
         help="local file (JSON Lines, JSON, CSV, TSV, Parquet) or folder, in the data set's own "
         "columns, or prompt/chosen/rejected, question/choices/label and others (docs/data.md)",
     )
@@ -271,13 +273,17 @@ def add_states(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("steering vectors")
     group.add_argument(
         "--hidden_states_path",
+        type=path,
         help="stage 1's file of the 'pos' ablation (default: named by the flags above)",
     )
     group.add_argument(
-        "--hidden_states_neg_path", help="stage 1's file of the 'neg' ablation, for mode 'both'"
+        "--hidden_states_neg_path",
+        type=path,
+        help="stage 1's file of the 'neg' ablation, for mode 'both'",
     )
     group.add_argument(
         "--hidden_states_rand_path",
+        type=path,
         help="stage 1's file of the 'rand' ablation, for the control rand_tokens",
     )
     add_seed(group)
@@ -333,7 +339,9 @@ def add_grid(flags: argparse.ArgumentParser, chosen_by_default: bool = False) ->
         "multiples of the vector as its method gives it (as in the paper)",
     )
     group.add_argument(
-        "--steering_vectors_dir", help="folder for the vectors (default: data/.../steering_vectors)"
+        "--steering_vectors_dir",
+        type=path,
+        help="folder for the vectors (default: data/.../steering_vectors)",
     )
 
 
@@ -350,7 +358,9 @@ def add_evaluation(flags: argparse.ArgumentParser) -> None:
         "--validation_split", help="split of the validation questions (default: the data set's)"
     )
     group.add_argument("--test_split", help="split of the test questions (default: the data set's)")
-    group.add_argument("--output_dir", help="folder of the tables (default: results/...)")
+    group.add_argument(
+        "--output_dir", type=path, help="folder of the tables (default: results/...)"
+    )
 
 
 def add_score(flags: argparse.ArgumentParser) -> None:
@@ -449,16 +459,22 @@ def ig_steps(text: str) -> int | str:
 
 
 def positive(text: str) -> int:
-    value = int(text)
-    if not 1 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 to 2147483647")
-    return value
+    return _whole(text, 1)
 
 
 def seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to 2147483647")
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:  # also for more than 4300 digits
+        value = least - 1
+    if not least <= value < 2**31:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]}: expected a whole number from {least} to 2147483647"
+        )
     return value
 
 
@@ -477,7 +493,28 @@ def not_negative(text: str) -> float:
 
 
 def finite(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
+        raise argparse.ArgumentTypeError(f"{text[:40]}: expected a finite number")
     return value
+
+
+def path(text: str) -> str:
+    """A path that is read, or a folder that is written into; ~ is the user's home."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # safetensors reads and writes no others
+        raise argparse.ArgumentTypeError(
+            f"{text.encode(errors='replace').decode()}: expected a name in UTF-8"
+        ) from error
+    return os.path.expanduser(text)
+
+
+def file(text: str) -> str:
+    """The path of a file that is written."""
+    if text and os.path.basename(text) in ("", ".", ".."):
+        raise argparse.ArgumentTypeError(f"{text}: expected a file, not a folder")
+    return path(text)

@@ -10,12 +10,25 @@ from urllib.parse import quote
 import jinja2
 
 from grains import runs
+from grains.errors import UserError
 from grains.names import slug
 from grains.report.examples import attribution_view, demo_view, generation_view
 from grains.report.figures import TITLES
 from grains.report.files import Section, chosen_path, demo_files, find, manifest_of, what_was_run
 from grains.report.images import Images
 from grains.report.steering import evaluation_views
+
+
+def check_output(path: Path) -> None:
+    """Raise UserError unless a report can be written here: only a report is replaced."""
+    runs.check_output(path)
+    if path.exists():
+        with path.open("rb") as file:
+            if b"<title>GrAInS report: " not in file.read(1024):
+                raise UserError(
+                    f"'{path}' is no report, so it is not replaced: give another output, or move "
+                    "it away"
+                )
 
 
 def build(folders: list[Path], output: Path, count: int) -> tuple[str, dict[str, bytes]]:

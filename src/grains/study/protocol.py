@@ -83,6 +83,7 @@ def write(tables: dict[str, pd.DataFrame], names: ExperimentNames) -> None:
     """Write the tables of an experiment, on one of the processes of a run."""
     if runs.processes().is_main_process:
         for name, path in names.tables().items():
+            runs.remove_leftovers(path)
             runs.write_table(path, tables[name])
 
 
