@@ -196,6 +196,7 @@ def chosen_grid(path: Path) -> GridSettings:
         "joint",
         (best["alpha"],),
         best["alpha_units"],
+        best.get("positions", "all"),
     )
 
 

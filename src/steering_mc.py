@@ -152,6 +152,7 @@ def chosen(table: pd.DataFrame, grid: GridSettings, score: str) -> dict:
         "layers": [int(layer) for layer in best.layers.split()],
         "alpha": float(best.alpha),
         "alpha_units": grid.units,
+        **({"positions": grid.positions} if grid.positions != "all" else {}),
         "chosen_on": split,
         "controls": [method for method in grid.methods if method in CONTROLS],
     }

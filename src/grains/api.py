@@ -29,7 +29,7 @@ from grains.settings import (
     selections,
 )
 from grains.states import StatesInMemory
-from grains.steering import SteeringVectors
+from grains.steering import Configuration, SteeringVectors
 
 __all__ = ["attribute", "fit", "generate", "load", "score"]
 
@@ -142,10 +142,12 @@ def score(
     *,
     image: Any = None,
     style: str = "qa",
+    steering: Configuration | None = None,
     batch_tokens: int = AblationSettings.batch_tokens,
 ) -> np.ndarray:
     """log P of each answer to a prompt, in nats, summed over its tokens: (answers,).
 
+    steering: `SteeringVectors.at(...)`, which may name positions; None: the model as it is.
     image, style, batch_tokens: see `attribute`.
     Raises UserError for an empty text, and as `attribute` for texts and pictures.
     """
@@ -153,7 +155,7 @@ def score(
         raise UserError(f"answers: expected a list of texts, found {answers!r}")
     example = replace(_example(0, (prompt, "", ""), image), choices=tuple(answers))
     encoded = prompts.encode(lm, example, style)
-    return scoring.score(lm, [encoded], [], batch_tokens)[0][0]
+    return scoring.score(lm, [encoded], [steering] if steering else [], batch_tokens)[0][-1]
 
 
 @overload
@@ -166,6 +168,7 @@ def generate(
     max_new_tokens: int = ...,
     temperature: float = ...,
     seed: int = ...,
+    steering: Configuration | None = ...,
 ) -> str: ...
 @overload
 def generate(
@@ -177,6 +180,7 @@ def generate(
     max_new_tokens: int = ...,
     temperature: float = ...,
     seed: int = ...,
+    steering: Configuration | None = ...,
 ) -> list[str]: ...
 def generate(
     lm: LanguageModel,
@@ -187,13 +191,14 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    steering: Configuration | None = None,
 ) -> str | list[str]:
     """The model's answer to a prompt, or a list of its answers to several.
 
     image: a PIL image or a path, shown with every prompt.
     style: qa, chat or plain; by default chat if the model has a chat template, else qa.
     max_new_tokens: the length of an answer at most. temperature: 0 decodes greedily.
-    seed: of the sampling.
+    seed: of the sampling. steering: see `score`.
     Raises UserError as `attribute` for texts and pictures.
     """
     style = style or ("chat" if lm.tokenizer.chat_template else "qa")
@@ -204,7 +209,10 @@ def generate(
     ]
     if not encoded:
         return []
-    (answers,) = generation.generate(lm, encoded, [], max_new_tokens, temperature, seed)
+    configurations = [steering] if steering else []
+    answers = generation.generate(lm, encoded, configurations, max_new_tokens, temperature, seed)[
+        -1
+    ]
     return answers[0] if isinstance(prompt, str) else answers
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from grains import vision
+from grains import positions, vision
 from grains.lm import LanguageModel
 from grains.prompts import Encoded
 from grains.scoring import batches
@@ -84,6 +87,8 @@ def generate(
         inputs = pad_left(lm, [item.inputs for item in encoded])
     inputs = {key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in inputs.items()}
     vectors, gates = _by_row(configurations, len(encoded))
+    words = ["all", *(item.positions for item in configurations)]
+    steered_between = positions.while_decoding(words, encoded, inputs["input_ids"].shape[1])
     sampling = (
         {"do_sample": True, "temperature": temperature}
         if temperature > 0
@@ -91,7 +96,15 @@ def generate(
     )
     torch.manual_seed(seed)
     pad = lm.replacement_id("pad")
-    with steered(lm, vectors, gates):
+    with (
+        _computed(lm) as stop,
+        steered(
+            lm,
+            vectors,
+            gates,
+            steered_between and (lambda count: steered_between(stop[0] - count, stop[0])),
+        ),
+    ):
         output = lm.model.generate(
             **inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
         )
@@ -102,6 +115,22 @@ def generate(
     return [
         [text.strip() for text in texts[row * count : (row + 1) * count]] for row in range(rows)
     ]
+
+
+@contextmanager
+def _computed(lm: LanguageModel) -> Iterator[list[int]]:
+    """A list of one number: the positions of a row after the forward that runs, P at first."""
+    stop = [0]
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        new = kwargs["input_ids"].shape[1]  # the newest alone with a cache, all without
+        stop[0] = stop[0] + 1 if new == 1 else new
+
+    handle = lm.model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield stop
+    finally:
+        handle.remove()
 
 
 def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:

@@ -81,6 +81,8 @@ def evaluation(
             "prompt_style": settings.prompt_style,
             "batch_tokens": settings.batch_tokens,
             "seed": settings.seed,
+            # Not among the flags of older files, which steered all positions.
+            **({"positions": grid.positions} if grid.positions != "all" else {}),
         },
         "versions": runs.versions(),
     }

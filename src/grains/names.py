@@ -224,7 +224,13 @@ def grid_parts(grid: GridSettings, default: GridSettings) -> list[str]:
         *differing(
             grid,
             default,
-            {"methods": "methods", "modes": "mode", "alphas": "alphas", "units": "units"},
+            {
+                "methods": "methods",
+                "modes": "mode",
+                "alphas": "alphas",
+                "units": "units",
+                "positions": "positions",
+            },
         ),
     ]
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grains import positions
 from grains.columns import Targets
 from grains.lm import LanguageModel
 from grains.logprobs import ResponseScorer, targets
@@ -60,13 +61,14 @@ def score(
     Returns for each question an array (1 + configurations, choices), the base model first.
     """
     batch, read = packed_batch(lm, encoded)
-    groups: dict[tuple[tuple[int, ...], Gate | None], list[int]] = {}
+    groups: dict[tuple[tuple[int, ...], Gate | None, str], list[int]] = {}
     for index, configuration in enumerate(configurations):
-        alike = tuple(sorted(configuration.layers)), configuration.gate
+        layers = tuple(sorted(configuration.layers))
+        alike = layers, configuration.gate, configuration.positions
         groups.setdefault(alike, []).append(index)
 
     kept: dict[int, Tensor] = {}
-    starts = {layers[0] for layers, _ in groups}
+    starts = {layers[0] for layers, _, _ in groups}
 
     def keep(layer: int, states: Tensor) -> None:
         if layer in starts:
@@ -78,14 +80,15 @@ def score(
 
     questions, length = batch.embeds.shape[:2]
     at_a_time = max(1, max_tokens // (questions * length))
-    for (layers, gate), members in groups.items():
+    for (layers, gate, words), members in groups.items():
+        where = positions.of_batch(words, encoded, length)
         passes = -(-len(members) // at_a_time)
         for share in (members[start::passes] for start in range(passes)):
             vectors = {
                 layer: torch.stack([configurations[i].vectors[layer] for i in share])
                 for layer in layers
             }
-            values = _steered(lm, batch, kept[layers[0]], vectors, gate, read)
+            values = _steered(lm, batch, kept[layers[0]], vectors, gate, where, read)
             for index, value in zip(share, values, strict=True):
                 scores[1 + index] = value
     stacked = torch.stack(scores)
@@ -126,19 +129,24 @@ def _steered(
     states: Tensor,
     vectors: dict[int, Tensor],
     gate: Gate | None,
+    where: Tensor | None,
     read: ResponseScorer,
 ) -> Tensor:
     """Scores (c, choices of all Q questions) of c configurations that steer the same layers.
 
     states: (Q, T, D) the base model's output of the first steered layer.
     vectors: layer -> (c, D), layers in ascending order.
+    where: (Q, T) bool, the steered positions; None: all.
     """
     first, *later = vectors
     gates = {layer: gate.at(layer) if gate else None for layer in vectors}
     count, (questions, length, size) = len(vectors[first]), states.shape
     if first == len(lm.layers) - 1:
-        return read(states, lambda picked: steer(picked, vectors[first][:, None], gates[first]))
-    states = steer(states, vectors[first][:, None, None], gates[first]).flatten(0, 1)
+        scored = None if where is None else where[read.rows, read.nodes]
+        vector = vectors[first][:, None]
+        return read(states, lambda picked: steer(picked, vector, gates[first], scored))
+    states = steer(states, vectors[first][:, None, None], gates[first], where).flatten(0, 1)
+    by_row_where = None if where is None else where.repeat(count, 1)
     by_row = {layer: vectors[layer].repeat_interleave(questions, 0)[:, None] for layer in later}
     calls = batch.calls.rows(torch.arange(questions, device=states.device).repeat(count))
     final = replay(
@@ -146,7 +154,9 @@ def _steered(
         states,
         calls,
         start=first + 1,
-        after=lambda layer, h: steer(h, by_row[layer], gates[layer]) if layer in by_row else None,
+        after=lambda layer, h: (
+            steer(h, by_row[layer], gates[layer], by_row_where) if layer in by_row else None
+        ),
     )
     return read(final.view(count, questions, length, size))
 

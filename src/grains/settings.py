@@ -6,6 +6,7 @@ seconds to load.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -66,6 +67,8 @@ ABLATION_METHODS = ("mean", "pca")
 MODES = ("pos", "both")
 LAYER_MODES = ("joint", "each", "from")
 UNITS = ("relative", "absolute")
+# Which positions are steered. A slice of a prompt, such as 0:10 or -5:, may be given as well.
+POSITIONS = ("all", "prompt", "response", "last", "image")
 # An answer's log-likelihood, per token or summed over its tokens, and the title of its accuracy.
 SCORE_TITLES = {"token": "per-token", "sum": "summed"}
 SCORES = tuple(SCORE_TITLES)
@@ -85,6 +88,25 @@ def selections(methods: Iterable[str], modes: Iterable[str]) -> tuple[str, ...]:
     if "both" in modes and any(method in ABLATION_METHODS for method in methods):
         needed.add("neg")
     return tuple(top for top in TOPS if top in needed)
+
+
+def parse_positions(positions: str) -> str | slice:
+    """A word of POSITIONS as it is, or a slice of a prompt's positions such as 0:10 or -5: .
+
+    all: every position. prompt: those of the prompt. response: those that a response's tokens are
+    predicted from: the last of the prompt, and the response's own. last: the last of the prompt.
+    image: those of the picture. A slice counts as Python does, from the end if negative.
+    Raises UserError for anything else.
+    """
+    if positions in POSITIONS:
+        return positions
+    if match := re.fullmatch(r"(-?\d+)?:(-?\d+)?", positions):
+        start, stop = (None if bound is None else int(bound) for bound in match.groups())
+        return slice(start, stop)
+    raise UserError(
+        f"positions '{positions}': expected {', '.join(POSITIONS)}, or a slice of the prompt such "
+        "as 0:10 or -5:"
+    )
 
 
 @dataclass(frozen=True)
@@ -184,6 +206,7 @@ class GridSettings:
     alphas: the strengths.
     units: relative (alpha times the median activation norm, along the unit vector) or absolute
         (alpha times the vector as its method gives it, as in the paper).
+    positions: the positions that are steered (see `parse_positions`).
     """
 
     methods: tuple[str, ...]
@@ -192,6 +215,7 @@ class GridSettings:
     layer_mode: str = "joint"
     alphas: tuple[float, ...] = ()
     units: str = "relative"
+    positions: str = "all"
 
 
 STUDY_SEEDS = (0, 1, 2)

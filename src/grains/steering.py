@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from grains.calls import first_tensor, with_states
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.runs import read_tensors, write_tensors
-from grains.settings import UNITS, GridSettings
+from grains.settings import TRAINED_METHODS, UNITS, GridSettings, parse_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +42,17 @@ class Gate:
 
 
 def steer(
-    hidden_states: Tensor, vector: Tensor, gate: tuple[Tensor, Tensor] | None = None
+    hidden_states: Tensor,
+    vector: Tensor,
+    gate: tuple[Tensor, Tensor] | None = None,
+    where: Tensor | None = None,
 ) -> Tensor:
     """h' = (h + v) ||h|| / ||h + v||, norms over the hidden dimension (paper, section 3.3).
 
     hidden_states: (..., T, D), h. vector: (D,) or (R, 1, D), v with its strength included.
     gate: w, (D,) or (R, 1, D), and b, () or (R, 1, 1): v is scaled by g(h) at each position (see
         `Gate`).
+    where: bool, (..., T) or what broadcasts to it: the steered positions; None: all.
     Returns (..., T, D) in the precision of hidden_states; the computation is in fp32.
     """
     before = hidden_states.float()
@@ -61,7 +65,10 @@ def steer(
         vector = torch.sigmoid(projection + bias) * vector
     shifted = before + vector
     length = shifted.norm(dim=-1, keepdim=True).clamp_min(tiny)
-    return (shifted * (size / length)).to(hidden_states.dtype)
+    changed = (shifted * (size / length)).to(hidden_states.dtype)
+    if where is None:
+        return changed
+    return torch.where(where.to(changed.device)[..., None], changed, hidden_states)
 
 
 @contextmanager
@@ -69,6 +76,7 @@ def steered(
     lm: LanguageModel,
     vectors: dict[int, Tensor],
     gates: dict[int, tuple[Tensor, Tensor]] | None = None,
+    where: Callable[[int], Tensor | None] | None = None,
 ) -> Iterator[LanguageModel]:
     """Steer the outputs of decoder layers within the block; afterwards the model is unchanged.
 
@@ -76,6 +84,8 @@ def steered(
 
     vectors: layer -> (D,), or (R, 1, D) for R rows of a batch, with the strength included.
     gates: layer -> w and b (see `steer`); None: no gate.
+    where: the number T of positions that a layer computes -> those that are steered (see `steer`).
+        Called at every steered layer of every forward; None: all positions are.
     Raises UserError for a layer that does not exist, and at the end of the block if only other
     threads computed in it, so that nothing was steered.
     """
@@ -86,7 +96,11 @@ def steered(
         def change(module: nn.Module, args: tuple, output: Any) -> Any:
             own = threading.get_ident() == owner or _is_autograds()
             computed.add(own)
-            return with_states(output, steer(first_tensor(output), vector, gate)) if own else None
+            if not own:
+                return None
+            states = first_tensor(output)
+            part = where(states.shape[-2]) if where else None
+            return with_states(output, steer(states, vector, gate, part))
 
         return change
 
@@ -187,6 +201,10 @@ class SteeringVectors:
     norms: (L,) the median over the steering examples of ||h_l||.
     info: the manifest: model, data and settings that they come from.
     gate: scales them at each position; None: they are added alike at every position.
+
+    Vectors of one model can be combined, as in v + 0.5 * w - u: at every strength the combination
+    adds what v, half of w and minus u add together at that strength (see `fix`), before the
+    state's length is restored.
     Raises UserError for NaN or infinite values, for other types than floating point, and for shapes
     that do not match.
     """
@@ -226,6 +244,7 @@ class SteeringVectors:
         units: relative: alpha times the median activation norm, along the unit vector, so that an
             alpha means the same at every layer and in every model; absolute: alpha times the vector
             as its method gives it (as in the paper, whose factor of 10 is not included).
+        Vectors that are `fixed` are multiplied by alpha in both units.
         Raises UserError for unknown layers or units, for a strength that is not finite or so large
         that nothing of the hidden states would be left, and for a layer whose gate is NaN.
         """
@@ -240,7 +259,7 @@ class SteeringVectors:
             raise UserError(f"unknown units '{units}': expected {' or '.join(UNITS)}")
         if not math.isfinite(alpha):
             raise UserError(f"strength {alpha}: expected a finite number")
-        if units == "absolute":
+        if self.fixed or units == "absolute":
             added = {layer: alpha * self.vectors[layer] for layer in chosen}
         else:
             unit = normalize(self.vectors, dim=-1)
@@ -253,6 +272,91 @@ class SteeringVectors:
                 "states' norm, which leaves nothing of them: give a smaller one"
             )
         return added
+
+    @property
+    def fixed(self) -> bool:
+        """Whether strength 1 adds the vectors as they are, in both units (see `fix`)."""
+        return "fixed" in self.info
+
+    def fix(self, units: str | None = None) -> SteeringVectors:
+        """The same vectors with the length that strength 1 gives them in `units`, from now on.
+
+        units: None: absolute for trained vectors, as their length was trained, relative for others.
+        Combinations are of fixed vectors: v + w is v.fix() + w.fix().
+        """
+        if self.fixed:
+            return self
+        default = "absolute" if self.info.get("method") in TRAINED_METHODS else "relative"
+        units = units or default
+        added = replace(self, gate=None).scaled(1.0, units=units)  # gates may lack some layers
+        info = self.info | {"fixed": units}
+        return replace(self, vectors=torch.stack([*added.values()]), info=info)
+
+    def __mul__(self, factor: float) -> SteeringVectors:
+        """`factor` times what these vectors add at any strength; a gate is kept."""
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            return NotImplemented
+        own = self.fix()
+        return replace(own, vectors=factor * own.vectors, info=_combined([(factor, own)]))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> SteeringVectors:
+        return -1 * self
+
+    def __add__(self, added: SteeringVectors) -> SteeringVectors:
+        """What both add together at any strength.
+
+        The norms are the first one's. Raises UserError for vectors of different models, and for
+        gates, each of which would scale the sum.
+        """
+        return self._sum(added, 1)
+
+    def __sub__(self, added: SteeringVectors) -> SteeringVectors:
+        return self._sum(added, -1)
+
+    def _sum(self, added: SteeringVectors, factor: int) -> SteeringVectors:
+        if not isinstance(added, SteeringVectors):
+            return NotImplemented
+        self._check_alike(added)
+        if self.gate or added.gate:
+            raise UserError(
+                "vectors behind a gate cannot be added to others, as the gate would scale both: "
+                "steer by each in a block of its own, one within the other"
+            )
+        own, more = self.fix(), added.fix()
+        return replace(
+            own,
+            vectors=own.vectors + factor * more.vectors,
+            info=_combined([(1, own), (factor, more)]),
+        )
+
+    def without(self, removed: SteeringVectors) -> SteeringVectors:
+        """These vectors without their part along `removed`'s: v - (v . w) w / ||w||^2.
+
+        What is left is shorter. In relative units strength 1 still gives it the full length, unless
+        these vectors were `fix`ed before. A layer where nothing is left is not steered.
+        Raises UserError for vectors of different models.
+        """
+        self._check_alike(removed)
+        unit = normalize(removed.vectors.double(), dim=-1)
+        own = self.vectors.double()
+        left = own - (own * unit).sum(-1, keepdim=True) * unit
+        # Only rounding is left of vectors along each other: no direction to be scaled up.
+        left[left.norm(dim=-1) <= 1e-6 * own.norm(dim=-1)] = 0
+        info = self.info | {"without": removed.info.get("method", "vectors")}
+        return replace(self, vectors=left.to(self.vectors.dtype), info=info)
+
+    def _check_alike(self, vectors: SteeringVectors) -> None:
+        """Raise UserError unless two vectors are of one model."""
+        if self.vectors.shape != vectors.vectors.shape:
+            sizes = " and ".join(_sizes(item) for item in (self, vectors))
+            raise UserError(f"vectors of {sizes} cannot be combined: both must be of one model")
+        first, second = (v.info.get("model") or {} for v in (self, vectors))
+        if "weights_sum" in first and "weights_sum" in second:
+            _check_same_weights(
+                first, second, "the first vectors' model: combine vectors of one model"
+            )
 
     def apply(
         self,
@@ -272,6 +376,24 @@ class SteeringVectors:
         gates = {layer: self.gate.at(layer) for layer in added} if self.gate else None
         return steered(lm, added, gates)
 
+    def at(
+        self,
+        alpha: float,
+        layers: Iterable[int | str] | None = None,
+        units: str = "relative",
+        positions: str = "all",
+    ) -> Configuration:
+        """These vectors at a strength, for `grains.score` and `grains.generate`.
+
+        alpha, layers, units: see `scaled`. positions: see `grains.settings.parse_positions`.
+        Raises UserError as these do.
+        """
+        parse_positions(positions)
+        added = self.scaled(alpha, layers, units)
+        name = self.info.get("method", "vectors")
+        mode = self.info.get("mode") or ""
+        return Configuration(name, mode, tuple(added), alpha, added, self.gate, positions)
+
     def check_model(self, lm: LanguageModel) -> None:
         """Raise UserError unless these vectors are of this model; its precision may differ."""
         if self.vectors.shape != (len(lm.layers), lm.hidden_size):
@@ -280,18 +402,9 @@ class SteeringVectors:
                 f"{self.vectors.shape[1]}; {lm.name} has {len(lm.layers)} of size "
                 f"{lm.hidden_size}"
             )
-        recorded, loaded = self.info.get("model"), lm.identity()
-        if not isinstance(recorded, dict) or "weights_sum" not in recorded:
-            return  # vectors made by hand do not name their model
-        # The weights of a model in two precisions have nearly the same sum.
-        alike = math.isclose(
-            float(recorded["weights_sum"]), float(loaded["weights_sum"]), rel_tol=1e-2
-        )
-        if recorded.get("vocab_size") != loaded["vocab_size"] or not alike:
-            raise UserError(
-                f"these vectors are of another model, {recorded.get('model')}, not of {lm.name}: "
-                "make them with this model"
-            )
+        recorded = self.info.get("model") or {}
+        if "weights_sum" in recorded:  # vectors made by hand do not name their model
+            _check_same_weights(lm.identity(), recorded, f"{lm.name}: make them with this model")
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, with `info` as JSON in its header (see docs/outputs.md)."""
@@ -319,12 +432,39 @@ class SteeringVectors:
         return cls(tensors["vectors"], tensors["norms"], info, gate)
 
 
+def _sizes(vectors: SteeringVectors) -> str:
+    return f"{len(vectors.vectors)} layers of size {vectors.vectors.shape[1]}"
+
+
+def _check_same_weights(model: dict, recorded: dict, wanted: str) -> None:
+    """Raise UserError unless two identities of models are of one, in any precision."""
+    # The weights of a model in two precisions have nearly the same sum.
+    alike = math.isclose(float(recorded["weights_sum"]), float(model["weights_sum"]), rel_tol=1e-2)
+    if recorded.get("vocab_size") != model["vocab_size"] or not alike:
+        raise UserError(
+            f"these vectors are of another model, {recorded.get('model')}, not of {wanted}"
+        )
+
+
+def _combined(parts: list[tuple[float, SteeringVectors]]) -> dict:
+    """The manifest of a combination: the model, and every vector with its factor."""
+    return {
+        "stage": "steering_vectors",
+        "method": "combined",
+        "mode": "",
+        "fixed": "combined",
+        "model": parts[0][1].info.get("model"),
+        "parts": [{"factor": factor, **part.info} for factor, part in parts],
+    }
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One way to steer: a method's vectors, their layers and their strength.
 
     method, mode: see `grains.vectors.make`. layers: the steered layers. alpha: the strength.
     vectors: layer -> (D,), with the strength included. gate: scales them at each position, or None.
+    positions: those that are steered (see `grains.settings.parse_positions`).
     """
 
     method: str
@@ -333,6 +473,7 @@ class Configuration:
     alpha: float
     vectors: dict[int, Tensor] = field(compare=False, repr=False, default_factory=dict)
     gate: Gate | None = field(compare=False, repr=False, default=None)
+    positions: str = "all"
 
     @property
     def gated(self) -> bool:
@@ -350,7 +491,8 @@ class Configuration:
         if not self.layers:
             return self.method
         name = " ".join(filter(None, (self.method, self.variant)))
-        return f"{name} @ {','.join(layer_ranges(self.layers))} x {self.alpha:g}"
+        at = "" if self.positions == "all" else f" ({self.positions})"
+        return f"{name} @ {','.join(layer_ranges(self.layers))} x {self.alpha:g}{at}"
 
 
 BASE = Configuration("base", "", (), 0.0)  # the model without steering
@@ -358,12 +500,13 @@ BASE = Configuration("base", "", (), 0.0)  # the model without steering
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A method's vectors at some layers, without a strength."""
+    """A method's vectors at some layers and positions, without a strength."""
 
     method: str
     mode: str
     layers: tuple[int, ...]
     vectors: SteeringVectors
+    positions: str = "all"
 
     def at(self, alpha: float, units: str = "relative") -> Configuration:
         """This direction at a strength (see `SteeringVectors.scaled`)."""
@@ -374,6 +517,7 @@ class Direction:
             alpha,
             self.vectors.scaled(alpha, self.layers, units),
             self.vectors.gate,
+            self.positions,
         )
 
 
@@ -387,4 +531,6 @@ def directions(
         "each": [(layer,) for layer in layers],
         "from": [tuple(range(layer, len(vectors.vectors))) for layer in layers],
     }
-    return [Direction(method, mode, group, vectors) for group in groups[grid.layer_mode]]
+    return [
+        Direction(method, mode, group, vectors, grid.positions) for group in groups[grid.layer_mode]
+    ]

@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass, replace
 
 from grains.data import DATASETS, default_split
+from grains.errors import UserError
 from grains.names import Names
 from grains.settings import (
     ABLATE,
@@ -37,6 +38,7 @@ from grains.settings import (
     AttributionSettings,
     DataSettings,
     GridSettings,
+    parse_positions,
 )
 
 
@@ -94,6 +96,14 @@ def evaluation_parser(
     add_attribution(flags)
     add_states(flags)
     add_grid(flags, chosen_by_default)
+    flags.add_argument(
+        "--positions",
+        default=GridSettings.positions,
+        type=positions,
+        help="which positions are steered: all; prompt; response (those that an answer's tokens "
+        "are predicted from); last (of the prompt); image; or a slice of the prompt such as 0:10 "
+        "(with a minus: --positions=-5:)",
+    )
     add_evaluation(flags)
     add_evaluate_on(flags)
     return flags
@@ -446,6 +456,7 @@ def grid_settings(args: argparse.Namespace, default: GridSettings = UNSET) -> Gr
         args.layer_mode,
         tuple(dict.fromkeys(args.alphas or default.alphas)),
         args.alpha_units,
+        getattr(args, "positions", default.positions),
     )
 
 
@@ -456,6 +467,14 @@ def ig_steps(text: str) -> int | str:
     if text == "auto":
         return text
     return positive(text)
+
+
+def positions(text: str) -> str:
+    try:
+        parse_positions(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def positive(text: str) -> int:

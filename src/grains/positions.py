@@ -1,0 +1,80 @@
+"""Which positions of a sequence are steered: all, or those of a prompt, a picture or a response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grains.errors import UserError
+from grains.prompts import Encoded
+from grains.settings import parse_positions
+
+
+def in_prompt(positions: str, image: Tensor) -> Tensor:
+    """(P,) bool, which positions of a prompt are steered.
+
+    positions: see `grains.settings.parse_positions`. image: (P,) bool, the positions of a picture.
+    Raises UserError for an unknown word, and if no position of this prompt is meant, so that
+    nothing would be steered.
+    """
+    part = parse_positions(positions)
+    steered = torch.zeros(len(image), dtype=torch.bool)
+    if isinstance(part, slice):
+        steered[part] = True
+    elif part == "image":
+        steered |= image.cpu()
+    else:
+        # The last position of the prompt predicts the response's first token.
+        steered[-1 if part in ("response", "last") else 0 :] = True
+    if not steered.any():
+        missing = "it has no picture" if part == "image" else f"it has {len(image)} positions"
+        raise UserError(f"positions '{positions}' name nothing in a prompt: {missing}")
+    return steered
+
+
+def in_response(positions: str) -> bool:
+    """Whether the positions of a response's own tokens are steered; all are, or none."""
+    return parse_positions(positions) in ("all", "response")
+
+
+def of_batch(positions: str, encoded: list[Encoded], length: int) -> Tensor | None:
+    """(Q, T) bool, the steered positions of prompts with their responses packed behind them.
+
+    length: T, which longer rows have and shorter ones are padded to.
+    Returns None if all positions are steered.
+    """
+    if parse_positions(positions) == "all":
+        return None
+    rows = torch.full((len(encoded), length), in_response(positions))
+    for row, item in zip(rows, encoded, strict=True):
+        row[: len(item.image)] = in_prompt(positions, item.image)
+    return rows
+
+
+def while_decoding(
+    positions: list[str], encoded: list[Encoded], width: int
+) -> Callable[[int, int], Tensor] | None:
+    """The steered positions of rows that continue prompts, for a forward of some of them.
+
+    positions: of each of C configurations. encoded: B prompts, which each of them continues.
+    width: P, to which the prompts are padded on the left.
+    Returns None if all positions of all rows are steered. Otherwise a function (start, stop) ->
+    (C * B, stop - start) bool: the positions from start on; those from P on are of the responses.
+    """
+    if all(parse_positions(word) == "all" for word in positions):
+        return None
+    prompts = torch.zeros(len(positions), len(encoded), width, dtype=torch.bool)
+    for rows, word in zip(prompts, positions, strict=True):
+        for row, item in zip(rows, encoded, strict=True):
+            row[width - len(item.image) :] = in_prompt(word, item.image)
+    prompts = prompts.flatten(0, 1)
+    responses = torch.tensor([in_response(word) for word in positions])
+    responses = responses.repeat_interleave(len(encoded))[:, None]
+
+    def between(start: int, stop: int) -> Tensor:
+        new = max(stop - max(start, width), 0)
+        return torch.cat([prompts[:, start:stop], responses.expand(-1, new)], dim=1)
+
+    return between
