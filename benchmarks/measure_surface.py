@@ -2,7 +2,8 @@
 
 Two logistic regressions are cross-validated by question on the answers of a question file: one on
 surface features (length, negation, hedges, punctuation, first word, ...), one on word counts. A
-file whose answers are parallel in form leaves the first near 50 %.
+file whose answers are parallel in form leaves the first near 50 %. Where a file has contexts (as
+faithfulness.jsonl), the answers are judged without them, and folds share no fact.
 """
 
 from __future__ import annotations
@@ -42,9 +43,17 @@ FIRST_WORDS = (
 
 
 def load_questions(path: str | Path = DATA) -> list[dict]:
-    """Read a question file, one JSON object a line."""
+    """Read a question file, one JSON object a line.
+
+    Of a file with contexts, the context's answer is the best one, the common one is incorrect.
+    """
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+        questions = [json.loads(line) for line in file if line.strip()]
+    for question in questions:
+        if "context_answer" in question:
+            question["best_answer"] = question["context_answer"]
+            question["incorrect_answers"] = [question["common_answer"]]
+    return questions
 
 
 def answers_of(question: dict, with_correct: bool = False) -> list[tuple[str, int]]:
@@ -125,13 +134,16 @@ def measure(
     folds: int = 10,
     repeats: int = 5,
 ) -> dict[str, tuple[float, float, float]]:
-    """Cross-validate one model by question; each figure is (rate, lower, upper).
+    """Cross-validate one model by question, or fact; each figure is (rate, lower, upper).
 
     The rates are means over `repeats` seeded ways of cutting the questions into folds; the
     intervals take each question, or row, as one case whatever the number of repeats.
     """
     answers = [answers_of(question, with_correct) for question in questions]
     groups = np.repeat(np.arange(len(questions)), [len(rows) for rows in answers])
+    facts = {question.get("fact", index): None for index, question in enumerate(questions)}
+    number = {fact: place for place, fact in enumerate(facts)}
+    fact_of = np.array([number[q.get("fact", i)] for i, q in enumerate(questions)])
     labels = np.array([label for rows in answers for _, label in rows])
     if model == "surface":
         inputs = np.vstack([surface_matrix([text for text, _ in rows]) for rows in answers])
@@ -142,7 +154,7 @@ def measure(
 
     first, every, balanced = [], [], []
     for seed in range(repeats):
-        fold_groups = np.random.default_rng(seed).permutation(len(questions))[groups]
+        fold_groups = np.random.default_rng(seed).permutation(len(facts))[fact_of[groups]]
         probability = np.zeros(len(labels))
         for train, test in GroupKFold(folds).split(inputs, labels, fold_groups):
             classifier = LogisticRegression(C=0.1, class_weight="balanced", max_iter=2000)
@@ -178,7 +190,7 @@ def main() -> None:
     questions = load_questions(args.data)
     print(f"{len(questions)} questions; rates in % with Wilson 95 % intervals; chance is 50 %")
     for model in ("surface", "words"):
-        for with_correct in (False, True):
+        for with_correct in (False, True) if "correct_answers" in questions[0] else (False,):
             extra = "best, other correct, incorrect" if with_correct else "best, incorrect"
             print(f"{model} model, answers used: {extra}")
             figures = measure(questions, model, with_correct, args.folds, args.repeats)

@@ -54,8 +54,12 @@ def main(kind: Kind = LLM) -> None:
     from grains.cli import stages
     from grains.scoring import margins, question_batches, score, target_scores
     from grains.steering import BASE
+    from grains.study import costs
 
-    outputs = flags.names_of(args).multiple_choice(grid, flags.GRID, args.score, args.output_dir)
+    budget = args.max_ppl_increase
+    outputs = flags.names_of(args).multiple_choice(
+        grid, flags.GRID, args.score, args.output_dir, budget
+    )
     states = stages.states_files(args, grid)
     examples = splits.evaluation_examples(source, args.seed, states["pos"].info["data"])
     lm = entry.load_model(args)
@@ -78,11 +82,22 @@ def main(kind: Kind = LLM) -> None:
             f"mc2_targets), which data set '{source.name}' does not say: use score token or sum"
         )
     groups = question_batches(encoded, settings.batch_tokens)
+    # Beside the questions, the passages by which the budget is measured.
+    passages = [] if budget is None else costs.passages(lm, "validation")
+    groups += [
+        [len(asked) + index for index in members]
+        for members in question_batches(passages, settings.batch_tokens)
+    ]
     split_of = [split for split, questions in examples.items() for _ in questions]
 
     def make(unit: int) -> runs.Unit:
         members = groups[unit]
-        batch = [prompts.encode(lm, asked[i], settings.prompt_style) for i in members]
+        batch = [
+            prompts.encode(lm, asked[i], settings.prompt_style)
+            if i < len(asked)
+            else passages[i - len(asked)]
+            for i in members
+        ]
         scores = score(lm, batch, configurations, settings.batch_tokens)
         return {
             str(index): torch.from_numpy(values)
@@ -92,6 +107,7 @@ def main(kind: Kind = LLM) -> None:
     def write(units: runs.Units) -> None:
         scores = {int(i): s.numpy() for tensors, _ in units() for i, s in tensors.items()}
         scored = [scores[index] for index in range(len(encoded))]
+        read = [scores[len(encoded) + index] for index in range(len(passages))]
         every = [BASE, *configurations]
         questions = tables.question_table(split_of, encoded, every, scored)
         accuracies = []
@@ -108,14 +124,21 @@ def main(kind: Kind = LLM) -> None:
                 columns
             ]
         )
+        if budget is not None:
+            perplexity = costs.perplexity_of(passages, read)
+            labels = [configuration.label for configuration in every]
+            increase = dict(zip(labels, perplexity / perplexity[0] - 1, strict=True))
+            table["perplexity_increase"] = table.configuration.map(increase)
         runs.write_table(outputs["questions"], questions)
         runs.write_table(outputs["grid"], table)
-        runs.write_json(outputs["chosen"], chosen(table, grid, args.score))
+        runs.write_json(outputs["chosen"], chosen(table, grid, args.score, budget))
 
     manifest = manifests.evaluation(
         "steering_mc", lm, states["pos"], source, settings, grid, examples
     )
     manifest["flags"]["score"] = args.score
+    if budget is not None:
+        manifest["flags"]["max_ppl_increase"] = budget
     if not runs.resume(
         [*outputs.values()],
         manifest,
@@ -129,22 +152,40 @@ def main(kind: Kind = LLM) -> None:
     ):
         entry.say("nothing to do: these results are already there")
     if runs.processes().is_main_process:
-        report(pd.read_csv(outputs["grid"], keep_default_na=False), grid, args.score)
+        report(pd.read_csv(outputs["grid"], keep_default_na=False), grid, args.score, budget)
         print(f"all configurations: {outputs['grid']}")
         print(f"every question:     {outputs['questions']}")
         print(f"chosen:             {outputs['chosen']}")
         print(f"steering vectors:   {next(iter(made)).parent}")
 
 
-def chosen(table: pd.DataFrame, grid: GridSettings, score: str) -> dict:
-    """The configuration with the best validation accuracy; of equal ones the weakest."""
+def chosen(
+    table: pd.DataFrame, grid: GridSettings, score: str, budget: float | None = None
+) -> dict:
+    """The configuration with the best validation accuracy; of equal ones the weakest.
+
+    budget: how much it may raise the perplexity of prose, if that was measured.
+    Raises UserError if every configuration raises it more.
+    """
     from grains.steering import BASE
 
     split = "all" if "all" in set(table.part) else "validation"
     candidates = table[(table.part == split) & ~table.method.isin([BASE.method, *CONTROLS])]
-    best = candidates.sort_values(
-        [f"accuracy_{score}", "alpha", f"margin_{score}"], ascending=[False, True, False]
-    ).iloc[0]
+    if budget is not None:
+        least = candidates.perplexity_increase.min()
+        candidates = candidates[candidates.perplexity_increase <= budget]
+        if candidates.empty:
+            raise UserError(
+                f"every configuration raises the perplexity of prose by {least:.1%} or more, "
+                f"expected at most {budget:.1%}: give smaller alphas or a larger max_ppl_increase"
+            )
+    best = (
+        candidates.assign(strength=candidates.alpha.abs())
+        .sort_values(
+            [f"accuracy_{score}", "strength", f"margin_{score}"], ascending=[False, True, False]
+        )
+        .iloc[0]
+    )
     return {
         "configuration": best.configuration,
         "method": best.method,
@@ -158,11 +199,13 @@ def chosen(table: pd.DataFrame, grid: GridSettings, score: str) -> dict:
     }
 
 
-def report(table: pd.DataFrame, grid: GridSettings, score: str) -> None:
+def report(
+    table: pd.DataFrame, grid: GridSettings, score: str, budget: float | None = None
+) -> None:
     """Print base, the chosen configuration and the control on the questions that count."""
     from grains.steering import BASE
 
-    best = chosen(table, grid, score)
+    best = chosen(table, grid, score, budget)
     split = "all" if best["chosen_on"] == "all" else "test"
     rows = table[table.part == split]
     same = (rows.layers == " ".join(map(str, best["layers"]))) & (rows.alpha == best["alpha"])

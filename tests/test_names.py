@@ -64,6 +64,7 @@ def test_every_setting_of_the_grid_makes_another_name():
     ]
     named = [NAMES.multiple_choice(grid, GRID, "token")["grid"] for grid in grids]
     named += [NAMES.multiple_choice(GRID, GRID, "sum")["grid"]]
+    named += [NAMES.multiple_choice(GRID, GRID, "token", None, x)["grid"] for x in (0.02, 0.1)]
     named += [
         replace(NAMES, data=replace(NAMES.data, **change)).multiple_choice(GRID, GRID, "token")[
             "grid"

@@ -70,6 +70,22 @@ def best_answer(row: dict) -> dict:
     }
 
 
+def contrary_context(row: dict) -> dict:
+    """A context that contradicts common knowledge: its answer is preferred to the common one."""
+    answers = [row["context_answer"], row["common_answer"]]
+    return {"question": row["question"], "context": row["context"], "choices": answers, "label": 0}
+
+
+def agreeing_context(row: dict) -> dict:
+    """The same question with the context that agrees with common knowledge."""
+    return {**contrary_context(row), "context": row["agreeing_context"], "label": 1}
+
+
+def no_context(row: dict) -> dict:
+    """The same question alone: common knowledge is preferred."""
+    return {**contrary_context(row), "context": "", "label": 1}
+
+
 def truthfulqa(row: dict) -> dict:
     """question, mc1_targets and mc2_targets; the choices of mc1_targets come first."""
     first, second = (_labelled(row[name], name) for name in ("mc1_targets", "mc2_targets"))

@@ -143,6 +143,19 @@ DATASETS: dict[str, Source] = {
         columns.best_answer,
         ("steering", "validation", "test"),
     ),
+    **{
+        name: Source(
+            str(PACKAGED / "faithfulness.jsonl"),
+            ("question", "context", "agreeing_context", "context_answer", "common_answer"),
+            read,
+            ("steering", "validation", "test"),
+        )
+        for name, read in {
+            "faithfulness": columns.contrary_context,
+            "faithfulness-agreeing": columns.agreeing_context,
+            "faithfulness-bare": columns.no_context,
+        }.items()
+    },
     "truthfulqa": Source(
         "EleutherAI/truthful_qa_binary",
         ("question", "choices", "label"),

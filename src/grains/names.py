@@ -122,14 +122,24 @@ class Names:
         return _vectors(folder, states, method, mode, self.ablation.seed)
 
     def multiple_choice(
-        self, grid: GridSettings, default: GridSettings, score: str, folder: str | None = None
+        self,
+        grid: GridSettings,
+        default: GridSettings,
+        score: str,
+        folder: str | None = None,
+        budget: float | None = None,
     ) -> dict[str, Path]:
         """The files of steering_mc.py: the grid, every question, the chosen configuration.
 
-        default: the grid of the script's default flags. score: the one that chooses.
+        default: the grid of the script's default flags. score: the one that chooses. budget: the
+            rise of perplexity within which it chooses, if that is measured.
         """
         base = Path(folder or Path("results", self.kind, "steering"))
-        own = self._evaluation(grid, default, [f"by-{score}" if score != "token" else None])
+        more = [
+            f"by-{score}" if score != "token" else None,
+            f"budget-{budget:g}" if budget is not None else None,
+        ]
+        own = self._evaluation(grid, default, more)
         return {
             "grid": base / f"{own}_grid.csv",
             "questions": base / f"{own}_questions.csv",

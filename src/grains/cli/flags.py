@@ -381,6 +381,12 @@ def add_score(flags: argparse.ArgumentParser) -> None:
         help="the accuracy that chooses the configuration: of the per-token or of the summed "
         "log-likelihood, or TruthfulQA's MC1 or MC2 (all that the data allows are reported)",
     )
+    flags.add_argument(
+        "--max_ppl_increase",
+        type=positive_float,
+        help="how much the perplexity of neutral prose may rise, 0.02 for 2 %%: it is measured, "
+        "and only configurations within it can be chosen (default: not measured)",
+    )
 
 
 def add_evaluate_on(flags: argparse.ArgumentParser) -> None:

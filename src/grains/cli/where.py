@@ -58,7 +58,10 @@ def main() -> None:
             print(path)
     else:
         grid = flags.grid_settings(args)
-        print(names.multiple_choice(grid, flags.GRID, args.score, args.output_dir)[args.file])
+        files = names.multiple_choice(
+            grid, flags.GRID, args.score, args.output_dir, args.max_ppl_increase
+        )
+        print(files[args.file])
 
 
 def check_data(args: argparse.Namespace) -> None:

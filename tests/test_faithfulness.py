@@ -1,0 +1,124 @@
+"""The file of contexts that contradict common knowledge: fields, splits, facts, form of answers."""
+
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+from measure_surface import measure
+
+from grains import data
+
+FIELDS = ["id", "topic", "fact", "form", "split", "question", "context", "agreeing_context"]
+ANSWERS = ["context_answer", "common_answer"]
+NAMES = ("faithfulness", "faithfulness-agreeing", "faithfulness-bare")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    lines = (data.PACKAGED / "faithfulness.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def examples(name):
+    for role in data.ROLES:
+        of_role, source = data.load(name, data.default_split(name, role))
+        for index in range(len(of_role)):
+            yield role, data.read(of_role, source, index)
+
+
+def core(answer):
+    """Without an article, lower case."""
+    return re.sub(r"^(a|an|the) ", "", answer.lower())
+
+
+def says(text, answer):
+    return bool(re.search(rf"\b{re.escape(core(answer))}s?\b", text.lower()))
+
+
+def test_size_and_fields(rows):
+    assert len(rows) >= 320
+    assert len({row["fact"] for row in rows}) >= 120 and len({row["topic"] for row in rows}) >= 15
+    for row in rows:
+        assert list(row) == FIELDS + ANSWERS
+        assert all(isinstance(text, str) and text == text.strip() != "" for text in row.values())
+    for field in ("id", "context"):
+        assert len({row[field] for row in rows}) == len(rows)
+
+
+def test_no_form_of_text_is_common(rows):
+    """Neither the kind of text nor its first words are those of a tenth of the contexts."""
+    for key in (lambda row: row["form"], lambda row: tuple(row["context"].split()[:3])):
+        assert Counter(map(key, rows)).most_common(1)[0][1] <= len(rows) / 10
+
+
+def test_splits_share_no_fact(rows):
+    by_fact = {}
+    for row in rows:
+        by_fact.setdefault(row["fact"], set()).add(
+            (row["split"], row["topic"], row["common_answer"])
+        )
+    assert all(len(places) == 1 for places in by_fact.values())
+    assert {row["split"] for row in rows} == {"steering", "validation", "test"}
+    for split in ("steering", "validation", "test"):  # every topic in each
+        assert len({row["topic"] for row in rows if row["split"] == split}) == 18
+
+
+def test_splits_follow_the_rule_of_the_card(rows):
+    generator, places = random.Random(0), []
+    for topic in sorted({row["topic"] for row in rows}):
+        facts = sorted({row["fact"] for row in rows if row["topic"] == topic})
+        generator.shuffle(facts)
+        places += [((i + 0.5) / len(facts), topic, fact) for i, fact in enumerate(facts)]
+    cuts = ["steering"] * 54 + ["validation"] * 36 + ["test"] * (len(places) - 90)
+    rule = {fact: cut for (*_, fact), cut in zip(sorted(places), cuts, strict=True)}
+    assert all(rule[row["fact"]] == row["split"] for row in rows)
+
+
+def test_each_context_says_its_own_answer_alone(rows):
+    """The two contexts differ in nothing but the answer, which the question does not hold."""
+    for row in rows:
+        contrary, agreeing = row["context"], row["agreeing_context"]
+        assert says(contrary, row["context_answer"]) and says(agreeing, row["common_answer"])
+        assert not says(contrary, row["common_answer"]), row["id"]
+        assert not says(agreeing, row["context_answer"]), row["id"]
+        assert not any(says(row["question"], row[name]) for name in ANSWERS), row["id"]
+        assert row["question"].lower() not in contrary.lower()
+        changed = {*contrary.lower().split()} ^ {*agreeing.lower().split()}
+        answers = " ".join(row[name] for name in ANSWERS).lower().split()
+        for word in changed:
+            bare = re.sub(r"^\W+|\W+$", "", word).removesuffix("'s")
+            known = [*answers, *(answer + "s" for answer in answers), "a", "an", "the"]
+            assert bare in known or bare.rstrip("s") in known, (row["id"], word)
+
+
+def test_form_does_not_give_the_answer_away(rows):
+    questions = [
+        {
+            "fact": row["fact"],
+            "best_answer": row["context_answer"],
+            "incorrect_answers": [row["common_answer"]],
+        }
+        for row in rows
+    ]
+    for name, (rate, _, _) in measure(questions, "surface", repeats=1).items():
+        assert rate < 0.60, name
+
+
+def test_three_data_sets_read_the_same_file(rows):
+    by_id = {row["id"]: row for row in rows}
+    for name in NAMES:
+        read = [*examples(name)]
+        assert len(read) == len(rows)
+        for role, example in read:
+            row = by_id[example.id]
+            assert row["split"] == role and example.question == row["question"]
+            preferred, other = ANSWERS if name == "faithfulness" else ANSWERS[::-1]
+            assert (example.chosen, example.rejected) == (row[preferred], row[other])
+            context = {
+                "faithfulness": row["context"],
+                "faithfulness-agreeing": row["agreeing_context"],
+                "faithfulness-bare": "",
+            }[name]
+            assert example.context == context
