@@ -112,6 +112,7 @@ def main(kind: Kind = LLM) -> None:
     }
     check_document(args.document)
     lm = entry.load_model(args)
+    entry.say_prompt(lm, settings.ablation.prompt)
     attributed: Known = {}  # an example is attributed once for all settings that agree on it
     front_tables = []
     for text in tried:

@@ -158,6 +158,7 @@ def main(kind: Kind = LLM) -> None:
     )
     check_document(args.document)
     lm = entry.load_model(args)
+    entry.say_prompt(lm, settings.ablation.prompt)
     tables = protocol.run(lm, settings, names, args.overwrite, say=entry.say)
     protocol.write(tables, names)
     if runs.processes().is_main_process:

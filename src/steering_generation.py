@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,7 @@ def main(kind: Kind = LLM) -> None:
     entry.import_libraries()
     import pandas as pd
 
-    from grains import manifests, prompts, runs, splits
+    from grains import manifests, prompts, rendering, runs, splits
     from grains.cli import stages
     from grains.generation import decoding_batches, generate
 
@@ -80,11 +81,18 @@ def main(kind: Kind = LLM) -> None:
     questions = examples["test" if "test" in examples else "all"][: args.num_prompts]
     lm = entry.load_model(args)
     configurations, _ = stages.configurations(args, lm, grid, states)
-    style = args.generation_style or (
-        "chat" if lm.tokenizer.chat_template else settings.prompt_style
-    )
+    prompt = settings.prompt
+    has_template = bool(rendering.chat_template(lm, prompt))
+    style = args.generation_style or ("chat" if has_template else prompt.style)
+    prompt = replace(prompt, style=style)
+    entry.say_prompt(lm, prompt)
+    # That answers are written in another style than vectors are made from is nothing unusual.
+    stages.say_other_prompts(states["pos"], prompt, compare_styles=False)
 
-    encoded = [prompts.encode(lm, example, style) for example in questions]
+    encoded = [prompts.encode(lm, example, prompt, free=True) for example in questions]
+    counts = prompts.tally(encoded)
+    for line in prompts.notes(counts):
+        entry.say(line)
     groups = decoding_batches(encoded, configurations, args.max_new_tokens, settings.batch_tokens)
 
     def make(unit: int) -> runs.Unit:
@@ -108,12 +116,21 @@ def main(kind: Kind = LLM) -> None:
         runs.write_table(output, table.sort_values(["prompt", "configuration"]))
 
     manifest = manifests.evaluation(
-        "steering_generation", lm, states["pos"], source, settings, grid, {"prompts": questions}
+        "steering_generation",
+        lm,
+        states["pos"],
+        source,
+        settings,
+        grid,
+        {"prompts": questions},
+        counts,
     ) | {
         "generation_style": style,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
     }
+    if more := manifests.prompt(lm, prompt, counts).get("prompt"):
+        manifest["generation_prompt"] = more
     if not runs.resume(
         [output],
         manifest,

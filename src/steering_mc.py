@@ -63,6 +63,8 @@ def main(kind: Kind = LLM) -> None:
     states = stages.states_files(args, grid)
     examples = splits.evaluation_examples(source, args.seed, states["pos"].info["data"])
     lm = entry.load_model(args)
+    entry.say_prompt(lm, settings.prompt)
+    stages.say_other_prompts(states["pos"], settings.prompt)
     configurations, made = stages.configurations(args, lm, grid, states)
 
     asked = [example for questions in examples.values() for example in questions]
@@ -72,7 +74,10 @@ def main(kind: Kind = LLM) -> None:
             "steering_generation.py for this data"
         )
     # Thousands of pictures do not fit in memory: a batch's own are opened when it is scored.
-    encoded = [prompts.encode(lm, e, settings.prompt_style).without_picture() for e in asked]
+    encoded = [prompts.encode(lm, e, settings.prompt).without_picture() for e in asked]
+    counts = prompts.tally(encoded)
+    for line in prompts.notes(counts):
+        entry.say(line)
     columns = COLUMNS
     if all(example.targets for example in asked):
         columns = [*COLUMNS, *(name.format(s) for s in TARGET_SCORES for name in PER_SCORE)]
@@ -93,7 +98,7 @@ def main(kind: Kind = LLM) -> None:
     def make(unit: int) -> runs.Unit:
         members = groups[unit]
         batch = [
-            prompts.encode(lm, asked[i], settings.prompt_style)
+            prompts.encode(lm, asked[i], settings.prompt)
             if i < len(asked)
             else passages[i - len(asked)]
             for i in members
@@ -134,7 +139,7 @@ def main(kind: Kind = LLM) -> None:
         runs.write_json(outputs["chosen"], chosen(table, grid, args.score, budget))
 
     manifest = manifests.evaluation(
-        "steering_mc", lm, states["pos"], source, settings, grid, examples
+        "steering_mc", lm, states["pos"], source, settings, grid, examples, counts
     )
     manifest["flags"]["score"] = args.score
     if budget is not None:

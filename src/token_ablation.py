@@ -54,7 +54,10 @@ def main(kind: Kind = LLM) -> None:
     if len(examples) < source.num_samples:
         entry.say(f"note: {source.num_samples} steering examples asked for, {len(examples)} found")
     lm = entry.load_model(args)
-    if not stage1.run(lm, examples, source, settings, attributions, states, args.overwrite):
+    entry.say_prompt(lm, settings.prompt)
+    if not stage1.run(
+        lm, examples, source, settings, attributions, states, args.overwrite, say=entry.say
+    ):
         entry.say("nothing to do: these results are already there")
     if runs.processes().is_main_process:
         summary(attributions, states, settings.attribution, settings.top_k)

@@ -6,7 +6,7 @@ import pytest
 
 from grains.cli.flags import GRID
 from grains.names import LONGEST_NAME, Names, stem
-from grains.settings import AblationSettings, AttributionSettings, DataSettings
+from grains.settings import AblationSettings, AttributionSettings, DataSettings, PromptSettings
 
 NAMES = Names(
     "llm", "meta/tiny llama", DataSettings("x", "/data/x.jsonl"), AblationSettings(), "train"
@@ -35,7 +35,7 @@ STAGE_1 = [
     {"ablation": AblationSettings(ablate="text")},
     {"ablation": AblationSettings(replacement="unk")},
     {"ablation": AblationSettings(image_replacement="zeros")},
-    {"ablation": AblationSettings(prompt_style="chat")},
+    {"ablation": AblationSettings(prompt=PromptSettings("chat"))},
     {"ablation": AblationSettings(seed=1)},
     {"data": DataSettings("x", num_samples=10)},
     {"data": DataSettings("x", split="dev")},

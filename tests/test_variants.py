@@ -35,7 +35,7 @@ def material(make_tiny):
     )
     made = object.__new__(variants.Material)
     made.lm = lm
-    made.study = SimpleNamespace(ablation=AblationSettings(batch_tokens=64, prompt_style="qa"))
+    made.study = SimpleNamespace(ablation=AblationSettings(batch_tokens=64))
     made.vectors, made.norms = {"gradient": vectors, "mean": vectors}, vectors.norms
     made.example_gradients = torch.randn(layers, 30, size, generator=GENERATOR)
     made.neutral = tuple(torch.randn(layers, 90, size, generator=GENERATOR) for _ in range(2))

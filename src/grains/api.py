@@ -5,6 +5,8 @@ Inside a `with vectors.apply(lm, alpha):` block all of them use the steered mode
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -26,6 +28,7 @@ from grains.settings import (
     AblationSettings,
     AttributionSettings,
     DataSettings,
+    PromptSettings,
     selections,
 )
 from grains.states import StatesInMemory
@@ -60,7 +63,7 @@ def attribute(
     rejected: str,
     *,
     image: Any = None,
-    style: str = "qa",
+    style: str | PromptSettings = "qa",
     settings: AttributionSettings | None = None,
     batch_tokens: int = AblationSettings.batch_tokens,
     seed: int = 0,
@@ -68,7 +71,7 @@ def attribute(
     """Attribute log P(chosen) - log P(rejected) to the prompt's tokens (paper, section 3.1).
 
     image: a PIL image or a path, for an image-text model.
-    style: qa, chat or plain (see `grains.prompts.render`).
+    style: qa, chat or plain (see `grains.rendering.render`), or all settings of a prompt.
     settings: by default Integrated Gradients, refined until the completeness error is at most 5 %
         or 200 gradients are computed.
     batch_tokens: the number of positions computed at a time.
@@ -83,6 +86,7 @@ def attribute(
             "compares two answers: give 'contrastive'"
         )
     encoded = prompts.encode(lm, _example(0, (prompt, chosen, rejected), image), style)
+    _warn(prompts.tally([encoded]))
     noise = torch.Generator().manual_seed(seed)
     (result,) = attribution.attribute(lm, encoded, settings, batch_tokens, noise)
     return TokenAttribution(
@@ -121,15 +125,19 @@ def fit(
     settings = replace(settings or AblationSettings(), tops=tops)
     ablates = method in (*ABLATION_METHODS, "rand_tokens")
 
-    tensors = []
+    tensors, counts = [], Counter[str]()
     for unit, example in enumerate(tqdm(examples, desc=f"{method} vectors", unit="pair")):
-        encoded = prompts.encode(lm, example, settings.prompt_style)
+        encoded = prompts.encode(lm, example, settings.prompt)
+        counts.update(prompts.tally([encoded]))
         tensors.append(
             stage1.one_example(lm, encoded, settings, unit, {})[0]
             if ablates
             else stage1.plain_tensors(lm, encoded, settings)
         )
-    info = manifests.stage1(lm, examples, DataSettings("in memory", None, len(examples)), settings)
+    info = manifests.stage1(
+        lm, examples, DataSettings("in memory", None, len(examples)), settings, counts
+    )
+    _warn(counts)
     states = {top: StatesInMemory(tensors, top, info) for top in tops}
     states.setdefault("pos", states[tops[0]])  # for what all selections have in common
     return vectors.make(states, method, mode, settings.seed)
@@ -141,7 +149,7 @@ def score(
     answers: Sequence[str],
     *,
     image: Any = None,
-    style: str = "qa",
+    style: str | PromptSettings = "qa",
     steering: Configuration | None = None,
     batch_tokens: int = AblationSettings.batch_tokens,
 ) -> np.ndarray:
@@ -155,6 +163,7 @@ def score(
         raise UserError(f"answers: expected a list of texts, found {answers!r}")
     example = replace(_example(0, (prompt, "", ""), image), choices=tuple(answers))
     encoded = prompts.encode(lm, example, style)
+    _warn(prompts.tally([encoded]))
     return scoring.score(lm, [encoded], [steering] if steering else [], batch_tokens)[0][-1]
 
 
@@ -164,7 +173,7 @@ def generate(
     prompt: str,
     *,
     image: Any = ...,
-    style: str | None = ...,
+    style: str | PromptSettings | None = ...,
     max_new_tokens: int = ...,
     temperature: float = ...,
     seed: int = ...,
@@ -176,7 +185,7 @@ def generate(
     prompt: list[str] | tuple[str, ...],
     *,
     image: Any = ...,
-    style: str | None = ...,
+    style: str | PromptSettings | None = ...,
     max_new_tokens: int = ...,
     temperature: float = ...,
     seed: int = ...,
@@ -187,7 +196,7 @@ def generate(
     prompt: str | Sequence[str],
     *,
     image: Any = None,
-    style: str | None = None,
+    style: str | PromptSettings | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -204,16 +213,24 @@ def generate(
     style = style or ("chat" if lm.tokenizer.chat_template else "qa")
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     encoded: list[Encoded] = [
-        prompts.encode(lm, replace(_example(number, (text, "", ""), image), choices=()), style)
+        prompts.encode(
+            lm, replace(_example(number, (text, "", ""), image), choices=()), style, free=True
+        )
         for number, text in enumerate(texts)
     ]
     if not encoded:
         return []
+    _warn(prompts.tally(encoded))
     configurations = [steering] if steering else []
     answers = generation.generate(lm, encoded, configurations, max_new_tokens, temperature, seed)[
         -1
     ]
     return answers[0] if isinstance(prompt, str) else answers
+
+
+def _warn(counts: Counter[str]) -> None:
+    for line in prompts.notes(counts):
+        warnings.warn(line, stacklevel=3)
 
 
 def _example(number: int, pair: Pair, image: Any = None) -> Example:

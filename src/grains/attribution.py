@@ -330,7 +330,7 @@ def baseline_embeddings(
     if is_image.any():
         if image == "blank":
             picture = vision.blank_like(vision.open_image(encoded.example))
-            inputs = vision.model_inputs(lm, [encoded.text], [picture])
+            inputs = vision.model_inputs(lm, [encoded.text], [picture], [encoded.guard])
             baseline[is_image] = capture(lm, inputs).embeds[0, is_image].to(prompt)
         elif image == "mean":
             baseline[is_image] = prompt[is_image].mean(dim=0)

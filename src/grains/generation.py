@@ -82,6 +82,7 @@ def generate(
             lm,
             [item.text for item in encoded],
             [vision.open_image(item.example) for item in encoded],
+            [item.guard for item in encoded],
         )
     else:
         inputs = pad_left(lm, [item.inputs for item in encoded])

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 
-from grains import data, runs
+from grains import data, rendering, runs
 from grains.data import Example
 from grains.lm import LanguageModel
-from grains.settings import AblationSettings, DataSettings, GridSettings
+from grains.settings import AblationSettings, DataSettings, GridSettings, PromptSettings
 from grains.states import States
 
 
 def stage1(
-    lm: LanguageModel, examples: list[Example], source: DataSettings, settings: AblationSettings
+    lm: LanguageModel,
+    examples: list[Example],
+    source: DataSettings,
+    settings: AblationSettings,
+    counts: Mapping[str, int],
 ) -> dict:
-    """The manifest of attributions and hidden states."""
+    """The manifest of attributions and hidden states. counts: see `prompts.tally`."""
     fields = dataclasses.asdict(settings)
+    del fields["prompt"]
     return {
         "stage": "token_ablation",
         "model": model(lm),
@@ -34,7 +40,8 @@ def stage1(
             "questions": [data.question_key(example) for example in examples],
         },
         "settings": fields.pop("attribution")
-        | {name: value for name, value in fields.items() if name not in ("tops", "seed")},
+        | {name: value for name, value in fields.items() if name not in ("tops", "seed")}
+        | prompt(lm, settings.prompt, counts),
         "seed": settings.seed,
         "versions": runs.versions(),
     }
@@ -48,10 +55,12 @@ def evaluation(
     settings: AblationSettings,
     grid: GridSettings,
     splits: dict[str, list[Example]],
+    counts: Mapping[str, int],
 ) -> dict:
     """The manifest of multiple choice or generation.
 
     states: the hidden states that the vectors are made from. splits: split -> its examples.
+    counts: see `prompts.tally`.
     """
     return {
         "stage": stage,
@@ -78,7 +87,7 @@ def evaluation(
             "alphas": list(grid.alphas),
             "alpha_units": grid.units,
             "evaluate_on": source.evaluate_on,
-            "prompt_style": settings.prompt_style,
+            **prompt(lm, settings.prompt, counts),
             "batch_tokens": settings.batch_tokens,
             "seed": settings.seed,
             # Not among the flags of older files, which steered all positions.
@@ -86,6 +95,22 @@ def evaluation(
         },
         "versions": runs.versions(),
     }
+
+
+def prompt(lm: LanguageModel, settings: PromptSettings, counts: Mapping[str, int]) -> dict:
+    """How prompts are written: the style, and under `prompt` what is not at its default.
+
+    default_system: the system prompt that the chat template writes by itself. answers_after: what
+    stands before an answer, where the template puts answers elsewhere than it lets the model begin.
+    counts: see `prompts.tally`.
+    """
+    more = settings.changed() | dict(counts)
+    if settings.style == "chat":
+        written = "" if settings.system is not None else rendering.default_system(lm, settings)
+        more |= {"default_system": written} if written else {}
+        start = rendering.answers_after(lm, settings)
+        more |= {"answers_after": start} if start else {}
+    return {"prompt_style": settings.style} | ({"prompt": more} if more else {})
 
 
 def model(lm: LanguageModel) -> dict:

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from grains.settings import LAYER_MODES, AblationSettings, DataSettings, GridSettings, StudySettings
+from grains.settings import (
+    LAYER_MODES,
+    AblationSettings,
+    DataSettings,
+    GridSettings,
+    PromptSettings,
+    StudySettings,
+)
 
 LONGEST_NAME = 200  # bytes of a name without its endings; file systems allow 255 with them
 
@@ -82,6 +90,20 @@ def _attribution(ablation: AblationSettings) -> list[str]:
             },
         ),
     ]
+
+
+def _prompt(prompt: PromptSettings) -> list[str]:
+    """The style, and of what else is changed the digests: texts are too long for names."""
+    return [
+        prompt.style,
+        *(f"{name.replace('_', '-')}-{_short(value)}" for name, value in prompt.changed().items()),
+    ]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (bool, int)) or value == "":
+        return str(value) or "none"
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -182,7 +204,7 @@ class Names:
                 self.data.split or self.default_split,
                 f"n{self.data.num_samples}",
                 f"seed{self.ablation.seed}",
-                self.ablation.prompt_style,
+                *_prompt(self.ablation.prompt),
                 *_attribution(self.ablation),
             ]
         )
@@ -194,7 +216,7 @@ class Names:
             slug(self.model),
             f"n{self.data.num_samples}",
             f"seed{self.ablation.seed}",
-            self.ablation.prompt_style,
+            *_prompt(self.ablation.prompt),
             *_attribution(self.ablation),
             *([f"split-{self.data.split}"] if self.data.split else []),
         ]
@@ -349,7 +371,7 @@ def experiment_stem(model: str, settings: StudySettings) -> str:
             slug(model),
             first.split,
             f"n{first.num_samples}",
-            settings.ablation.prompt_style,
+            *_prompt(settings.ablation.prompt),
             *_attribution(settings.ablation),
             settings.grid.layer_mode,
             "+".join(settings.grid.layers),

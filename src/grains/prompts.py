@@ -1,21 +1,22 @@
-"""Prompt styles: from a question and its answers to the model's inputs and token ids."""
+"""From a question and its answers to the model's inputs and token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jinja2 import TemplateError
 from PIL.Image import Image
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from grains import vision
-from grains.chats import Turn
+from grains import rendering, vision
+from grains.controls import Controls, Span
 from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
-from grains.settings import STYLES
+from grains.settings import STYLES, PromptSettings
+
+__all__ = ["STYLES", "Encoded", "encode", "notes", "render", "tally"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Encoded:
         special tokens and the words that the prompt style adds.
     words: (P,) bool, all text positions except special tokens.
     image: (P,) bool, the positions of image features.
+    guard: how the control tokens among the data's words are kept words; None if there are none.
+    control_words: these words, of the prompt and the answers.
+    spans_border: whether a token would span the border between the prompt and an answer.
     """
 
     example: Example
@@ -39,6 +43,9 @@ class Encoded:
     content: torch.Tensor
     words: torch.Tensor
     image: torch.Tensor
+    guard: vision.Guard | None = None
+    control_words: tuple[str, ...] = ()
+    spans_border: bool = False
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -77,87 +84,38 @@ class Encoded:
         ]
 
 
-def render(lm: LanguageModel, example: Example, style: str) -> tuple[str, str]:
-    """The text of the prompt, and the separator between it and a response.
+def render(lm: LanguageModel, example: Example, prompt: PromptSettings | str) -> tuple[str, str]:
+    """The text of the prompt, and the separator between it and an answer.
 
-    style: qa: `Q: {question}\\nA:` and a space, as in the published scripts; chat: the model's own
-        chat template and no separator; plain: the question as it is, and a space.
-    A context comes before the question, a picture's placeholder before both. The turns of a
-    conversation are those of the chat template, lines with Q: and A: in qa, and paragraphs with
-    the role before them in plain.
-    Raises UserError for an unknown style, for chat without a chat template, and for turns that
-    the chat template refuses.
+    prompt: the settings, or the name of a style. See `grains.rendering.render`.
     """
-    question = f"{example.context}\n{example.question}" if example.context else example.question
-    has_image = example.image is not None
-    if style == "chat":
-        if not _renderer(lm).chat_template:
-            raise UserError(f"{lm.name} has no chat template: use prompt_style qa or plain")
-        return _chat(lm, example, example.turns or (("user", question),)), ""
-    if style not in STYLES:
-        raise UserError(f"unknown prompt style '{style}': expected {', '.join(STYLES)}")
-    start = f"{vision.placeholder(lm)}\n" if has_image else ""
-    if example.turns:
-        return start + _without_template(example.turns, style), " "
-    if style == "plain":
-        return start + question, " "
-    context = f"{example.context}\n" if example.context else ""
-    return f"{start}{context}Q: {example.question}\nA:", " "
+    rendered = rendering.render(lm, example, _settings(prompt))
+    return rendered.text, rendered.space
 
 
-def _chat(lm: LanguageModel, example: Example, turns: Sequence[Turn]) -> str:
-    """Turns in the chat template, up to where the answer begins; a picture in the first user's."""
-    first = next((index for index, (role, _) in enumerate(turns) if role == "user"), 0)
-    pictures = [example.image is not None and index == first for index in range(len(turns))]
-    messages = [
-        {"role": role, "content": _content_of_turn(lm, text, has_image)}
-        for (role, text), has_image in zip(turns, pictures, strict=True)
-    ]
-    try:
-        return _renderer(lm).apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-    except TemplateError as error:
-        roles = ", ".join(role for role, _ in turns)
-        raise UserError(
-            f"example {example.id}: the chat template of {lm.name} refuses its turns ({roles}): "
-            f"{error}; change them, or use prompt_style qa or plain"
-        ) from error
-
-
-def _without_template(turns: Sequence[Turn], style: str) -> str:
-    if style == "plain":
-        return "\n\n".join([*(f"{role.title()}: {text}" for role, text in turns), "Assistant:"])
-    marks = {"user": "Q: ", "assistant": "A: ", "system": ""}
-    return "\n".join([*(f"{marks.get(role, f'{role}: ')}{text}" for role, text in turns), "A:"])
-
-
-def _renderer(lm: LanguageModel) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """What holds the chat template: the processor of an image-text model, else the tokenizer."""
-    return lm.tokenizer if lm.processor is None else lm.processor
-
-
-def _content_of_turn(lm: LanguageModel, text: str, has_image: bool = False) -> str | list[dict]:
-    if lm.processor is None:
-        return text
-    return [{"type": "image"}] * has_image + [{"type": "text", "text": text}]
+def _settings(prompt: PromptSettings | str) -> PromptSettings:
+    return PromptSettings(prompt) if isinstance(prompt, str) else prompt
 
 
 def encode(
     lm: LanguageModel,
     example: Example,
-    style: str = "qa",
+    prompt: PromptSettings | str = "qa",
     picture: Image | None = None,
     finished: bool = True,
+    free: bool = False,
 ) -> Encoded:
     """Tokenize an example and prepare its picture.
 
-    A response's tokens are those that follow the prompt's when both are tokenized as one text. If a
-    tokenizer merges characters across the border, the two are tokenized separately.
+    An answer's tokens are those that follow the prompt's when both are tokenized as one text. If a
+    token would span the border to one of the answers, all answers of the example are tokenized
+    separately.
 
-    style: qa, chat or plain (see `render`).
+    prompt: the settings, or the name of a style (see `grains.rendering.render`).
     picture: used instead of the example's own, for example a blank one.
     finished: in the style chat, whether the token that ends the turn follows each response.
+    free: for what the model itself writes: the prompt ends where its turn begins, and not where a
+        chat template puts the final answer.
     Raises UserError for an empty prompt or response, a text longer than the model's context, and a
     picture that the model cannot take.
     """
@@ -165,19 +123,26 @@ def encode(
         vision.check_text(lm, example)
     elif example.image is not None:
         raise UserError(f"example {example.id} has a picture, but {lm.name} reads text only")
-    text, space = render(lm, example, style)
-    text_ids = _ids(lm, text)
+    settings = _settings(prompt)
+    rendered = rendering.render(lm, example, settings, free)
+    text, guarded = rendered.text, not settings.allow_special_tokens
+    controls = rendering.controls(lm, settings)
+    text_ids = _ids(lm, controls, text, rendered.words if guarded else [])
     if not text_ids:
         raise UserError(f"example {example.id}: its prompt tokenizes to nothing")
-    end = _end_of_turn(lm) if style == "chat" and finished else ""
-    responses = [
-        _response_ids(lm, text, text_ids, space + choice, end, example)
-        for choice in example.choices
-    ]
+    answers = [rendered.space + choice for choice in example.choices]
+    responses, spans_border = _responses(
+        lm, controls, rendered, text_ids, answers, example, guarded
+    )
+    if rendered.end and finished:
+        end = lm.tokenizer(rendered.end, add_special_tokens=False).input_ids
+        responses = [response + end for response in responses]
+    lookalikes = controls.among(text, rendered.words) if guarded else []
+    guard = vision.Guard(controls, tuple(rendered.words)) if lookalikes else None
     if example.image is not None:
         picture = picture or vision.open_image(example)
         try:
-            inputs = vision.model_inputs(lm, [text], [picture])
+            inputs = vision.model_inputs(lm, [text], [picture], [guard])
         except UserError as error:
             raise UserError(f"example {example.id}: {error}") from error
     else:
@@ -194,75 +159,114 @@ def encode(
     image = torch.tensor([token == lm.image_token_id for token in prompt_ids])
     special_ids = lm.special_ids()
     words = torch.tensor([token not in special_ids for token in prompt_ids]) & ~image
-    content = words & _aligned(_content(lm, example, text), text_ids, prompt_ids)
+    content = words & _aligned(_content(lm, controls, rendered, guarded), text_ids, prompt_ids)
+    if guarded:
+        lookalikes += [token for answer in answers for token in controls.among(answer)]
     return Encoded(
-        example, text, inputs, responses, content if content.any() else words, words, image
+        example,
+        text,
+        inputs,
+        responses,
+        content if content.any() else words,
+        words,
+        image,
+        guard,
+        tuple(lookalikes),
+        spans_border,
     )
 
 
-def _ids(lm: LanguageModel, text: str) -> list[int]:
+def _ids(lm: LanguageModel, controls: Controls, text: str, words: Sequence[Span]) -> list[int]:
     """Token ids with one BOS if the model has it, and without the EOS that some tokenizers add."""
-    special = not vision.starts_with_bos(lm, text)
-    ids = lm.tokenizer(text, add_special_tokens=special).input_ids
+    special = not _starts_with_bos(lm, text, words)
+    ids = controls.encode(text, words, special).ids
     ends = special and len(ids) > 1 and ids[-1] == lm.tokenizer.eos_token_id
-    return ids[:-1] if ends and not text.endswith(lm.tokenizer.eos_token) else ids
-
-
-def _end_of_turn(lm: LanguageModel) -> str:
-    """The token that ends the model's turn, as the chat template writes it after an answer.
-
-    In a chat an answer is complete when the model ends its turn. Without this token, 'a circle'
-    would be the same answer as the beginning of 'a circle and a square'.
-    """
-    turns = [
-        {"role": role, "content": _content_of_turn(lm, text)}
-        for role, text in (("user", "question"), ("assistant", "ANSWER"))
-    ]
-    after = _renderer(lm).apply_chat_template(turns, tokenize=False)
-    after = after.rpartition("ANSWER")[2].strip()
-    tokens = lm.tokenizer(after, add_special_tokens=False).input_ids
-    if tokens and tokens[0] in lm.special_ids():
-        return lm.tokenizer.decode(tokens[:1])
-    return lm.tokenizer.eos_token or ""
-
-
-def _response_ids(
-    lm: LanguageModel, prompt: str, prompt_ids: list[int], text: str, end: str, example: Example
-) -> list[int]:
-    ids = _ids(lm, prompt + text)
-    if ids[: len(prompt_ids)] == prompt_ids:
-        ids = ids[len(prompt_ids) :]
-    else:
-        ids = lm.tokenizer(text, add_special_tokens=False).input_ids
-    if not lm.tokenizer.decode(ids).strip():  # a space alone is no answer
-        raise UserError(f"example {example.id}: the answer {text.strip()!r} tokenizes to nothing")
-    return ids + (lm.tokenizer(end, add_special_tokens=False).input_ids if end else [])
-
-
-def _content(lm: LanguageModel, example: Example, prompt: str) -> torch.Tensor:
-    """(tokens,) bool: which tokens of the rendered text overlap context, question or turns."""
-    special = not vision.starts_with_bos(lm, prompt)
-    tokens = lm.tokenizer(
-        prompt, add_special_tokens=special, return_offsets_mapping=lm.tokenizer.is_fast
+    written = text.endswith(lm.tokenizer.eos_token or "") and not (
+        words and words[-1][1] == len(text)
     )
-    inside = torch.zeros(len(tokens.input_ids), dtype=torch.bool)
-    if not lm.tokenizer.is_fast:  # no offsets are known: every token counts
+    return ids[:-1] if ends and not written else ids
+
+
+def _starts_with_bos(lm: LanguageModel, text: str, words: Sequence[Span]) -> bool:
+    """Whether the prompt style, and not the data, begins the prompt with the BOS token."""
+    return vision.starts_with_bos(lm, text) and not (words and words[0][0] == 0)
+
+
+def _responses(
+    lm: LanguageModel,
+    controls: Controls,
+    rendered: rendering.Rendered,
+    prompt_ids: list[int],
+    answers: Sequence[str],
+    example: Example,
+    guarded: bool,
+) -> tuple[list[list[int]], bool]:
+    """The token ids of each answer, and whether a token would span the border to one of them."""
+    start, count = len(rendered.text), len(prompt_ids)
+    joint = []
+    for answer in answers:
+        words = [*rendered.words, (start, start + len(answer))] if guarded else []
+        joint.append(_ids(lm, controls, rendered.text + answer, words))
+    spans_border = any(ids[:count] != prompt_ids for ids in joint)
+    responses = [ids[count:] for ids in joint]
+    if spans_border:
+        responses = [
+            controls.encode(answer, [(0, len(answer))] if guarded else [], False).ids
+            for answer in answers
+        ]
+    for answer, ids in zip(answers, responses, strict=True):
+        if not lm.tokenizer.decode(ids).strip():  # a space alone is no answer
+            raise UserError(
+                f"example {example.id}: the answer {answer.strip()!r} tokenizes to nothing"
+            )
+    return responses, spans_border
+
+
+def _content(
+    lm: LanguageModel, controls: Controls, rendered: rendering.Rendered, guarded: bool
+) -> torch.Tensor:
+    """(tokens,) bool: which tokens of the rendered text overlap context, question or turns."""
+    words = rendered.words if guarded else []
+    special = not _starts_with_bos(lm, rendered.text, words)
+    tokens = controls.encode(rendered.text, words, special)
+    inside = torch.zeros(len(tokens.ids), dtype=torch.bool)
+    if tokens.offsets is None:  # every token counts
         return ~inside
-    if example.turns:
-        spans, end = [], 0
-        for _, text in example.turns:  # in their order: two turns may have the same words
-            begin = prompt.find(text, end)
-            if begin >= 0:
-                end = begin + len(text)
-                spans.append((begin, end))
-    else:
-        texts = filter(None, (example.context, example.question))
-        spans = [(begin, begin + len(t)) for t in texts if (begin := prompt.rfind(t)) >= 0]
-    for begin, end in spans:
-        inside |= torch.tensor(
-            [first < end and last > begin for first, last in tokens.offset_mapping]
-        )
+    shifted = dict(zip(words, tokens.words, strict=True))
+    for span in rendered.content:
+        begin, end = shifted.get(span, span)
+        inside |= torch.tensor([first < end and last > begin for first, last in tokens.offsets])
     return inside
+
+
+def tally(encoded: Iterable[Encoded]) -> Counter[str]:
+    """What users should know of the texts of examples, counted, for `notes` and manifests.
+
+    control_words: words that look like control tokens; control_words_in: examples with some;
+    border_tokens: examples with a token that would span the border to an answer.
+    """
+    counts: Counter[str] = Counter()
+    for item in encoded:
+        counts["control_words"] += len(item.control_words)
+        counts["control_words_in"] += bool(item.control_words)
+        counts["border_tokens"] += item.spans_border
+    return +counts  # without zeros
+
+
+def notes(counts: Counter[str]) -> list[str]:
+    """A line for each thing that `tally` counted."""
+    lines = []
+    if number := counts["control_words"]:
+        lines.append(
+            f"warning: {counts['control_words_in']} examples hold {number} words that look like "
+            "control tokens; they are read as words (allow_special_tokens reads them as tokens)"
+        )
+    if number := counts["border_tokens"]:
+        lines.append(
+            f"note: in {number} examples a token would span the border between prompt and answer; "
+            "their answers are tokenized separately"
+        )
+    return lines
 
 
 def _aligned(mask: torch.Tensor, text_ids: list[int], prompt_ids: list[int]) -> torch.Tensor:

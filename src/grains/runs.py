@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -27,7 +28,7 @@ import pandas as pd
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -240,6 +241,11 @@ def processes() -> PartialState:
     none, and these wait for it.
     """
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+
+
+def summed(counts: Counter[str]) -> Counter[str]:
+    """Counts of each process, summed over all."""
+    return sum(gather_object([counts]), Counter())
 
 
 # What a user is told last of the differences between two manifests: it follows from what they did.

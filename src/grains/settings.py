@@ -6,9 +6,11 @@ seconds to load.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from grains.errors import UserError
 
@@ -110,6 +112,44 @@ def parse_positions(positions: str) -> str | slice:
 
 
 @dataclass(frozen=True)
+class PromptSettings:
+    """How an example becomes the text that the model reads (docs/prompts.md).
+
+    style: qa, chat or plain (see `grains.rendering.render`).
+    system: the system prompt of examples that bring none of their own. None: the one that the chat
+        template writes by itself, if it does; "": none, not even that one.
+    template_args: what the chat template is given by name, as a dict (kept as name and JSON).
+    chat_template: a chat template (jinja2) in place of the model's own.
+    allow_special_tokens: whether words of the data that look like control tokens are read as such.
+    """
+
+    style: str = "qa"
+    system: str | None = None
+    template_args: Mapping[str, Any] | tuple[tuple[str, str], ...] = ()
+    chat_template: str | None = None
+    allow_special_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.template_args, Mapping):  # a dict cannot be hashed
+            pairs = sorted((name, json.dumps(value)) for name, value in self.template_args.items())
+            object.__setattr__(self, "template_args", tuple(pairs))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The `template_args` by name."""
+        return {name: json.loads(value) for name, value in dict(self.template_args).items()}
+
+    def changed(self) -> dict[str, Any]:
+        """The settings beside the style that are not at their default, as plain values."""
+        default, values = PromptSettings(), asdict(self) | {"template_args": self.arguments}
+        return {
+            field.name: values[field.name]
+            for field in fields(self)
+            if field.name != "style" and getattr(self, field.name) != getattr(default, field.name)
+        }
+
+
+@dataclass(frozen=True)
 class AttributionSettings:
     """How to attribute (paper, section 3.1).
 
@@ -154,7 +194,7 @@ class AblationSettings:
     replacement: the token whose embedding replaces an ablated text token: pad or unk.
     image_replacement: what replaces an ablated image token: blank, mean or zeros (see
         `AttributionSettings.image_baseline`).
-    prompt_style: qa, chat or plain (see `grains.prompts.render`).
+    prompt: how examples are written as prompts.
     batch_tokens: the number of token positions that are computed at a time.
     seed: seeds the rand selection and smoothgrad's noise.
     """
@@ -165,7 +205,7 @@ class AblationSettings:
     ablate: str = "all"
     replacement: str = "pad"
     image_replacement: str = "mean"
-    prompt_style: str = "qa"
+    prompt: PromptSettings = PromptSettings()
     batch_tokens: int = 2048
     seed: int = 0
 

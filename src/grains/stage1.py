@@ -8,6 +8,7 @@ layers at the last position are kept, plain and ablated (paper, section 3.1).
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def run(
     states: dict[str, Path],
     overwrite: bool = False,
     known: Known | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> bool:
     """Run stage 1 on examples with two answers each; one example is a resumable unit.
 
@@ -53,25 +55,29 @@ def run(
     attributions: the CSV to write. states: selection -> the file of hidden states to write.
     overwrite: replace results of other settings.
     known: attributions of earlier runs in this process; new ones are added.
+    say: takes a line that users should read.
     Returns False if the results of exactly this run exist already.
     Raises UserError for an example that the model cannot take, and as `runs.Run` does.
     """
     # A bad example should end the run now and not after days. Encodings hold pictures, which would
     # fill the memory, so they are not kept.
-    state = runs.processes()
+    state, counts = runs.processes(), Counter[str]()
     for example in tqdm(
         examples[state.process_index :: state.num_processes],
         "reading examples",
         leave=False,
         disable=not state.is_main_process,
     ):
-        prompts.encode(lm, example, settings.prompt_style)
+        counts.update(prompts.tally([prompts.encode(lm, example, settings.prompt)]))
+    counts = runs.summed(counts)
+    for line in prompts.notes(counts):
+        say(line)
 
-    manifest = manifests.stage1(lm, examples, source, settings)
+    manifest = manifests.stage1(lm, examples, source, settings, counts)
     size = 6 * (len(lm.layers) + 1) * lm.hidden_size * 4 * len(examples) * len(settings.tops)
 
     def make(unit: int) -> tuple[dict[str, Tensor], list[dict]]:
-        encoded = prompts.encode(lm, examples[unit], settings.prompt_style)
+        encoded = prompts.encode(lm, examples[unit], settings.prompt)
         return one_example(lm, encoded, settings, unit, {} if known is None else known)
 
     def write(units: Callable[[], Iterator[tuple[dict[str, Tensor], list[dict]]]]) -> None:
@@ -117,7 +123,7 @@ def one_example(
         data.question_key(encoded.example),
         data.fingerprint([encoded.example]),
         attribution,
-        settings.prompt_style,
+        settings.prompt,
         settings.batch_tokens,
         attribution.grad_method == "smoothgrad" and seed,
     )

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from transformers import ProcessorMixin
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     unpad_image,
 )
 
+from grains.controls import Controls, Span
 from grains.data import Example, StoredPicture
 from grains.errors import UserError
 from grains.lm import LanguageModel
@@ -61,16 +65,34 @@ def blank_like(picture: Image.Image) -> Image.Image:
     return Image.new("RGB", picture.size, tuple(int(channel) for channel in colour))
 
 
-def model_inputs(lm: LanguageModel, texts: list[str], pictures: list[Image.Image]) -> dict:
+@dataclass(frozen=True)
+class Guard:
+    """Control tokens of a model, and the spans of a prompt in which they are words."""
+
+    controls: Controls
+    words: tuple[Span, ...]
+
+
+def model_inputs(
+    lm: LanguageModel,
+    texts: list[str],
+    pictures: list[Image.Image],
+    guards: Sequence[Guard | None] = (),
+) -> dict:
     """What the model's forward takes for B prompts with one picture each, padded on the left.
 
     texts: B prompts, which hold the placeholder of their picture. pictures: B pictures.
+    guards: of the prompts whose own words hold control tokens.
     Returns input_ids and attention_mask (B, P), pixel_values and what else the family needs.
     Raises UserError if the image processor refuses a picture.
     """
     special = not starts_with_bos(lm, texts[0])
+    if any(guards):
+        texts, processor = _guarded(lm, texts, pictures, guards)
+    else:
+        processor = lm.processor
     try:
-        inputs = lm.processor(
+        inputs = processor(
             text=texts,
             images=[[picture] for picture in pictures],
             return_tensors="pt",
@@ -87,6 +109,24 @@ def model_inputs(lm: LanguageModel, texts: list[str], pictures: list[Image.Image
         key: value.to(lm.device) if isinstance(value, Tensor) else value
         for key, value in inputs.items()
     }
+
+
+def _guarded(
+    lm: LanguageModel, texts: list[str], pictures: list[Image.Image], guards: Sequence[Guard | None]
+) -> tuple[list[str], ProcessorMixin]:
+    """Texts in which control tokens have other names, and a processor that knows these names.
+
+    Tokens of pictures, and those that the processor itself writes, keep their names.
+    """
+    controls = next(guard.controls for guard in guards if guard)
+    written = model_inputs(lm, texts, pictures)["input_ids"].flatten().tolist()
+    in_texts = {token for ids in lm.tokenizer(texts).input_ids for token in ids}
+    controls = controls.without(frozenset(lm.image_ids() | ({*written} - in_texts)))
+    masked = [
+        controls.masked(text, guard.words if guard else ())[0]
+        for text, guard in zip(texts, guards, strict=True)
+    ]
+    return masked, controls.processor(lm.processor)
 
 
 def placeholder(lm: LanguageModel) -> str:

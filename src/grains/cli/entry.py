@@ -15,6 +15,7 @@ from grains.errors import UserError
 
 if TYPE_CHECKING:
     from grains.lm import LanguageModel
+    from grains.settings import PromptSettings
 
 INTERRUPTED = "interrupted: finished units are kept; run the same command again to go on"
 
@@ -94,6 +95,19 @@ def say(text: str) -> None:
     from grains import runs
 
     runs.processes().print(text)
+
+
+def say_prompt(lm: LanguageModel, prompt: PromptSettings) -> None:
+    """Print what the prompts hold that no flag gave: the chat template's own system prompt."""
+    from grains import rendering
+
+    if prompt.style != "chat" or prompt.system is not None:
+        return
+    if written := rendering.default_system(lm, prompt):
+        say(
+            f"note: the chat template of {lm.name} writes a system prompt by itself: {written!r} "
+            "(--system none turns it off)"
+        )
 
 
 def load_model(args: argparse.Namespace) -> LanguageModel:

@@ -7,9 +7,13 @@ to load.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from grains.data import DATASETS, default_split
 from grains.errors import UserError
@@ -38,6 +42,7 @@ from grains.settings import (
     AttributionSettings,
     DataSettings,
     GridSettings,
+    PromptSettings,
     parse_positions,
 )
 
@@ -178,11 +183,44 @@ def add_data(
         help="steering examples, from which vectors are made",
     )
     group.add_argument("--split", help=split)
+    add_prompt(flags)
+
+
+def add_prompt(flags: argparse.ArgumentParser) -> None:
+    """How examples are written as prompts (docs/prompts.md)."""
+    group = flags.add_argument_group("prompts")
     group.add_argument(
         "--prompt_style",
         default=flags.get_default("kind").prompt_style,
         choices=STYLES,
         help="qa: 'Q: ...\\nA:'; chat: the model's chat template; plain: as it is",
+    )
+    group.add_argument(
+        "--system",
+        type=text_or_file,
+        metavar="TEXT|FILE",
+        help="system prompt of examples without one of their own; none: no system prompt, not even "
+        "the one that a chat template writes by itself",
+    )
+    group.add_argument(
+        "--template_args",
+        nargs="+",
+        type=template_argument,
+        metavar="NAME=VALUE",
+        help="what the chat template is given by name, such as enable_thinking=false; values are "
+        "JSON, or else text",
+    )
+    group.add_argument(
+        "--chat_template",
+        type=template_file,
+        metavar="FILE",
+        help="chat template (jinja2) in place of the model's own",
+    )
+    group.add_argument(
+        "--allow_special_tokens",
+        action="store_true",
+        help="read words of the data that look like control tokens (<|im_end|>, </s>) as these "
+        "tokens (default: they stay words)",
     )
 
 
@@ -446,9 +484,20 @@ def ablation_settings(args: argparse.Namespace, tops: tuple[str, ...] = ()) -> A
         args.ablate,
         args.replacement,
         getattr(args, "image_replacement", default.image_replacement),
-        args.prompt_style,
+        prompt_settings(args),
         args.batch_tokens,
         getattr(args, "seed", default.seed),
+    )
+
+
+def prompt_settings(args: argparse.Namespace) -> PromptSettings:
+    """From the flags of `add_prompt`."""
+    return PromptSettings(
+        args.prompt_style,
+        args.system,
+        dict(args.template_args or ()),
+        args.chat_template,
+        args.allow_special_tokens,
     )
 
 
@@ -485,6 +534,91 @@ def positions(text: str) -> str:
 
 def positive(text: str) -> int:
     return _whole(text, 1)
+
+
+def text_or_file(text: str) -> str:
+    """A text, or that of the file it names; none is the empty text."""
+    if text in ("", "none"):
+        return ""
+    path = Path(text)
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # too long for a path, or with a character that no path has
+        is_file = False
+    if is_file:
+        return file_text(text)
+    if path.suffix in (".txt", ".md", ".jinja", ".j2") and not re.search(r"\s", text):
+        raise argparse.ArgumentTypeError(f"file '{text}' does not exist")
+    return text.strip()
+
+
+def file_text(text: str) -> str:
+    """The text of a file, without white space around it."""
+    try:
+        content = Path(text).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(f"file '{text}' cannot be read: {reason}") from error
+    if not content:
+        raise argparse.ArgumentTypeError(f"file '{text}' is empty")
+    return content
+
+
+def template_file(text: str) -> str:
+    """The text of a file with a jinja2 template."""
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        content = Path(text).read_text(encoding="utf-8")
+        # Chat templates have two things more: break and continue, and blocks that mark answers.
+        environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+        environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", content))
+    except TemplateSyntaxError as error:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no jinja2 template: line {error.lineno}: {error.message}"
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(f"file '{text}' cannot be read: {reason}") from error
+    if not content.strip():
+        raise argparse.ArgumentTypeError(f"file '{text}' is empty")
+    return content
+
+
+# Names that the chat template has already, or that say how it is called.
+OWN_ARGUMENTS = {
+    "messages",
+    "conversation",
+    "tools",
+    "documents",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_dict",
+    "return_tensors",
+    "return_assistant_tokens_mask",
+    "sanitize_control_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "tokenizer_kwargs",
+    "processor_kwargs",
+}
+
+
+def template_argument(text: str) -> tuple[str, Any]:
+    """'enable_thinking=false' -> ('enable_thinking', False)."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text}: expected NAME=VALUE")
+    if name in OWN_ARGUMENTS:
+        raise argparse.ArgumentTypeError(f"{name} is set here already: leave it out")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def seed(text: str) -> int:

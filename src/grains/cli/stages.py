@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from grains import runs, vectors
-from grains.cli import flags
+from grains.cli import entry, flags
 from grains.errors import UserError
 from grains.lm import LanguageModel
-from grains.settings import TOPS, GridSettings, selections
+from grains.settings import TOPS, GridSettings, PromptSettings, selections
 from grains.states import StatesFile
 from grains.steering import Configuration, SteeringVectors, directions
 
@@ -41,6 +44,28 @@ def states_files(args: argparse.Namespace, grid: GridSettings) -> dict[str, Stat
                 + "; ".join(different[:4])
             )
     return files
+
+
+def say_other_prompts(
+    states: StatesFile, prompt: PromptSettings, compare_styles: bool = True
+) -> None:
+    """Print in what the prompts that hidden states were made from differ from those asked with."""
+    made = states.info["settings"]
+    recorded = {"prompt_style": made["prompt_style"]} | made.get("prompt", {})
+    asked = {"prompt_style": prompt.style} | json.loads(json.dumps(prompt.changed()))
+    names = ["prompt_style"] * compare_styles + [f.name for f in fields(prompt)[1:]]
+    different = [
+        f"{name} {shown(recorded.get(name))}, here {shown(asked.get(name))}"
+        for name in names
+        if recorded.get(name) != asked.get(name)
+    ]
+    if different:
+        entry.say(f"note: the vectors are made from other prompts: {'; '.join(different)}")
+
+
+def shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:36]!r} ..."
 
 
 def configurations(

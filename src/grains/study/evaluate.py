@@ -21,7 +21,7 @@ from grains.generation import decoding_batches, generate
 from grains.lm import LanguageModel
 from grains.prompts import Encoded
 from grains.scoring import margins, question_batches, score
-from grains.settings import SCORES
+from grains.settings import SCORES, PromptSettings
 from grains.steering import BASE, Configuration
 from grains.study import costs, lora
 from grains.study.lora import LoraConfiguration
@@ -48,8 +48,7 @@ def evaluate(
     examples = target.splits[split]
     if split == "test":
         examples = study.tested(examples)
-    style = study.ablation.prompt_style
-    encoded = [prompts.encode(lm, example, style) for example in examples]
+    encoded = [prompts.encode(lm, example, study.ablation.prompt) for example in examples]
     scores = scores_of(lm, study, encoded, configurations, f"{split}_{target.source.name}")
     leads = margins(encoded, scores)
     grid = grid_rows(study, target.source.name, split, configurations, leads)
@@ -77,7 +76,7 @@ def costs_of(
     perplexity = costs.perplexity_of(neutral, neutral_scores)
     leads = margins(unrelated, scored(unrelated, "unrelated"))
     accuracy = costs.accuracy_of(leads)
-    answers = encode_answers(lm, own_answers(lm, study, split), study.ablation.prompt_style)
+    answers = encode_answers(lm, own_answers(lm, study, split), study.ablation.prompt)
     columns = {
         "perplexity": perplexity,
         "perplexity_increase": perplexity / perplexity[0] - 1,
@@ -304,7 +303,7 @@ def free_answers(
         "max_new_tokens": settings.max_new_tokens,
     }
     path = study.names.answers(split, runs.digest(manifest))
-    encoded = [prompts.encode(lm, example, ablation.prompt_style) for example in examples]
+    encoded = [prompts.encode(lm, example, ablation.prompt, free=True) for example in examples]
     encoded *= repeated
     groups = decoding_batches(
         encoded, [*configurations], settings.max_new_tokens, ablation.batch_tokens
@@ -363,7 +362,9 @@ def own_answers(lm: LanguageModel, study: Study, split: str) -> list[Example]:
     ]
 
 
-def encode_answers(lm: LanguageModel, answered: Sequence[Example], style: str) -> list[Encoded]:
+def encode_answers(
+    lm: LanguageModel, answered: Sequence[Example], prompt: PromptSettings
+) -> list[Encoded]:
     """Answers of the model, which may be cut off; without those that cannot be encoded again.
 
     Raises UserError if none is left.
@@ -371,7 +372,7 @@ def encode_answers(lm: LanguageModel, answered: Sequence[Example], style: str) -
     encoded = []
     for example in answered:
         try:
-            encoded.append(prompts.encode(lm, example, style, finished=False))
+            encoded.append(prompts.encode(lm, example, prompt, finished=False, free=True))
         except UserError as error:
             warnings.warn(f"left out an answer of {lm.name}: {error}", stacklevel=2)
     if not encoded:

@@ -45,7 +45,7 @@ def learn(lm: LanguageModel, study: Study) -> list[Direction | LoraDirection]:
     @cache  # encoded only where something is left to train
     def pairs() -> list[Encoded]:
         return [
-            prompts.encode(lm, example, study.ablation.prompt_style)
+            prompts.encode(lm, example, study.ablation.prompt)
             for example in study.splits["training"]
         ]
 
@@ -117,7 +117,7 @@ def trained_vectors(
             pairs(),
             costs.training_passages(lm),
             costs.unrelated_questions(lm, "training"),
-            encode_answers(lm, answers, ablation.prompt_style),
+            encode_answers(lm, answers, ablation.prompt),
             norms,
             gate,
             layers,

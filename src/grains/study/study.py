@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from grains import data, manifests, runs, splits, stage1, vectors
+from grains import data, manifests, prompts, runs, splits, stage1, vectors
 from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
@@ -85,20 +85,26 @@ def begin(
             )
     say(f"\n{source.name}, seed {seed}: attribution and hidden states")
     files = names.states(ablation.tops)
-    stage1.run(
-        lm, pairs, source, ablation, names.attributions(), files, overwrite, known=attributed
-    )
+    stage1.run(lm, pairs, source, ablation, names.attributions(), files, overwrite, attributed, say)
     states = {top: StatesFile(path, top) for top, path in files.items()}
     made: list[Direction | LoraDirection] = []
     for method, mode, steering_vectors in vectors.make_all(states, settings.grid, seed):
         if runs.processes().is_main_process:
             runs.write_shared(names.vectors(method, mode), *steering_vectors.content(), overwrite)
         made += directions(steering_vectors, method, mode, settings.grid)
+    counts = prompts.tally(
+        prompts.encode(lm, replace(example, image=None), ablation.prompt)
+        for examples in evaluated.values()
+        for example in examples
+    )
+    for line in prompts.notes(counts):
+        say(line)
     manifest = manifests.evaluation(
-        "experiment", lm, states["pos"], source, ablation, settings.grid, evaluated
+        "experiment", lm, states["pos"], source, ablation, settings.grid, evaluated, counts
     )
     # What a configuration scores does not depend on what else is tried.
-    shared = {name: manifest["flags"][name] for name in ("prompt_style", "batch_tokens", "seed")}
+    kept = ("prompt_style", "prompt", "batch_tokens", "seed")
+    shared = {name: value for name, value in manifest["flags"].items() if name in kept}
     return Study(
         settings,
         source,
