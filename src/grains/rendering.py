@@ -144,8 +144,11 @@ def _located(text: str, example: Example) -> list[Span]:
                 end = begin + len(turn)
                 spans.append((begin, end))
         return spans
-    texts = filter(None, (example.context, example.question))
-    return sorted((begin, begin + len(t)) for t in texts if (begin := text.rfind(t)) >= 0)
+    asked = text.rfind(example.question)
+    if asked >= 0:
+        spans.append((asked, asked + len(example.question)))
+    before = text.rfind(example.context, 0, None if asked < 0 else asked) if example.context else -1
+    return [(before, before + len(example.context)), *spans] if before >= 0 else spans
 
 
 def _layout(

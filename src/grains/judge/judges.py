@@ -123,7 +123,7 @@ class LocalJudge:
 
     def _encode(self, asked: list[str]) -> list[prompts.Encoded]:
         return [
-            prompts.encode(self.lm, Example("judge's prompt", prompt, (), 0), "chat")
+            prompts.encode(self.lm, Example("judge's prompt", prompt, (), 0), "chat", free=True)
             for prompt in asked
         ]
 
