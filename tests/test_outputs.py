@@ -90,7 +90,9 @@ def test_a_manifest_of_somebody_else_is_kept(tmp_path):
     assert files(tmp_path) == {mine.name: b'{"name": "a web app"}'}
 
 
-@pytest.mark.parametrize("content", ["[]", "5", "null", '"x"', "{", "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["[]", "5", "null", '"x"', "{", "[" * 100_000], ids=lambda text: text[:6]
+)
 @pytest.mark.parametrize("beside", ["a.manifest.json", "a.parts/manifest.json"])
 def test_a_damaged_manifest_is_one_line_and_overwriting_mends_it(tmp_path, beside, content):
     do([tmp_path / "a.csv"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,10 +109,28 @@ def load(
             f"({', '.join(missing[:3])}, ...) and would be random: is it complete, and does its "
             "config name the right model? make it again or give another one"
         )
+    if left_out := _left_out(model, loaded["unexpected_keys"]):
+        raise UserError(
+            f"model '{name}': its files hold layers that its config leaves out ({left_out[0]}, "
+            f"{len(left_out)} weights in all): give the config that belongs to the weights"
+        )
     cpu.use_onednn(model)
     lm = wrap(name, model, tokenizer, processor, self_check)
     memory = free_memory(lm.device) if max_memory is None else int(max_memory * 2**30)
     return replace(lm, memory=memory)
+
+
+def _left_out(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """The weights in a model's files that it lacks, and whose like it has at another number."""
+    own = {name for name, _ in model.named_parameters()}
+    return sorted(
+        name
+        for name in unexpected
+        if any(
+            f"{name[: number.start()]}0{name[number.end() :]}" in own
+            for number in re.finditer(r"(?<=\.)\d+(?=\.)", name)
+        )
+    )
 
 
 def _check_machine(device: str, max_memory: float | None) -> None:
@@ -196,8 +216,11 @@ def wrap(
 
 
 def _why_not_loaded(name: str, source: str, error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    reason = text[0] if text else type(error).__name__
+    reason = " ".join(str(error).split())[:300]
+    if "ignore_mismatched_sizes" in reason:
+        reason = "its weights are of other sizes than its config says"
+    if "weights_only" in reason or "WeightsUnpickler" in reason:  # with torch's advice to trust it
+        reason = "its weights are a pickle that holds more than tensors and is not opened"
     kind = type(error).__name__
     trouble = hub_trouble(error)
     expected = (
@@ -215,6 +238,8 @@ def _why_not_loaded(name: str, source: str, error: Exception) -> str:
         todo = "check the network, or give a local folder"
     elif isinstance(error, torch.OutOfMemoryError):
         todo = "use dtype bfloat16 or device_map auto"
+    elif "is not opened" in reason:
+        todo = "give a folder with safetensors"
     elif "trust_remote_code" in str(error):
         todo = "if you trust the code in that repository, add trust_remote_code"
     else:

@@ -21,6 +21,10 @@ def find_parts(model: PreTrainedModel, name: str) -> tuple[nn.ModuleList, nn.Mod
     Raises UserError if there is no such list.
     """
     config = model.config.get_text_config()
+    if config.num_hidden_layers < 1:
+        raise UserError(
+            f"{name}: its config says {config.num_hidden_layers} layers, expected at least one"
+        )
     calls: list[tuple[nn.Module, Any, Any]] = []  # in the order in which they return
     handles = [
         module.register_forward_hook(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from PIL.Image import Image
+from torch import nn
 
 from grains import rendering, vision
 from grains.controls import Controls, Span
@@ -156,6 +158,8 @@ def encode(
             f"example {example.id}: prompt and answer have {longest} tokens, more than the "
             f"{lm.max_positions} that {lm.name} was made for; shorten it or leave it out"
         )
+    _check_vocabulary(lm, [text_ids], lm.embed)
+    _check_vocabulary(lm, responses, lm.head)
     image = torch.tensor([token == lm.image_token_id for token in prompt_ids])
     special_ids = lm.special_ids()
     words = torch.tensor([token not in special_ids for token in prompt_ids]) & ~image
@@ -174,6 +178,20 @@ def encode(
         tuple(lookalikes),
         spans_border,
     )
+
+
+def _check_vocabulary(
+    lm: LanguageModel, sequences: Iterable[list[int]], weights: nn.Linear | nn.Embedding
+) -> None:
+    """Raise UserError for a token that embeddings or head have no row for."""
+    rows = len(weights.weight)
+    largest = max(({*chain(*sequences)} - lm.image_ids()), default=0)
+    if largest >= rows:
+        raise UserError(
+            f"{lm.name}: the token '{lm.tokenizer.convert_ids_to_tokens(largest)}' has the number "
+            f"{largest}, but its weights are for {rows} tokens: give the tokenizer that belongs to "
+            "the model"
+        )
 
 
 def _ids(lm: LanguageModel, controls: Controls, text: str, words: Sequence[Span]) -> list[int]:

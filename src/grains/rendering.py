@@ -13,7 +13,6 @@ from functools import lru_cache
 from os.path import commonprefix
 from uuid import uuid4
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from grains import vision
@@ -24,8 +23,6 @@ from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.settings import STYLES, PromptSettings
 
-# What a template may raise: its own refusals, and those of the expressions in it.
-REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 # A text of the data, and whether it is the user's own (not from the settings) -> what stands in its
 # place while the prompt is rendered: a mark, or the text itself.
 Mark = Callable[[str, bool], str]
@@ -107,6 +104,11 @@ def render(
     # Templates that look at the texts, such as those that cut the thoughts of earlier turns, write
     # something else for the texts than for the marks.
     seen = _layout(lm, example, prompt, free, lambda text, own: text, marks.answer).text
+    if not content and _squeezed(example.question) not in _squeezed(seen):
+        raise UserError(
+            f"example {example.id}: the chat template of {lm.name} leaves its question out; give "
+            "another chat_template, or use prompt_style qa or plain"
+        )
     if seen != text:
         given = [*(text for _, text in example.turns), example.context, example.question]
         known = controls(lm, prompt)
@@ -114,6 +116,10 @@ def render(
             text = seen
             words = content = _located(text, example)
     return Rendered(text, layout.space, layout.end, words, content)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split()).casefold()
 
 
 def controls(lm: LanguageModel, prompt: PromptSettings) -> Controls:
@@ -212,13 +218,14 @@ def _chat(
             return _Layout(begun, "")
         answered = [*messages, _message(lm, "assistant", answer)]
         before, stands, after = apply_template(lm, answered, prompt, False).rpartition(answer)
-    except REFUSALS as error:
+    except Exception as error:  # a template is a program, and may end in any
         if isinstance(error, UserError):
             raise
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
             f"example {example.id}: the chat template of {lm.name} refuses its turns ({roles}): "
-            f"{error}; change them, or use prompt_style qa or plain"
+            f"{str(error)[:200] or type(error).__name__}; change them, or use prompt_style qa or "
+            "plain"
         ) from error
     end = _first_special(lm, after) or lm.tokenizer.eos_token or ""
     if not stands or not (before.startswith(begun) or begun.startswith(before)):
@@ -308,11 +315,11 @@ def _default_system(lm: LanguageModel, prompt: PromptSettings, template: str) ->
     try:
         first = before(user, asked)
         second = before(again, asked, ("assistant", answer), ("user", again))
-    except REFUSALS:
+    except Exception:
         return ""
     try:
         start = before(system, ("system", system), asked)
-    except REFUSALS:  # it takes no system prompts
+    except Exception:  # it takes no system prompts
         start = []
     written = first[: len(first) - len(commonprefix([first[::-1], second[::-1]]))]
     instead = written[len(commonprefix([written, start])) :]
