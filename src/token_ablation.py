@@ -13,7 +13,7 @@ from pathlib import Path
 
 from grains.cli import entry, flags
 from grains.cli.flags import LLM, Kind
-from grains.settings import AttributionSettings
+from grains.settings import NO_ATTRIBUTION, AttributionSettings
 
 
 def parser(kind: Kind) -> argparse.ArgumentParser:
@@ -68,6 +68,11 @@ def summary(
 ) -> None:
     import pandas as pd
 
+    if settings.grad_method == NO_ATTRIBUTION:
+        print("nothing was attributed or ablated: for methods that need neither")
+        print(f"log-likelihoods: {attributions}")
+        print(f"hidden states:   {states['pos']}")
+        return
     shown = [
         "id",
         "top",

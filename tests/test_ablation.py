@@ -14,7 +14,7 @@ from helpers.reference import (
 )
 
 from grains import prompts
-from grains.ablation import hidden_states, select
+from grains.ablation import batches_in_order, hidden_states, plain_states, select
 from grains.attribution import attributed_positions
 from grains.settings import TOPS
 
@@ -174,6 +174,43 @@ def test_norms_are_medians_over_the_plain_positions(tiny, pair):
     expected = states.norm(dim=-1).median(dim=1).values
     assert found.shape == expected.shape
     assert relative(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("max_tokens", [1, 70, 10_000])
+def test_examples_together_are_each_alone(tiny, max_tokens):
+    """Prompts and answers of several lengths: one forward a batch, and each example as alone."""
+    items = [
+        encoded(tiny, W[start : start + length], PAIRS[pair])
+        for (start, length), pair in zip([(0, 11), (3, 4), (7, 19)], PAIRS, strict=False)
+    ]
+    counted = []
+    handle = tiny.layers[-1].register_forward_hook(
+        lambda module, args, output: counted.append(len(args[0])) if output.any() else None
+    )
+    found = plain_states(tiny, items, max_tokens)
+    handle.remove()
+    assert counted == {1: [1, 1, 1], 70: [2, 1], 10_000: [3]}[max_tokens]
+    for states, item in zip(found, items, strict=True):
+        prompt = embeds(tiny, item.prompt_ids).requires_grad_()
+        total = 0
+        gradients = torch.zeros_like(states.gradients)
+        for column, response in enumerate(item.responses):
+            with layer_outputs(tiny) as outputs:
+                value = log_likelihood(tiny, prompt, response)
+            last = torch.stack([output[0, -1] for output in outputs]).detach()
+            assert relative(states.last[0, column], last) <= 1e-5
+            assert states.log_likelihoods[0, column].item() == pytest.approx(value.item(), abs=1e-4)
+            total = (1 - 2 * column) * value / len(response)
+            by_layer = torch.autograd.grad(total, outputs)
+            gradients += torch.stack([g[0, : len(prompt)].sum(0) for g in by_layer])
+        assert relative(states.gradients, gradients) <= 1e-5
+        alone = hidden_states(tiny, item, [], 50)
+        assert relative(states.norms, alone.norms) <= 1e-6
+
+
+def test_batches_in_order_by_hand():
+    found = batches_in_order([3, 5, 4, 10, 1, 1, 30, 2], 15)
+    assert [list(group) for group in found] == [[0, 1, 2], [3], [4, 5], [6], [7]]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 10_000])

@@ -1,18 +1,21 @@
 """The Python door against the stages' own functions, and what it refuses."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import tiny
 from helpers.families import tiny_model
-from helpers.reference import no_hooks
+from helpers.reference import no_hooks, relative
+from safetensors.numpy import load_file
 
 import grains
 from grains import models, prompts, scoring, stage1, vectors
 from grains.attribution import attribute
 from grains.data import Example
+from grains.errors import UserError
 from grains.generation import generate
-from grains.settings import METHODS, AblationSettings, AttributionSettings
+from grains.settings import METHODS, NEED_ABLATION, AblationSettings, AttributionSettings
 from grains.states import StatesFile
 from grains.steering import Configuration
 
@@ -57,6 +60,46 @@ def test_vectors_are_those_of_stage_1s_file(lm, method, tmp_path):
     assert torch.allclose(found.vectors, expected.vectors, rtol=1e-4, atol=1e-5)
     assert torch.allclose(found.norms, expected.norms, rtol=1e-5)
     assert found.info["method"] == method and found.vectors.norm(dim=1).min() > 1e-4
+
+
+def test_states_without_attribution_give_what_needs_none(lm, tmp_path):
+    """One file, which holds no ablated states; the same vectors as with them."""
+    examples = [example(number) for number in range(len(PAIRS))]
+    source = grains.settings.DataSettings("x")
+    made = {}
+    for grad_method, tops in (("vanilla", ("pos",)), ("none", ("pos",)), ("none", ("pos", "neg"))):
+        settings = AblationSettings(AttributionSettings(grad_method=grad_method), tops, top_k=2)
+        path = tmp_path / f"{grad_method}.safetensors"
+        files = dict.fromkeys(tops, path)
+        if len(tops) == 2:
+            with pytest.raises(UserError, match="single file of states, pos"):
+                stage1.run(lm, examples, source, settings, tmp_path / "b.csv", files)
+            continue
+        table = tmp_path / f"{grad_method}_table.csv"
+        assert stage1.run(lm, examples, source, settings, table, files)
+        made[grad_method] = {"pos": StatesFile(path, "pos")}
+        rows = pd.read_csv(table)
+        assert rows.id.tolist() == [item.id for item in examples]
+        assert rows.f.to_numpy() == pytest.approx(
+            [np.subtract(*grains.score(lm, item.question, item.choices)) for item in examples],
+            abs=1e-4,
+        )
+    assert set(load_file(tmp_path / "none.safetensors")) == {
+        "hidden_pos_response",
+        "hidden_neg_response",
+        "norms",
+        "gradients",
+    }
+    for method in METHODS:
+        if method in NEED_ABLATION:
+            with pytest.raises(UserError, match=f"without ablation, so they give no {method}"):
+                vectors.make(made["none"], method, "pos", 0)
+            continue
+        found, expected = (vectors.make(states, method, "pos", 0) for states in made.values())
+        assert relative(found.vectors, expected.vectors) <= 1e-5
+        assert relative(found.norms, expected.norms) <= 1e-6
+    with pytest.raises(UserError, match="attributes nothing"):
+        grains.attribute(lm, *PAIRS[0], settings=AttributionSettings(grad_method="none"))
 
 
 @pytest.mark.parametrize("layers", [None, [-1], ["0-1"]])

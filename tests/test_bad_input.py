@@ -274,6 +274,16 @@ def test_states_of_different_runs(stage1, stage2, tmp_path):
     assert "different runs" in message and "seed" in message
 
 
+def test_methods_that_need_an_ablation_where_there_is_none(stage1, stage2, tmp_path):
+    stage1(tmp_path, "--grad_method", "none").ok()
+    flags = ("--grad_method", "none", "--hidden_states_path", tmp_path / "states.safetensors")
+    before = contents(tmp_path)
+    message = stage2(tmp_path, *flags, "--mode", "both").error()
+    assert "without ablation" in message and "mean" in message
+    assert contents(tmp_path) == before
+    stage2(tmp_path, *flags, "--methods", "gradient", "caa").ok()
+
+
 def test_states_of_the_other_selection(stage2, done, tmp_path):
     """Taken for pos - neg, one file given twice would be a vector of zeros."""
     pos, neg = done / "states_pos.safetensors", done / "states_neg.safetensors"

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from grains.attribution import baseline_embeddings
 from grains.lm import LanguageModel
-from grains.logprobs import Targets, targets, token_log_probs
+from grains.logprobs import ResponseScorer, Targets, targets, token_log_probs
 from grains.packing import pack
 from grains.prompts import Encoded
-from grains.replay import Capture, capture_pack, gradient_rows, replay, without_prefix
+from grains.replay import Capture, capture_pack, collate, gradient_rows, replay, without_prefix
 from grains.settings import TOPS
 
 
@@ -73,12 +73,9 @@ def hidden_states(
     gradients: whether the gradients at every layer are wanted.
     Returns `States` with R = 1 + len(ablated) variants, the unablated one first.
     """
-    packed = pack(encoded.sequences())
-    captured = capture_pack(lm, encoded.inputs, packed)
-    terms = targets(packed, len(encoded.prompt_ids), encoded.responses)
-    ends = torch.stack([path[-1] for path in packed.paths])
-
-    plain = _plain(lm, encoded, captured, terms, ends, gradients)
+    pair = _packed(lm, encoded)
+    captured, terms = pair.captured, pair.terms
+    (plain,) = _plain(lm, [pair], gradients, gradients and gradient_rows(lm, captured)[1])
     prompt = captured.embeds[0, : len(encoded.prompt_ids)]
     replacement = baseline_embeddings(lm, encoded, prompt, text, image)
     last, log_likelihoods = [plain.last], [plain.log_likelihoods]
@@ -92,7 +89,7 @@ def hidden_states(
         terms = replace(terms, nodes=terms.nodes - moving.start)
         with torch.inference_mode():
             for batch in rows.split(max(1, max_tokens // rows.shape[1])):
-                reader = _Reader(ends - moving.start)
+                reader = _Reader((pair.ends - moving.start).expand(len(batch), -1))
                 reader(-1, batch)
                 final = replay(lm, batch, moving.calls, after=reader)
                 last.append(reader.stacked())
@@ -100,62 +97,116 @@ def hidden_states(
     return States(torch.cat(last), torch.cat(log_likelihoods), plain.norms, plain.gradients)
 
 
+def plain_states(
+    lm: LanguageModel, encoded: list[Encoded], max_tokens: int, gradients: bool = True
+) -> list[States]:
+    """The hidden states of examples as they are, several at a time: `States` with R = 1 each.
+
+    max_tokens, gradients: see `hidden_states`; a gradient's batches are smaller (see
+        `gradient_rows`).
+    """
+    states: list[States] = []
+    for members in batches_in_order([item.length for item in encoded], max_tokens):
+        pairs = [_packed(lm, encoded[index]) for index in members]
+        longest = max((pair.captured for pair in pairs), key=lambda item: int(item.lengths))
+        rows, checkpointed = gradient_rows(lm, longest) if gradients else (len(pairs), False)
+        for start in range(0, len(pairs), rows):
+            states += _plain(lm, pairs[start : start + rows], gradients, checkpointed)
+    return states
+
+
+def batches_in_order(lengths: list[int], max_tokens: int) -> list[range]:
+    """Indices of consecutive examples that fill at most max_tokens positions with their padding."""
+    groups: list[range] = []
+    longest = 0
+    for index, length in enumerate(lengths):
+        longest = max(longest, length)
+        if groups and (len(groups[-1]) + 1) * longest <= max_tokens:
+            groups[-1] = range(groups[-1].start, index + 1)
+        else:
+            groups.append(range(index, index + 1))
+            longest = length
+    return groups
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """An example with both responses in one row.
+
+    captured: B = 1. terms: of the log-likelihoods. ends: (2,) the responses' last nodes.
+    """
+
+    encoded: Encoded
+    captured: Capture
+    terms: Targets
+    ends: Tensor
+
+
+def _packed(lm: LanguageModel, encoded: Encoded) -> _Packed:
+    packed = pack(encoded.sequences())
+    return _Packed(
+        encoded,
+        capture_pack(lm, encoded.inputs, packed),
+        targets(packed, len(encoded.prompt_ids), encoded.responses),
+        torch.stack([path[-1] for path in packed.paths]),
+    )
+
+
 def _plain(
-    lm: LanguageModel,
-    encoded: Encoded,
-    captured: Capture,
-    terms: Targets,
-    ends: Tensor,
-    with_gradients: bool,
-) -> States:
-    """The unablated variant, with the gradients at every layer if they are wanted."""
-    reader = _Reader(ends)
+    lm: LanguageModel, pairs: list[_Packed], with_gradients: bool, checkpointed: bool
+) -> list[States]:
+    """The unablated variants of a batch, with gradients at every layer if they are wanted.
+
+    checkpointed: see `replay`.
+    """
+    batch = collate([pair.captured for pair in pairs])
+    reader = _Reader(torch.stack([pair.ends for pair in pairs]))
     outputs: list[Tensor] = []
 
     def after(layer: int, states: Tensor) -> None:
         reader(layer, states)
         outputs.append(states)
 
-    embeds = captured.embeds.detach().clone().requires_grad_(with_gradients)
+    embeds = batch.embeds.detach().clone().requires_grad_(with_gradients)
     after(-1, embeds)
-    final = replay(
-        lm,
-        embeds,
-        captured.calls,
-        after=after,
-        checkpointed=with_gradients and gradient_rows(lm, captured)[1],
-    )
-    log_likelihoods = _log_likelihoods(lm, final, terms)
-    gradients = None
+    final = replay(lm, embeds, batch.calls, after=after, checkpointed=checkpointed)
+    read = ResponseScorer(lm, [pair.terms for pair in pairs])
+    log_likelihoods = read(final[None])[0].view(len(pairs), -1)
+    # The examples of a batch do not see each other, so one backward pass serves all of them.
+    gradients: tuple[Tensor, ...] = ()
     if with_gradients:
         lengths = torch.tensor(
-            [len(response) for response in encoded.responses], device=log_likelihoods.device
+            [[len(response) for response in pair.encoded.responses] for pair in pairs]
         )
-        chosen, rejected = (log_likelihoods / lengths)[0]
-        prompt = len(encoded.prompt_ids)
-        gradients = torch.stack(
-            [
-                gradient[0, :prompt].float().sum(0).cpu()
-                for gradient in torch.autograd.grad(chosen - rejected, outputs)
-            ]
+        chosen, rejected = (log_likelihoods / lengths).sum(0)
+        gradients = torch.autograd.grad(chosen - rejected, outputs)
+    last, detached = reader.stacked(), log_likelihoods.detach()
+    states = []
+    for row, pair in enumerate(pairs):
+        prompt, length = len(pair.encoded.prompt_ids), int(pair.captured.lengths)
+        norms = [h.detach()[row, :length].float().norm(dim=-1).median().cpu() for h in outputs]
+        summed = [gradient[row, :prompt].float().sum(0).cpu() for gradient in gradients]
+        states.append(
+            States(
+                last[row : row + 1],
+                detached[row : row + 1],
+                torch.stack(norms),
+                torch.stack(summed) if summed else None,
+            )
         )
-    return States(
-        reader.stacked(),
-        log_likelihoods.detach().cpu(),
-        torch.stack([h.detach()[0].float().norm(dim=-1).median().cpu() for h in outputs]),
-        gradients,
-    )
+    return states
 
 
 class _Reader:
-    """Keeps the hidden states at some positions (n,) after every layer; an `after` of `replay`."""
+    """Keeps each row's hidden states at its positions (R, n) after every layer; for `replay`."""
 
     def __init__(self, positions: Tensor):
         self.positions = positions
         self.read: list[Tensor] = []
 
     def __call__(self, layer: int, states: Tensor) -> None:
-        self.read.append(states.detach()[:, self.positions.to(states.device)].float().cpu())
+        rows = torch.arange(len(states), device=states.device)[:, None]
+        self.read.append(states.detach()[rows, self.positions.to(states.device)].float().cpu())
 
     def stacked(self) -> Tensor:
         """The states that were kept, (R, n, L+1, D)."""

@@ -22,9 +22,9 @@ from grains.lm import LanguageModel
 from grains.models import load
 from grains.prompts import Encoded
 from grains.settings import (
-    ABLATION_METHODS,
     METHODS,
     MODES,
+    NEED_ABLATION,
     AblationSettings,
     AttributionSettings,
     DataSettings,
@@ -35,6 +35,8 @@ from grains.states import StatesInMemory
 from grains.steering import Configuration, SteeringVectors
 
 __all__ = ["attribute", "fit", "generate", "load", "score"]
+
+AT_A_TIME = 64  # pairs that are encoded at a time, pictures included
 
 Pair = Example | tuple[str, str, str]
 
@@ -123,17 +125,27 @@ def fit(
         raise UserError("no pairs are given: vectors are made from preference pairs")
     tops = selections([method], [mode])
     settings = replace(settings or AblationSettings(), tops=tops)
-    ablates = method in (*ABLATION_METHODS, "rand_tokens")
+    counts = Counter[str]()
 
-    tensors, counts = [], Counter[str]()
-    for unit, example in enumerate(tqdm(examples, desc=f"{method} vectors", unit="pair")):
+    def encode(example: Example) -> Encoded:
         encoded = prompts.encode(lm, example, settings.prompt)
         counts.update(prompts.tally([encoded]))
-        tensors.append(
-            stage1.one_example(lm, encoded, settings, unit, {})[0]
-            if ablates
-            else stage1.plain_tensors(lm, encoded, settings)
-        )
+        return encoded
+
+    bar = tqdm(examples, desc=f"{method} vectors", unit="pair")
+    if method in NEED_ABLATION:
+        tensors = [
+            stage1.one_example(lm, encode(example), settings, unit, {})[0]
+            for unit, example in enumerate(bar)
+        ]
+    else:
+        tensors = []
+        for start in range(0, len(examples), AT_A_TIME):  # not all pictures at once
+            group = examples[start : start + AT_A_TIME]
+            made = stage1.plain(lm, list(map(encode, group)), settings)
+            tensors += [item for item, _ in made]
+            bar.update(len(group))
+        bar.close()
     info = manifests.stage1(
         lm, examples, DataSettings("in memory", None, len(examples)), settings, counts
     )

@@ -29,7 +29,7 @@ from grains.logprobs import targets, token_log_probs
 from grains.packing import pack
 from grains.prompts import Encoded
 from grains.replay import Capture, capture, capture_pack, gradient_rows, replay, without_prefix
-from grains.settings import AttributionSettings
+from grains.settings import NO_ATTRIBUTION, AttributionSettings
 
 
 class PromptFunction:
@@ -239,7 +239,13 @@ def attribute(
     max_tokens: the number of positions computed at a time.
     generator: draws smoothgrad's noise.
     Returns one result for the contrastive objective, two (of y+ and of y-) for the normal one.
+    Raises UserError for the method none.
     """
+    if settings.grad_method == NO_ATTRIBUTION:
+        raise UserError(
+            f"grad_method {NO_ATTRIBUTION} attributes nothing: give integrated_gradients, "
+            "smoothgrad or vanilla"
+        )
     terms = [[1.0, -1.0]] if settings.objective == "contrastive" else [[1.0, 0.0], [0.0, 1.0]]
     # Gradient times input is taken at every position; a path leaves some where they are.
     along_path = settings.grad_method == "integrated_gradients"

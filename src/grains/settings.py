@@ -31,7 +31,8 @@ STYLES = ("qa", "chat", "plain")
 
 # Stage 1: how tokens are attributed, and which of them are ablated (paper, section 3.1).
 OBJECTIVES = ("contrastive", "normal")
-GRAD_METHODS = ("integrated_gradients", "smoothgrad", "vanilla")
+NO_ATTRIBUTION = "none"
+GRAD_METHODS = ("integrated_gradients", "smoothgrad", "vanilla", NO_ATTRIBUTION)
 BASELINES = ("mean", "pad", "unk", "zeros")
 IMAGE_BASELINES = ("blank", "mean", "zeros")
 SCOPES = ("content", "all", "image", "text")
@@ -66,6 +67,8 @@ CONTROLS = (
 )
 # The paper's methods, which reduce ablation shifts: only they have the modes pos and both.
 ABLATION_METHODS = ("mean", "pca")
+# Methods that need ablated states, and so an attribution or random tokens.
+NEED_ABLATION = (*ABLATION_METHODS, "rand_tokens")
 MODES = ("pos", "both")
 LAYER_MODES = ("joint", "each", "from")
 UNITS = ("relative", "absolute")
@@ -154,7 +157,8 @@ class AttributionSettings:
     """How to attribute (paper, section 3.1).
 
     objective: contrastive (log P(y+ | x) - log P(y- | x)) or normal (each response on its own).
-    grad_method: integrated_gradients, smoothgrad or vanilla (gradient times input).
+    grad_method: integrated_gradients, smoothgrad, vanilla (gradient times input) or none: nothing
+        is attributed or ablated, which is enough for methods that need neither.
     baseline: the embedding at which the path of a text token starts: mean (of the embedding
         matrix), pad or unk (that token's embedding) or zeros (as in the paper).
     image_baseline: the feature at which the path of an image token starts: blank (the features of
@@ -277,7 +281,8 @@ class StudySettings:
     gated: methods of the grid that are also tried behind a gate.
     train_vectors: whether vectors are trained as well; lora: dpo, sft or none.
     num_generations: questions of a split that are answered freely, with max_new_tokens at most.
-    Raises UserError for data sets of one name, and for a gated method that the grid lacks.
+    Raises UserError for data sets of one name, for a gated method that the grid lacks, and for
+    methods that need an ablation without one.
     """
 
     sources: tuple[DataSettings, ...]
@@ -298,6 +303,12 @@ class StudySettings:
         if len({*names}) < len(names):
             raise UserError(
                 f"datasets: {' '.join(names)} are not all different: give each a name of its own"
+            )
+        ablating = [method for method in self.grid.methods if method in NEED_ABLATION]
+        if self.ablation.attribution.grad_method == NO_ATTRIBUTION and ablating:
+            raise UserError(
+                f"grad_method {NO_ATTRIBUTION} ablates nothing, which {', '.join(ablating)} need: "
+                "give another grad_method, or leave these methods out"
             )
         missing = [method for method in self.gated if method not in self.grid.methods]
         if missing:

@@ -8,7 +8,6 @@ layers at the last position are kept, plain and ablated (paper, section 3.1).
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,8 +22,8 @@ from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.prompts import Encoded
-from grains.settings import AblationSettings, DataSettings
-from grains.states import NEG, NEG_ABLATED, POS, POS_ABLATED, SHARED
+from grains.settings import NO_ATTRIBUTION, AblationSettings, DataSettings
+from grains.states import NEG, NEG_ABLATED, POS, POS_ABLATED, stored
 
 IMAGE_COLUMNS = (
     "positive_share_image",
@@ -59,34 +58,53 @@ def run(
     Returns False if the results of exactly this run exist already.
     Raises UserError for an example that the model cannot take, and as `runs.Run` does.
     """
-    # A bad example should end the run now and not after days. Encodings hold pictures, which would
-    # fill the memory, so they are not kept.
-    state, counts = runs.processes(), Counter[str]()
-    for example in tqdm(
-        examples[state.process_index :: state.num_processes],
-        "reading examples",
-        leave=False,
-        disable=not state.is_main_process,
-    ):
-        counts.update(prompts.tally([prompts.encode(lm, example, settings.prompt)]))
-    counts = runs.summed(counts)
+    attributes = settings.attribution.grad_method != NO_ATTRIBUTION
+    if not attributes and settings.tops != ("pos",):
+        raise UserError(
+            f"grad_method {NO_ATTRIBUTION} ablates nothing, so there is a single file of states, "
+            f"pos: found the selections {', '.join(settings.tops)}; give another grad_method, or "
+            "methods that need no ablation"
+        )
+    # A bad example should end the run now and not after days. Pictures would fill the memory, so
+    # they are read again.
+    state = runs.processes()
+    own = range(state.process_index, len(examples), state.num_processes)
+    read: dict[int, Encoded] = {}
+    for unit in tqdm(own, "reading examples", leave=False, disable=not state.is_main_process):
+        read[unit] = prompts.encode(lm, examples[unit], settings.prompt).without_picture()
+    counts = runs.summed(prompts.tally(read.values()))
     for line in prompts.notes(counts):
         say(line)
 
+    def encoded(unit: int) -> Encoded:
+        if examples[unit].image is None:
+            return read[unit]
+        return prompts.encode(lm, examples[unit], settings.prompt)
+
     manifest = manifests.stage1(lm, examples, source, settings, counts)
-    size = 6 * (len(lm.layers) + 1) * lm.hidden_size * 4 * len(examples) * len(settings.tops)
+    arrays = len(stored(attributes))
+    size = arrays * (len(lm.layers) + 1) * lm.hidden_size * 4 * len(examples) * len(settings.tops)
+    groups = ablation.batches_in_order([read[unit].length for unit in own], settings.batch_tokens)
+    group_of = {own[index]: [own[i] for i in group] for group in groups for index in group}
+    ready: dict[int, tuple[dict[str, Tensor], list[dict]]] = {}
 
     def make(unit: int) -> tuple[dict[str, Tensor], list[dict]]:
-        encoded = prompts.encode(lm, examples[unit], settings.prompt)
-        return one_example(lm, encoded, settings, unit, {} if known is None else known)
+        if attributes:
+            return one_example(lm, encoded(unit), settings, unit, {} if known is None else known)
+        if unit not in ready:  # the units come in order, and so do the groups
+            ready.clear()
+            items = [encoded(member) for member in group_of[unit]]
+            ready.update(zip(group_of[unit], plain(lm, items, settings), strict=True))
+        return ready[unit]
 
     def write(units: Callable[[], Iterator[tuple[dict[str, Tensor], list[dict]]]]) -> None:
         for top, path in states.items():
-            names = {name: name for name in SHARED}
-            names |= {name: f"{name}.{top}" for name in (POS_ABLATED, NEG_ABLATED)}
             runs.write_stacked(
                 path,
-                names,
+                {
+                    name: f"{name}.{top}" if name in (POS_ABLATED, NEG_ABLATED) else name
+                    for name in stored(attributes)
+                },
                 lambda: (tensors for tensors, _ in units()),
                 len(examples),
                 manifest | {"top": top},
@@ -157,16 +175,11 @@ def one_example(
         settings.replacement,
         settings.image_replacement,
     )
-    if not torch.isfinite(states.log_likelihoods).all() or not torch.isfinite(states.last).all():
-        raise UserError(
-            f"example {encoded.example.id}: {lm.name} gives NaN or infinite hidden "
-            f"states in {lm.dtype}; use dtype float32 or bfloat16"
-        )
-
+    _check_finite(lm, encoded, states)
     tensors = _shared_tensors(states)
     rows = []
     tokens = lm.tokenizer.convert_ids_to_tokens(encoded.prompt_ids)
-    plain = states.log_likelihoods[0].tolist()
+    pos_plain, neg_plain = states.log_likelihoods[0].tolist()
     for index, top in enumerate(tops):
         first = 1 + index * len(attributions)
         last = first + len(attributions) - 1  # the same variant if contrastive
@@ -176,15 +189,11 @@ def one_example(
         neg = states.log_likelihoods[last, 1].item()
         rows.append(
             {
-                "id": encoded.example.id,
-                "top": top,
-                "question": encoded.example.question,
-                "chosen": encoded.example.chosen,
-                "rejected": encoded.example.rejected,
-                "f": plain[0] - plain[1],
+                **_columns(encoded, top),
+                "f": pos_plain - neg_plain,
                 "f_ablated": pos - neg,
-                "log_likelihood_pos": plain[0],
-                "log_likelihood_neg": plain[1],
+                "log_likelihood_pos": pos_plain,
+                "log_likelihood_neg": neg_plain,
                 "log_likelihood_pos_ablated": pos,
                 "log_likelihood_neg_ablated": neg,
                 "k": len(chosen[top][0]),
@@ -208,11 +217,44 @@ def one_example(
     return tensors, rows
 
 
-def plain_tensors(
-    lm: LanguageModel, encoded: Encoded, settings: AblationSettings
-) -> dict[str, Tensor]:
-    """The tensors of one example without attribution: enough for methods that ablate nothing."""
-    return _shared_tensors(ablation.hidden_states(lm, encoded, [], settings.batch_tokens))
+def plain(
+    lm: LanguageModel, encoded: list[Encoded], settings: AblationSettings
+) -> list[tuple[dict[str, Tensor], list[dict]]]:
+    """Examples without attribution or ablation: enough for methods that need neither.
+
+    Returns for each its tensors and a row of the CSV, as `one_example` does.
+    """
+    made = []
+    all_states = ablation.plain_states(lm, encoded, settings.batch_tokens)
+    for item, states in zip(encoded, all_states, strict=True):
+        _check_finite(lm, item, states)
+        pos, neg = states.log_likelihoods[0].tolist()
+        row = _columns(item, "pos") | {
+            "f": pos - neg,
+            "log_likelihood_pos": pos,
+            "log_likelihood_neg": neg,
+        }
+        made.append((_shared_tensors(states), [row]))
+    return made
+
+
+def _columns(encoded: Encoded, top: str) -> dict[str, str]:
+    example = encoded.example
+    return {
+        "id": example.id,
+        "top": top,
+        "question": example.question,
+        "chosen": example.chosen,
+        "rejected": example.rejected,
+    }
+
+
+def _check_finite(lm: LanguageModel, encoded: Encoded, states: ablation.States) -> None:
+    if not torch.isfinite(states.log_likelihoods).all() or not torch.isfinite(states.last).all():
+        raise UserError(
+            f"example {encoded.example.id}: {lm.name} gives NaN or infinite hidden "
+            f"states in {lm.dtype}; use dtype float32 or bfloat16"
+        )
 
 
 def _shared_tensors(states: ablation.States) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.runs import read_header
+from grains.settings import NEED_ABLATION, NO_ATTRIBUTION
 
 # Hidden states at the last position of x y+ and x y-, plain and with the selected tokens ablated:
 # (N, L+1, D) each; index 0 is the embedding, l+1 the output of layer l before the final norm.
@@ -34,6 +35,11 @@ MANIFEST: dict[str, type] = {
     "data.questions": list,
     "settings": dict,
 }
+
+
+def stored(is_ablated: bool) -> tuple[str, ...]:
+    """The arrays of a file of hidden states."""
+    return (*SHARED, POS_ABLATED, NEG_ABLATED) if is_ablated else SHARED
 
 
 class States(ABC):
@@ -84,6 +90,21 @@ class States(ABC):
         for minuend, subtrahend in pairs:
             yield minuend - subtrahend
 
+    @property
+    def is_ablated(self) -> bool:
+        """Whether tokens were ablated as well."""
+        return self.info["settings"].get("grad_method") != NO_ATTRIBUTION
+
+    def check_methods(self, methods: Iterable[str]) -> None:
+        """Raise UserError if one of these methods needs ablated states and there are none."""
+        missing = [method for method in methods if method in NEED_ABLATION]
+        if missing and not self.is_ablated:
+            raise UserError(
+                f"the hidden states were made with grad_method {NO_ATTRIBUTION}, without ablation, "
+                f"so they give no {', '.join(missing)}: run token_ablation.py with another "
+                "grad_method, or leave these methods out"
+            )
+
     def shifts(self, layer: int) -> Iterator[np.ndarray]:
         """h(plain) - h(ablated) after a layer, 2N rows for both responses, in chunks (n, D)."""
         for plain, ablated in ((POS, POS_ABLATED), (NEG, NEG_ABLATED)):
@@ -93,8 +114,8 @@ class States(ABC):
 class StatesInMemory(States):
     """The states of examples without a file.
 
-    tensors: for every example, the tensors that `stage1.one_example` or `stage1.plain_tensors`
-        returns. top: the selection. info: the manifest of stage 1.
+    tensors: for every example, the tensors that `stage1.one_example` or `stage1.plain`
+        makes. top: the selection. info: the manifest of stage 1.
     """
 
     def __init__(self, tensors: list[dict[str, Tensor]], top: str, info: dict):
@@ -104,7 +125,7 @@ class StatesInMemory(States):
         self._arrays = {
             name: torch.stack([item[source] for item in tensors]).numpy()
             for name, source in names.items()
-            if source in tensors[0]  # `plain_tensors` ablates nothing
+            if source in tensors[0]  # `stage1.plain` ablates nothing
         }
         self.layers = self._arrays["gradients"].shape[1] - 1
 
@@ -148,7 +169,7 @@ class StatesFile(States):
         shape = [examples, self.layers + 1, self.info["model"]["hidden_size"]]
         if min(shape) < 1 or self.layers < 1:
             raise self._changed(f"its header says {examples} examples, {self.layers} layers")
-        for name in (*SHARED, POS_ABLATED, NEG_ABLATED):
+        for name in stored(self.is_ablated):
             if name not in self._file.keys():  # noqa: SIM118 (safe_open has no `in`)
                 raise self._changed(f"{name} is missing")
             array = self._file.get_slice(name)

@@ -157,6 +157,7 @@ def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> Ste
     """
     generator = torch.Generator().manual_seed(seed)
     pos_states = states["pos"]
+    pos_states.check_methods([method])
     size = pos_states.info["model"]["hidden_size"]
 
     def vector(layer: int) -> np.ndarray:

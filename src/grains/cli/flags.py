@@ -30,6 +30,7 @@ from grains.settings import (
     METHODS,
     MODELS,
     MODES,
+    NO_ATTRIBUTION,
     OBJECTIVES,
     REPLACEMENTS,
     SCOPES,
@@ -246,7 +247,8 @@ def add_attribution(flags: argparse.ArgumentParser, top: bool = False) -> None:
         "--grad_method",
         default=default.grad_method,
         choices=GRAD_METHODS,
-        help="gradient method of the attribution",
+        help="gradient method of the attribution, or none: no attribution and no ablation, which "
+        "takes a small part of the time and is enough for methods that need neither",
     )
     group.add_argument("--top_k", type=positive, default=kind.top_k, help="tokens to ablate")
     if top:
@@ -465,7 +467,10 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
 
 
 def ablation_settings(args: argparse.Namespace, tops: tuple[str, ...] = ()) -> AblationSettings:
-    """From the flags of `add_attribution`. tops: replaces --top where a script has no such flag."""
+    """From the flags of `add_attribution`. tops: replaces --top where a script has no such flag.
+
+    Without attribution there is one selection, pos, whatever is asked for.
+    """
     default = AblationSettings()
     attribution = AttributionSettings(
         args.attribution,
@@ -479,7 +484,7 @@ def ablation_settings(args: argparse.Namespace, tops: tuple[str, ...] = ()) -> A
     )
     return AblationSettings(
         attribution,
-        tops or tuple(dict.fromkeys(args.top)),
+        ("pos",) if args.grad_method == NO_ATTRIBUTION else tops or tuple(dict.fromkeys(args.top)),
         args.top_k,
         args.ablate,
         args.replacement,

@@ -35,6 +35,7 @@ def states_files(args: argparse.Namespace, grid: GridSettings) -> dict[str, Stat
                 f"{top} and the same model, data and settings, or give --{flag}"
             )
         files[top] = StatesFile(path, top)
+        files[top].check_methods(grid.methods)
         different = runs.differences(
             files["pos"].info | {"top": None}, files[top].info | {"top": None}
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grains import data, runs
 from grains.errors import UserError
-from grains.settings import SCORES, TARGET_SCORES
+from grains.settings import NO_ATTRIBUTION, SCORES, TARGET_SCORES
 
 FOLDERS = {"token_attribution": "attribution", "steering_generation": "generation"}
 STAGES = {"token_ablation": "attribution", "steering_generation": "generation"}
@@ -94,7 +94,10 @@ def kind_of(path: Path) -> str | None:
     """attribution, grid, questions, front or generation; None for what is no such table."""
     if ending := EVALUATION.search(path.stem):
         return ending[1]
-    return FOLDERS.get(path.parent.name) or STAGES.get(manifest_of(path).get("stage"))
+    manifest = manifest_of(path)
+    if manifest.get("settings", {}).get("grad_method") == NO_ATTRIBUTION:
+        return None  # nothing was attributed
+    return FOLDERS.get(path.parent.name) or STAGES.get(manifest.get("stage"))
 
 
 def stem_of(path: Path) -> Path:
