@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from grains import export, models
 from grains.errors import UserError
 from grains.export import files, folders
-from grains.export.write import TEXT, WRITERS
+from grains.export.plan import TEXT
+from grains.export.write import WRITERS
 from grains.steering import Gate, SteeringVectors
 
 LAYERS = [1, 3]

@@ -13,7 +13,8 @@ from grains.export.objects import (
     to_repeng,
     to_steering_vectors,
 )
-from grains.export.write import Check, write
+from grains.export.plan import Check
+from grains.export.write import write
 
 __all__ = [
     "Check",

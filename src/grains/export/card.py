@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from grains.errors import UserError
-from grains.export.plan import KEEPS_NORM, Plan
+from grains.export.plan import KEEPS_NORM, Check, Plan
 from grains.settings import EXPORTS
-
-if TYPE_CHECKING:
-    from grains.export.write import Check
 
 USE = {
     "gguf": "llama-server -m MODEL.gguf --control-vector vectors.gguf",
@@ -49,7 +45,7 @@ def measured(path: Path, plan: Plan) -> dict:
     if rows.empty or base.empty:
         raise UserError(f"'{path}' has no row of {plan.label} on test questions")
     row, base_row = rows.iloc[0], base.iloc[0]
-    found = {
+    known = {
         "questions": int(row.questions),
         "accuracy per token": _interval(row),
         "accuracy per token, base": _interval(base_row),
@@ -60,8 +56,8 @@ def measured(path: Path, plan: Plan) -> dict:
         ("unrelated_change", "change of accuracy on unrelated questions"),
     ):
         if column in table.columns and row[column] != "":
-            found[name] = f"{float(row[column]):+.1%}"
-    return found
+            known[name] = f"{float(row[column]):+.1%}"
+    return known
 
 
 def _interval(row: pd.Series) -> str:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from grains.errors import UserError
 from grains.export.files import gguf_directions
-from grains.export.plan import make
+from grains.export.plan import TEXT, make
 from grains.lm import LanguageModel
-from grains.replay import capture
-from grains.steering import SteeringVectors, check_layers
+from grains.replay import capture, replay
+from grains.steering import SteeringVectors, check_layers, steer
 
 # Strength 1 adds imported vectors as they are.
 IMPORTED = {"stage": "steering_vectors", "method": "imported", "mode": "", "fixed": "absolute"}
@@ -142,9 +142,6 @@ def imported(lm: LanguageModel, by_layer: Mapping[int, Any], source: str) -> Ste
 @torch.no_grad()
 def _norms(lm: LanguageModel) -> Tensor:
     """(L,) median length of the states behind each layer on a short text."""
-    from grains.export.write import TEXT
-    from grains.replay import replay
-
     ids = lm.tokenizer(TEXT, return_tensors="pt").input_ids.to(lm.device)
     norms = []
     captured = capture(lm, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -159,6 +156,4 @@ def _norms(lm: LanguageModel) -> Tensor:
 
 def keep_norm(original: Tensor, added: Tensor) -> Tensor:
     """An `operator` for steering-vectors' apply: what it adds so that the state keeps its norm."""
-    from grains.steering import steer
-
     return steer(original, added.float()) - original

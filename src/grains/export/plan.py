@@ -19,6 +19,10 @@ from grains.settings import EXPORTS
 from grains.steering import SteeringVectors, layer_ranges
 
 KEEPS_NORM = ("hf",)  # the others add the vectors, and leave the state longer or shorter
+TEXT = (
+    "The lighthouse keeper wrote down the weather every evening: wind from the west, rain until "
+    "noon, and a ship that passed far out at sea without an answer to his light."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +61,20 @@ class Plan:
     def steer(self) -> AbstractContextManager:
         """A `with` block that steers the model as this project does."""
         return self.vectors.apply(self.lm, self.alpha, [*self.added], self.units)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Differences of logits on a text, maximum and mean, over all positions and words.
+
+    written: between what was written, loaded again, and the same vectors added here.
+    lost: between that and our own steering, which keeps the norm; 0 where the target does too.
+    effect: between our own steering and the base model.
+    """
+
+    written: tuple[float, float]
+    lost: tuple[float, float]
+    effect: tuple[float, float]
 
 
 def make(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from grains import models, runs
 from grains.errors import UserError
 from grains.export import card, files, folders
-from grains.export.plan import KEEPS_NORM, Plan, adding, logits, make
+from grains.export.plan import KEEPS_NORM, TEXT, Check, Plan, adding, logits, make
 from grains.gguf_files import SUFFIX
 from grains.lm import LanguageModel
 from grains.settings import EMBEDDED
@@ -34,26 +33,8 @@ READERS: Readers = {
     "hf": folders.hf_logits,
     "gguf-bias": folders.gguf_bias_logits,
 }
-TEXT = (
-    "The lighthouse keeper wrote down the weather every evening: wind from the west, rain until "
-    "noon, and a ship that passed far out at sea without an answer to his light."
-)
 # How far the logits of what was written may be from ours, as a share of what steering changes.
 EXACT, ROUNDED = 0.01, 0.1
-
-
-@dataclass(frozen=True)
-class Check:
-    """Differences of logits on a text, maximum and mean, over all positions and words.
-
-    written: between what was written, loaded again, and the same vectors added here.
-    lost: between that and our own steering, which keeps the norm; 0 where the target does too.
-    effect: between our own steering and the base model.
-    """
-
-    written: tuple[float, float]
-    lost: tuple[float, float]
-    effect: tuple[float, float]
 
 
 def write(
