@@ -69,7 +69,7 @@ def main(kind: Kind = LLM) -> None:
     entry.import_libraries()
     import pandas as pd
 
-    from grains import manifests, prompts, rendering, runs, splits
+    from grains import manifests, prompts, rendering, runs
     from grains.cli import stages
     from grains.generation import decoding_batches, generate
 
@@ -77,7 +77,7 @@ def main(kind: Kind = LLM) -> None:
     grid, chosen = configured(args, names)
     output = names.generations(grid, flags.GRID, decoding_parts(args), args.output_dir)
     states = stages.states_files(args, grid)
-    examples = splits.evaluation_examples(source, args.seed, states["pos"].info["data"])
+    settings, examples = stages.questions(source, settings, states["pos"])
     questions = examples["test" if "test" in examples else "all"][: args.num_prompts]
     lm = entry.load_model(args)
     configurations, _ = stages.configurations(args, lm, grid, states)

@@ -50,7 +50,7 @@ def main(kind: Kind = LLM) -> None:
     import pandas as pd
     import torch
 
-    from grains import manifests, prompts, runs, splits, tables
+    from grains import manifests, prompts, runs, tables
     from grains.cli import stages
     from grains.scoring import margins, question_batches, score, target_scores
     from grains.steering import BASE
@@ -61,7 +61,7 @@ def main(kind: Kind = LLM) -> None:
         grid, flags.GRID, args.score, args.output_dir, budget
     )
     states = stages.states_files(args, grid)
-    examples = splits.evaluation_examples(source, args.seed, states["pos"].info["data"])
+    settings, examples = stages.questions(source, settings, states["pos"])
     lm = entry.load_model(args)
     entry.say_prompt(lm, settings.prompt)
     stages.say_other_prompts(states["pos"], settings.prompt)

@@ -9,6 +9,7 @@ hidden states of all layers are kept, plain and ablated.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from grains.cli import entry, flags
@@ -44,7 +45,7 @@ def main(kind: Kind = LLM) -> None:
     source, settings = flags.data_settings(args), flags.ablation_settings(args)
 
     entry.import_libraries()
-    from grains import runs, splits, stage1
+    from grains import data, runs, splits, stage1
 
     names = flags.names_of(args)
     attributions = Path(args.output_path_meta or names.attributions())
@@ -53,6 +54,9 @@ def main(kind: Kind = LLM) -> None:
     examples = [example.pair() for example in splits.steering_examples(source, settings.seed)]
     if len(examples) < source.num_samples:
         entry.say(f"note: {source.num_samples} steering examples asked for, {len(examples)} found")
+    keys = map(data.question_key, examples)
+    prompt = splits.with_shots(settings.prompt, source, settings.seed, keys)
+    settings = replace(settings, prompt=prompt)
     lm = entry.load_model(args)
     entry.say_prompt(lm, settings.prompt)
     if not stage1.run(

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from helpers import chat_models, reference, tiny, vlm_models
 from helpers.chat_models import DEFAULT_SYSTEM
 
 import grains
-from grains import manifests, prompts, rendering, runs, scoring, vision
+from grains import data, manifests, prompts, rendering, runs, scoring, splits, vision
 from grains.cli import flags
 from grains.data import Example
 from grains.errors import UserError
 from grains.names import Names
-from grains.settings import AblationSettings, DataSettings, PromptSettings
+from grains.settings import (
+    AblationSettings,
+    AttributionSettings,
+    DataSettings,
+    PromptSettings,
+    Shot,
+)
 
 pytest_plugins = ("helpers.command_line",)
 
@@ -469,12 +478,19 @@ CHANGES = [
     {"template_args": {"enable_thinking": True}},
     {"chat_template": "{{ messages }}"},
     {"allow_special_tokens": True},
+    {"preamble": "Be brief."},
+    {"num_shots": 1},
+    {"num_shots": 2},
+    {"letters": "letter"},
+    {"letters": "text"},
+    {"prompt_template": "{{ question }}"},
+    {"style": "instruct"},
 ]
 
 
 def test_every_setting_of_the_prompt_makes_another_name_and_manifest(chat_model):
     lm = chat_model(chat_models.THINKS)
-    settings = [chat(), *(chat(**change) for change in CHANGES)]
+    settings = [chat(), *(replace(chat(), **change) for change in CHANGES)]
     paths = {
         str(
             Names("llm", "m", DataSettings("x"), AblationSettings(prompt=prompt), "train").states(
@@ -567,3 +583,305 @@ def test_scripts_say_and_record_how_prompts_are_written(scripts):
     manifest = runs.read_json(path)
     assert manifest["generation_prompt"]["default_system"] == "Be good."
     assert manifest["flags"]["prompt_style"] == "qa"
+
+
+# -- letters, instructions, prompt templates, preambles, shots --
+
+COLOURS = Example("c", "What colour is it?", ("Red.", "Green.", "Blue."), 1)
+
+
+def shown(example):
+    """The choices as they are listed: by a digest that knows nothing of which is preferred."""
+    return sorted(
+        example.choices,
+        key=lambda text: hashlib.sha256(f"{example.question}\n{text}".encode()).digest(),
+    )
+
+
+LISTED = "".join(
+    f"\n{letter}. {choice}" for letter, choice in zip("ABC", shown(COLOURS), strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("style", "start", "asks"),
+    [
+        ("qa", "Q: What colour is it?", "\nAnswer:"),
+        ("plain", "What colour is it?", "\nAnswer:"),
+        ("instruct", "### Instruction:\nWhat colour is it?", "\n\n### Response:\n"),
+    ],
+)
+def test_letters(chat_model, style, start, asks):
+    lm = chat_model(chat_models.REFUSES)
+    by_letter, by_text = (
+        prompts.encode(lm, COLOURS, PromptSettings(style, letters=letters))
+        for letters in ("letter", "text")
+    )
+    assert by_letter.text == by_text.text == start + LISTED + asks
+    blank = "" if style == "instruct" else " "
+    letters = ["ABC"[shown(COLOURS).index(choice)] for choice in COLOURS.choices]
+    for encoded, answers in ((by_letter, letters), (by_text, COLOURS.choices)):
+        decoded = [lm.tokenizer.decode(ids) for ids in encoded.responses]
+        assert decoded == [blank + answer for answer in answers]
+        own = [i for i, kept in zip(encoded.prompt_ids, encoded.content, strict=True) if kept]
+        assert lm.tokenizer.decode(own).strip() == "What colour is it?"
+
+
+def test_letters_in_a_chat(chat_model):
+    lm = chat_model(chat_models.REFUSES)
+    encoded = prompts.encode(lm, COLOURS, chat(letters="letter"))
+    asked = "What colour is it?" + LISTED + "\nAnswer with the letter alone."
+    assert encoded.text == "<|im_start|>" + turn("user", asked) + "<|im_start|>model\n"
+    by_text = prompts.encode(lm, COLOURS, chat(letters="text"))
+    assert turn("user", "What colour is it?" + LISTED) in by_text.text
+    example = Example("e", "And you?", ("Fine.", "Go."), 0, turns=TURNS[1:])
+    lines = "".join(f"\n{letter}. {c}" for letter, c in zip("AB", shown(example), strict=True))
+    assert turn("user", "And you?" + lines) in text_of(lm, chat(letters="text"), example)
+    assert "Q: And you?" + lines + "\nAnswer:" in text_of(
+        lm, PromptSettings(letters="text"), example
+    )
+
+
+def test_the_letter_of_the_preferred_answer_is_not_always_the_same(chat_model):
+    lm = chat_model(chat_models.REFUSES)
+    examples = [
+        Example("e", question, (true, false), 0) for question, true, false in tiny.QUESTIONS
+    ]
+    first = [rendering.answers(item, PromptSettings(letters="letter"))[0] for item in examples]
+    assert 6 <= first.count("A") <= 18
+    same = [
+        rendering.answers(item.pair(), PromptSettings(letters="letter"))[0] for item in examples
+    ]
+    assert first == same  # also where the pair is made of a question with its answers
+    one = Example("e", "So?", ("Yes.",), 0)
+    with pytest.raises(UserError, match="example e has 1 choices: letters need 2 to 26"):
+        prompts.encode(lm, one, PromptSettings(letters="text"))
+
+
+def test_scores_by_letter_are_those_of_plain_code(chat_model):
+    lm = chat_model(chat_models.REFUSES)
+    encoded = prompts.encode(lm, COLOURS, PromptSettings(letters="letter"))
+    prompt = lm.tokenizer("Q: What colour is it?" + LISTED + "\nAnswer:").input_ids
+    log_probs = reference.own_logits(lm, prompt)[-1].log_softmax(-1)
+    ids = {letter: lm.tokenizer(f" {letter}").input_ids for letter in "ABC"}
+    assert {len(tokens) for tokens in ids.values()} == {1}
+    expected = [log_probs[ids["ABC"[shown(COLOURS).index(c)]][0]].item() for c in COLOURS.choices]
+    assert scoring.score(lm, [encoded], [], 2048)[0][0] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("style", "text", "blank"),
+    [
+        ("qa", "Be brief.\n\nQ: Is it so?\nA:", " "),
+        ("plain", "Be brief.\n\nIs it so?", " "),
+        ("instruct", "Be brief.\n\n### Instruction:\nIs it so?\n\n### Response:\n", ""),
+        (
+            "chat",
+            "<|im_start|>" + turn("user", "Be brief.\n\nIs it so?") + "<|im_start|>model\n",
+            "",
+        ),
+    ],
+)
+def test_a_preamble(chat_model, style, text, blank):
+    lm = chat_model(chat_models.REFUSES)
+    assert prompts.render(lm, ASKED, PromptSettings(style, preamble="Be brief.")) == (text, blank)
+
+
+def test_conversations_as_instructions(chat_model):
+    lm = chat_model(chat_models.REFUSES)
+    example = Example("e", "And you?", ("Fine.", "Go."), 0, turns=TURNS)
+    assert prompts.render(lm, example, "instruct") == (
+        "Be short.\n\n### Instruction:\nHi\n\n### Response:\nHello.\n\n"
+        "### Instruction:\nAnd you?\n\n### Response:\n",
+        "",
+    )
+
+
+SHOTS = (Shot("Is ice hot?", "No."), Shot("Is it wet?", "Yes.", "It rains.", ("Yes.", "No.")))
+
+
+@pytest.mark.parametrize(
+    ("style", "text"),
+    [
+        ("qa", "Q: Is ice hot?\nA: No.\n\nIt rains.\nQ: Is it wet?\nA: Yes.\n\nQ: Is it so?\nA:"),
+        ("plain", "Is ice hot? No.\n\nIt rains.\nIs it wet? Yes.\n\nIs it so?"),
+        (
+            "instruct",
+            "### Instruction:\nIs ice hot?\n\n### Response:\nNo.\n\n### Instruction:\nIt rains.\n"
+            "Is it wet?\n\n### Response:\nYes.\n\n### Instruction:\nIs it so?\n\n### Response:\n",
+        ),
+        (
+            "chat",
+            "<|im_start|>" + turn("user", "Is ice hot?") + turn("model", "No.")
+            + turn("user", "It rains.\nIs it wet?") + turn("model", "Yes.")
+            + turn("user", "Is it so?") + "<|im_start|>model\n",
+        ),
+    ],
+)  # fmt: skip
+def test_shots(chat_model, style, text):
+    lm = chat_model(chat_models.REFUSES)
+    encoded = prompts.encode(lm, ASKED, PromptSettings(style, shots=SHOTS))
+    assert encoded.text == text
+    own = [i for i, kept in zip(encoded.prompt_ids, encoded.content, strict=True) if kept]
+    assert lm.tokenizer.decode(own).strip() == "Is it so?"
+
+
+def test_shots_before_a_conversation_and_after_its_system_turn(chat_model):
+    lm = chat_model(chat_models.CHATML)
+    example = Example("e", "And you?", ("Fine.", "Go."), 0, turns=TURNS)
+    expected = [TURNS[0], ("user", "Be brief.\n\nIs ice hot?"), ("assistant", "No."), *TURNS[1:]]
+    text = "".join(turn(*item) for item in expected) + "<|im_start|>assistant\n"
+    assert text_of(lm, chat(shots=SHOTS[:1], preamble="Be brief."), example) == text
+
+
+def test_shots_with_letters(chat_model):
+    lm = chat_model(chat_models.REFUSES)
+    shot = Example("s", "Is it wet?", ("Yes.", "No."), 0, "It rains.")
+    choices = "".join(f"\n{letter}. {c}" for letter, c in zip("AB", shown(shot), strict=True))
+    letter = "AB"[shown(shot).index("Yes.")]
+    rest = "".join(f"\n{letter}. {c}" for letter, c in zip("AB", shown(ASKED), strict=True))
+    assert text_of(lm, PromptSettings(letters="letter", shots=SHOTS[1:])) == (
+        f"It rains.\nQ: Is it wet?{choices}\nAnswer: {letter}\n\nQ: Is it so?{rest}\nAnswer:"
+    )
+
+
+TEMPLATE = (
+    "{% if context %}[{{ context }}] {% endif %}{{ question }}\n"
+    "{% for choice in choices %}\n({{ letters[loop.index0] }}) {{ choice }}\n{% endfor %}\nSay:\n"
+)
+
+
+def test_a_prompt_template(chat_model):
+    lm = chat_model(chat_models.REFUSES)
+    example = Example("e", "Is it wet?", ("Yes.", "No."), 0, "It rains.")
+    first, second = shown(example)
+    text = f"[It rains.] Is it wet?\n(A) {first}\n(B) {second}\nSay:"
+    for style in ("qa", "plain", "instruct"):
+        prompt = PromptSettings(style, prompt_template=TEMPLATE)
+        assert prompts.render(lm, example, prompt) == (text, " ")
+    in_chat = text_of(lm, chat(prompt_template=TEMPLATE), example)
+    assert in_chat == "<|im_start|>" + turn("user", text) + "<|im_start|>model\n"
+    encoded = prompts.encode(
+        lm, example, PromptSettings(prompt_template=TEMPLATE, letters="letter")
+    )
+    letters = ["AB"[shown(example).index(choice)] for choice in example.choices]
+    assert [lm.tokenizer.decode(ids) for ids in encoded.responses] == [f" {x}" for x in letters]
+    own = [i for i, kept in zip(encoded.prompt_ids, encoded.content, strict=True) if kept]
+    assert lm.tokenizer.decode(own).replace("]", "") == "It rains. Is it wet?"
+    ends = PromptSettings(prompt_template="{{ question }} ->\n\n")
+    assert prompts.render(lm, ASKED, ends) == ("Is it so? ->\n", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ answer }}", "prompt_template cannot be filled in: 'answer' is undefined; it may use"),
+        ("{{ question.__class__.__mro__ }}", "cannot be filled in: access to attribute"),
+        ("{% if %}", "prompt_template is no jinja2 template"),
+    ],
+)
+def test_prompt_templates_that_are_refused(chat_model, template, message):
+    with pytest.raises(UserError, match=message):
+        text_of(chat_model(chat_models.REFUSES), PromptSettings(prompt_template=template))
+
+
+def test_a_prompt_template_and_conversations(chat_model):
+    lm = chat_model(chat_models.CHATML)
+    example = Example("e", "And you?", ("Fine.", "Go."), 0, turns=TURNS)
+    with pytest.raises(UserError, match="prompt_template writes no turns"):
+        text_of(lm, PromptSettings(prompt_template="{{ question }}"), example)
+    turns = "{% for t in turns %}{{ t.role }}: {{ t.content }}|{% endfor %}"
+    assert text_of(lm, PromptSettings(prompt_template=turns), example) == (
+        "system: Be short.|user: Hi|assistant: Hello.|user: And you?|"
+    )
+    in_chat = text_of(lm, chat(prompt_template="Well: {{ question }}"), example)
+    assert in_chat.endswith(turn("user", "Well: And you?") + "<|im_start|>assistant\n")
+
+
+@pytest.mark.slow
+def test_prompt_templates_place_the_picture(vlm):
+    example = vlm_models.asked(vlm_models.picture(60, 30), "Is it?")
+    plain = prompts.encode(vlm, example, "plain")
+    same = PromptSettings("plain", prompt_template="{{ image }}\n{{ question }}")
+    assert prompts.encode(vlm, example, same).prompt_ids == plain.prompt_ids
+    unplaced = PromptSettings("plain", prompt_template="{{ question }}")
+    assert prompts.encode(vlm, example, unplaced).prompt_ids == plain.prompt_ids
+    after = chat(prompt_template="{{ question }} {{ image }}Look.")
+    encoded = prompts.encode(vlm, example, after)
+    default = prompts.encode(vlm, example, chat())
+    assert encoded.image.sum() == default.image.sum()
+    if vlm.name != "tiny-llava-next":  # whose template puts pictures first
+        ids = torch.tensor(encoded.prompt_ids)
+        first = encoded.image.nonzero()[0, 0]
+        assert "Is it?" in vlm.tokenizer.decode(ids[:first])
+        assert "Look." in vlm.tokenizer.decode(ids[first:])
+
+
+def test_shots_are_drawn_beside_all_other_questions(tmp_path):
+    data_file = tiny.write_jsonl(tmp_path / "q.jsonl", tiny.question_rows())
+    source = DataSettings("q", str(data_file), num_samples=5, num_validation=6)
+    steering = [data.question_key(item) for item in splits.steering_examples(source, 3)]
+    prompt = splits.with_shots(PromptSettings(num_shots=4), source, 3, steering)
+    keys = [shot.key for shot in prompt.shots]
+    assert len({*keys}) == 4 and not {*keys} & {*steering}
+    true = {question: answer for question, answer, _ in tiny.QUESTIONS}
+    assert all(true[shot.question] == shot.answer for shot in prompt.shots)
+    evaluated = splits.evaluation_examples(source, 3, {"questions": steering}, keys)
+    asked = [data.question_key(item) for part in evaluated.values() for item in part]
+    assert len(asked) == len(tiny.QUESTIONS) - 9 and not {*asked} & {*keys, *steering}
+    on_all = replace(source, evaluate_on="all")
+    (everything,) = splits.evaluation_examples(on_all, 3, {"questions": steering}, keys).values()
+    assert len(everything) == len(tiny.QUESTIONS) - 4
+    with pytest.raises(UserError, match="shots: 20 asked for, 19 are left beside the steering"):
+        splits.with_shots(PromptSettings(num_shots=20), source, 3, steering)
+
+
+def test_shots_that_nobody_drew(chat_model):
+    with pytest.raises(UserError, match="num_shots is 3, but no shots are drawn"):
+        text_of(chat_model(chat_models.REFUSES), PromptSettings(num_shots=3))
+
+
+def test_python_takes_all_settings_of_a_prompt(chat_model):
+    lm = chat_model(chat_models.REFUSES)
+    prompt = PromptSettings(letters="letter", shots=SHOTS[1:], preamble="Be brief.")
+    expected = prompts.encode(lm, COLOURS, prompt)
+    scores = grains.score(lm, COLOURS.question, COLOURS.choices, style=prompt)
+    assert scores == pytest.approx(scoring.score(lm, [expected], [], 2048)[0][0], abs=1e-4)
+    scored = grains.attribute(
+        lm, "Is it so?", "Yes.", "No.", style=prompt, settings=AttributionSettings(ig_steps=2)
+    )
+    text = text_of(lm, prompt)
+    assert scored.tokens == lm.tokenizer.tokenize(text)
+    vectors = grains.fit(
+        lm, [("Is it so?", "Yes.", "No.")], "gradient", settings=AblationSettings(prompt=prompt)
+    )
+    assert vectors.info["settings"]["prompt"]["letters"] == "letter"
+
+
+def test_scripts_take_shots_and_letters(scripts):
+    run, folder = scripts
+    states = folder / "lettered.safetensors"
+    style = ["--shots", 2, "--letters", "letter", "--preamble", "Be brief."]
+    run(
+        "token_ablation.py", *style, "--ig_steps", 2, "--top", "pos",
+        "--output_path_hidden", states, "--output_path_meta", folder / "lettered.csv",
+    ).ok()  # fmt: skip
+    info = runs.read_header(states)
+    shots = info["settings"]["prompt"]["shots"]
+    assert len(shots) == 2 and info["settings"]["prompt"]["num_shots"] == 2
+    mc = run(
+        "steering_mc.py", *style, "--num_validation", 4, "--methods", "gradient", "--alphas", 0.1,
+        "--hidden_states_path", states, "--output_dir", folder / "lettered",
+        "--steering_vectors_dir", folder / "vectors",
+    ).ok()  # fmt: skip
+    assert "note: the vectors are made from other prompts" not in mc.out
+    (path,) = (folder / "lettered").glob("*_questions.csv")
+    table = pd.read_csv(path)
+    rows = {data.question_key(Example("", r["question"] + " <|end|>", (), 0)): r
+            for r in tiny.question_rows()}  # fmt: skip
+    left_out = {shot["key"] for shot in shots} | {*info["data"]["questions"]}
+    assert table.id.nunique() == len(rows) - len(left_out)
+    assert set(table.tokens.map(lambda text: tuple(json.loads(text)))) == {
+        (1, 2),
+        (2, 1),
+    }  # " A" and " B", in any order

@@ -43,6 +43,7 @@ class Example:
     turns: (role, content) of every turn before the answer, if they are more than the question; the
         question is then the last of the user's.
     targets: which choices are right, if several are.
+    options: the choices that a prompt lists, if others than `choices` are compared.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Example:
     question_type: str = ""
     turns: tuple[Turn, ...] = ()
     targets: Targets | None = None
+    options: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> str:

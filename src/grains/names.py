@@ -96,7 +96,11 @@ def _prompt(prompt: PromptSettings) -> list[str]:
     """The style, and of what else is changed the digests: texts are too long for names."""
     return [
         prompt.style,
-        *(f"{name.replace('_', '-')}-{_short(value)}" for name, value in prompt.changed().items()),
+        *(
+            f"{name.replace('_', '-')}-{_short(value)}"
+            for name, value in prompt.changed().items()
+            if name != "shots"  # they are drawn when a script runs
+        ),
     ]
 
 

@@ -132,7 +132,8 @@ def encode(
     text_ids = _ids(lm, controls, text, rendered.words if guarded else [])
     if not text_ids:
         raise UserError(f"example {example.id}: its prompt tokenizes to nothing")
-    answers = [rendered.space + choice for choice in example.choices]
+    texts = example.choices if free else rendering.answers(example, settings)
+    answers = [rendered.space + text for text in texts]
     responses, spans_border = _responses(
         lm, controls, rendered, text_ids, answers, example, guarded
     )

@@ -6,13 +6,17 @@ afterwards. So it is known whose each letter is, whatever a chat template writes
 
 from __future__ import annotations
 
+import hashlib
 import re
+import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from os.path import commonprefix
 from uuid import uuid4
 
+from jinja2 import StrictUndefined, Template, TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from grains import vision
@@ -21,8 +25,10 @@ from grains.controls import Controls, Span, control_tokens
 from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
-from grains.settings import STYLES, PromptSettings
+from grains.settings import LETTERED, STYLES, PromptSettings
 
+LETTERS = string.ascii_uppercase
+INSTRUCTION, RESPONSE = "### Instruction:\n", "### Response:\n"
 # A text of the data, and whether it is the user's own (not from the settings) -> what stands in its
 # place while the prompt is rendered: a mark, or the text itself.
 Mark = Callable[[str, bool], str]
@@ -51,11 +57,15 @@ class Marks:
     def __init__(self) -> None:
         self._key = f"m{uuid4().hex}"
         self._texts: list[tuple[str, bool]] = []
-        self.answer = self.mark("", False)
+        self.answer, self.image = self.mark("", False), self.mark("", False)
 
     def mark(self, text: str, own: bool) -> str:
         self._texts.append((text, own))
         return f"{self._key}x{len(self._texts) - 1}x"
+
+    def texts(self) -> list[str]:
+        """All texts that have a mark."""
+        return [text for text, _ in self._texts]
 
     def fill(self, marked: str) -> tuple[str, list[Span], list[Span]]:
         """The texts in their places; the spans of all of them, and of the user's own."""
@@ -86,9 +96,11 @@ def render(
     """The text of the prompt of an example.
 
     Styles: qa: `Q: {question}\\nA:` and a space, as in the published scripts; chat: the model's own
-    chat template; plain: the question as it is, and a space. A context comes before the question, a
+    chat template; plain: the question as it is, and a space; instruct: `### Instruction:`, the
+    question and `### Response:`, each on lines of its own. A context comes before the question, a
     picture's placeholder before both. The turns of a conversation are those of the chat template,
-    lines with Q: and A: in qa, and paragraphs with the role before them in plain.
+    lines with Q: and A: in qa, paragraphs with the role before them in plain, and instructions and
+    responses in instruct. What stands before: system prompt, preamble, shots.
 
     In a chat an answer stands where the template puts the final answer of an assistant's message,
     for example behind an empty block of thoughts.
@@ -98,23 +110,28 @@ def render(
     """
     if prompt.style not in STYLES:
         raise UserError(f"unknown prompt style '{prompt.style}': expected {', '.join(STYLES)}")
+    if prompt.letters not in (None, *LETTERED):
+        raise UserError(f"unknown letters '{prompt.letters}': expected {' or '.join(LETTERED)}")
+    if prompt.num_shots > len(prompt.shots):
+        raise UserError(f"num_shots is {prompt.num_shots}, but no shots are drawn: give shots")
     marks = Marks()
-    layout = _layout(lm, example, prompt, free, marks.mark, marks.answer)
+    layout = _Writer(lm, prompt, marks.mark, marks.image, marks.answer, free).layout(example)
     text, words, content = marks.fill(layout.text)
     # Templates that look at the texts, such as those that cut the thoughts of earlier turns, write
     # something else for the texts than for the marks.
-    seen = _layout(lm, example, prompt, free, lambda text, own: text, marks.answer).text
+    as_it_is = _Writer(lm, prompt, lambda text, own: text, marks.image, marks.answer, free)
+    seen = as_it_is.layout(example).text
     if not content and _squeezed(example.question) not in _squeezed(seen):
+        what = "prompt_template" if prompt.prompt_template else f"chat template of {lm.name}"
         raise UserError(
-            f"example {example.id}: the chat template of {lm.name} leaves its question out; give "
-            "another chat_template, or use prompt_style qa or plain"
+            f"example {example.id}: the {what} leaves its question out; give another one, or use "
+            "prompt_style qa or plain"
         )
-    if seen != text:
-        given = [*(text for _, text in example.turns), example.context, example.question]
-        known = controls(lm, prompt)
-        if prompt.allow_special_tokens or not any(map(known.among, [*given, prompt.system or ""])):
-            text = seen
-            words = content = _located(text, example)
+    if seen != text and (
+        prompt.allow_special_tokens or not any(map(controls(lm, prompt).among, marks.texts()))
+    ):
+        text = seen
+        words = content = _located(text, example)
     return Rendered(text, layout.space, layout.end, words, content)
 
 
@@ -124,7 +141,8 @@ def _squeezed(text: str) -> str:
 
 def controls(lm: LanguageModel, prompt: PromptSettings) -> Controls:
     """The control tokens of a model, those that the prompt's templates write among them."""
-    return control_tokens(lm.tokenizer, chat_template(lm, prompt) or "")
+    templates = chat_template(lm, prompt), prompt.prompt_template
+    return control_tokens(lm.tokenizer, "\n".join(filter(None, templates)))
 
 
 def chat_template(lm: LanguageModel, prompt: PromptSettings) -> str | None:
@@ -157,82 +175,235 @@ def _located(text: str, example: Example) -> list[Span]:
     return [(before, before + len(example.context)), *spans] if before >= 0 else spans
 
 
-def _layout(
-    lm: LanguageModel, example: Example, prompt: PromptSettings, free: bool, mark: Mark, answer: str
-) -> _Layout:
-    """The prompt around the marks of its texts. answer: stands for the answer."""
-    context = f"{mark(example.context, True)}\n" if example.context else ""
-    if prompt.style == "chat":
-        turns = [(role, mark(text, True)) for role, text in example.turns]
-        turns = turns or [("user", context + mark(example.question, True))]
-        if prompt.system and turns[0][0] != "system":
-            turns.insert(0, ("system", mark(prompt.system, False)))
-        return _chat(lm, example, turns, prompt, free, answer)
-    start = f"{vision.placeholder(lm)}\n" if example.image is not None else ""
-    if prompt.system and not (example.turns and example.turns[0][0] == "system"):
-        system = mark(prompt.system, False)
-        start = (f"System: {system}\n\n" if prompt.style == "plain" else f"{system}\n") + start
-    if example.turns:
-        turns = [(role, mark(text, True)) for role, text in example.turns]
-        return _Layout(start + _without_template(turns, prompt.style), " ")
-    question = mark(example.question, True)
-    if prompt.style == "plain":
-        return _Layout(start + context + question, " ")
-    return _Layout(f"{start}{context}Q: {question}\nA:", " ")
+def answers(example: Example, prompt: PromptSettings) -> list[str]:
+    """What is scored for each choice of an example: its text, or its letter."""
+    if prompt.letters != "letter":
+        return [*example.choices]
+    letters = dict(zip(listed(example), LETTERS, strict=False))
+    return [letters[choice] for choice in example.choices]
 
 
-def _without_template(turns: Sequence[Turn], style: str) -> str:
+def listed(example: Example) -> list[str]:
+    """The choices as a prompt lists them, in an order that does not tell which is preferred."""
+    return sorted(
+        example.options or example.choices,
+        key=lambda choice: hashlib.sha256(f"{example.question}\n{choice}".encode()).digest(),
+    )
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes an example as a prompt, around the marks of its texts.
+
+    image: stands for the picture, answer for the answer.
+    """
+
+    lm: LanguageModel
+    prompt: PromptSettings
+    mark: Mark
+    image: str
+    answer: str
+    free: bool
+
+    def layout(self, example: Example) -> _Layout:
+        if self.prompt.style == "chat":
+            return self._chat(example)
+        prompt, style = self.prompt, self.prompt.style
+        before = []
+        if prompt.system and not _has_system(example):
+            system = self.mark(prompt.system, False)
+            before.append(f"System: {system}\n\n" if style == "plain" else f"{system}\n")
+        if prompt.preamble:
+            before.append(self.mark(prompt.preamble, False) + "\n\n")
+        for shot in self._shots():
+            text, space = self._block(shot, False)
+            answer = self.mark(answers(shot, prompt)[shot.label], False)
+            before.append(f"{text}{space}{answer}\n\n")
+        text, space = self._block(example, True)
+        if example.image is not None:
+            placeholder = vision.placeholder(self.lm)
+            text = text if self.image in text else f"{self.image}\n{text}"
+            text = text.replace(self.image, placeholder)
+        return _Layout("".join(before) + text, space)
+
+    def _shots(self) -> list[Example]:
+        return [
+            Example(
+                f"shot {number}",
+                shot.question,
+                shot.choices or (shot.answer,),
+                shot.choices.index(shot.answer) if shot.choices else 0,
+                shot.context,
+            )
+            for number, shot in enumerate(self.prompt.shots, start=1)
+        ]
+
+    def _block(self, example: Example, own: bool) -> tuple[str, str]:
+        """A question in a style without chat template, and what separates it from the answer."""
+        style = self.prompt.style
+        if self.prompt.prompt_template:
+            text = self._templated(example, own)
+            return text, "" if text[-1:].isspace() else " "
+        choices = self._choices(example)
+        asks = "Answer:" if choices else "A:"
+        if example.turns:
+            *earlier, (role, last) = [(role, self.mark(text, own)) for role, text in example.turns]
+            turns = [*earlier, (role, last + choices)]
+            return _without_template(turns, style, asks), "" if style == "instruct" else " "
+        context = f"{self.mark(example.context, own)}\n" if example.context else ""
+        question = self.mark(example.question, own) + choices
+        if style == "plain":
+            return context + question + (f"\n{asks}" if choices else ""), " "
+        if style == "instruct":
+            return f"{INSTRUCTION}{context}{question}\n\n{RESPONSE}", ""
+        return f"{context}Q: {question}\n{asks}", " "
+
+    def _choices(self, example: Example) -> str:
+        """The choices with their letters, a line each; '' if the prompt does not list them."""
+        if self.prompt.letters is None:
+            return ""
+        choices = listed(example)
+        if not 2 <= len(choices) <= len(LETTERS):
+            raise UserError(
+                f"example {example.id} has {len(choices)} choices: letters need 2 to "
+                f"{len(LETTERS)} of them"
+            )
+        lines = zip(LETTERS, choices, strict=False)
+        return "".join(f"\n{letter}. {self.mark(choice, False)}" for letter, choice in lines)
+
+    def _templated(self, example: Example, own: bool) -> str:
+        """The prompt template's text."""
+        template, names = prompt_template(self.prompt.prompt_template or "")
+        if example.turns and self.prompt.style != "chat" and "turns" not in names:
+            raise UserError(
+                f"example {example.id} is a conversation, and prompt_template writes no turns: use "
+                "them in it, or prompt_style chat"
+            )
+        turns = [{"role": role, "content": self.mark(text, own)} for role, text in example.turns]
+        choices = listed(example)
+        given = {
+            "question": turns[-1]["content"] if turns else self.mark(example.question, own),
+            "context": self.mark(example.context, own) if example.context else "",
+            "choices": [self.mark(choice, False) for choice in choices],
+            "letters": [*LETTERS[: len(choices)]],
+            "image": self.image if example.image is not None else "",
+            "turns": turns,
+        }
+        try:
+            return template.render(given)
+        except Exception as error:
+            raise UserError(
+                f"example {example.id}: prompt_template cannot be filled in: {error}; it may use "
+                f"{', '.join(given)}"
+            ) from error
+
+    # --- chats ---
+
+    def _chat(self, example: Example) -> _Layout:
+        """Turns in the chat template; the picture in the first of the user's."""
+        prompt = self.prompt
+        turns: list[Turn] = [(role, self.mark(text, True)) for role, text in example.turns]
+        role, last = turns.pop() if turns else ("user", "")
+        last = self._user(example, True, last)
+        if example.image is not None and self.image not in last:
+            first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
+            if first is None:
+                last = self.image + last
+            else:
+                turns[first] = "user", self.image + turns[first][1]
+        turns.append((role, last))
+        shots: list[Turn] = []
+        for shot in self._shots():
+            answer = self.mark(answers(shot, prompt)[shot.label], False)
+            shots += [("user", self._user(shot, False)), ("assistant", answer)]
+        start = 1 if turns[0][0] == "system" else 0
+        turns[start:start] = shots
+        if prompt.preamble:
+            first = next((i for i, (role, _) in enumerate(turns) if role == "user"), len(turns) - 1)
+            role, text = turns[first]
+            turns[first] = role, f"{self.mark(prompt.preamble, False)}\n\n{text}"
+        if prompt.system and not start:
+            turns.insert(0, ("system", self.mark(prompt.system, False)))
+        return self._in_template(example, turns)
+
+    def _user(self, example: Example, own: bool, question: str = "") -> str:
+        """What the user says. question: the last turn of a conversation."""
+        if self.prompt.prompt_template:
+            return self._templated(example, own)
+        choices = self._choices(example)
+        if choices and self.prompt.letters == "letter":
+            choices += "\nAnswer with the letter alone."
+        if not question:
+            context = f"{self.mark(example.context, own)}\n" if example.context else ""
+            question = context + self.mark(example.question, own)
+        return question + choices
+
+    def _in_template(self, example: Example, turns: Sequence[Turn]) -> _Layout:
+        lm, prompt = self.lm, self.prompt
+        messages = [_message(lm, role, text, self.image) for role, text in turns]
+        if prompt.system == "" and turns[0][0] != "system" and default_system(lm, prompt):
+            messages.insert(0, _message(lm, "system", "", self.image))
+        try:
+            begun = apply_template(lm, messages, prompt)
+            if (
+                prompt.system == ""
+                and (insisted := default_system(lm, prompt)) in begun
+                and insisted
+            ):
+                raise UserError(
+                    f"system: the chat template of {lm.name} writes '{insisted}' whatever the "
+                    "system prompt; give another chat_template, or leave system out"
+                )
+            if self.free:
+                return _Layout(begun, "")
+            answered = [*messages, _message(lm, "assistant", self.answer, self.image)]
+            whole = apply_template(lm, answered, prompt, False)
+        except Exception as error:  # a template is a program, and may end in any
+            if isinstance(error, UserError):
+                raise
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(
+                f"example {example.id}: the chat template of {lm.name} refuses its turns "
+                f"({roles}): {str(error)[:200] or type(error).__name__}; change them, or use "
+                "prompt_style qa or plain"
+            ) from error
+        before, stands, after = whole.rpartition(self.answer)
+        end = _first_special(lm, after) or lm.tokenizer.eos_token or ""
+        if not stands or not (before.startswith(begun) or begun.startswith(before)):
+            return _Layout(begun, "", end)  # the template says nothing of where answers stand
+        if before.strip() == begun.strip():  # only white space before the answer
+            return _Layout(begun, before[len(begun) :], end)
+        return _Layout(before, "", end)
+
+
+def _has_system(example: Example) -> bool:
+    return bool(example.turns) and example.turns[0][0] == "system"
+
+
+def _without_template(turns: Sequence[Turn], style: str, asks: str) -> str:
     if style == "plain":
         return "\n\n".join([*(f"{role.title()}: {text}" for role, text in turns), "Assistant:"])
+    if style == "instruct":
+        marks = {"user": INSTRUCTION, "assistant": RESPONSE}
+        return "\n\n".join([*(f"{marks.get(role, '')}{text}" for role, text in turns), RESPONSE])
     marks = {"user": "Q: ", "assistant": "A: ", "system": ""}
-    return "\n".join([*(f"{marks.get(role, f'{role}: ')}{text}" for role, text in turns), "A:"])
+    return "\n".join([*(f"{marks.get(role, f'{role}: ')}{text}" for role, text in turns), asks])
+
+
+@lru_cache(maxsize=8)
+def prompt_template(text: str) -> tuple[Template, set[str]]:
+    """A prompt template, and the names that it uses. What it gets at is walled off."""
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    try:
+        names = meta.find_undeclared_variables(environment.parse(text))
+        return environment.from_string(text), names
+    except TemplateError as error:
+        raise UserError(f"prompt_template is no jinja2 template: {error}") from error
 
 
 # --- chat templates ---
-
-
-def _chat(
-    lm: LanguageModel,
-    example: Example,
-    turns: Sequence[Turn],
-    prompt: PromptSettings,
-    free: bool,
-    answer: str,
-) -> _Layout:
-    """Turns in the chat template; a picture in the first user's."""
-    first = next((index for index, (role, _) in enumerate(turns) if role == "user"), 0)
-    messages = [
-        _message(lm, role, text, example.image is not None and index == first)
-        for index, (role, text) in enumerate(turns)
-    ]
-    if prompt.system == "" and turns[0][0] != "system" and default_system(lm, prompt):
-        messages.insert(0, _message(lm, "system", ""))
-    try:
-        begun = apply_template(lm, messages, prompt)
-        if prompt.system == "" and (insisted := default_system(lm, prompt)) in begun and insisted:
-            raise UserError(
-                f"system: the chat template of {lm.name} writes '{insisted}' whatever the system "
-                "prompt; give another chat_template, or leave system out"
-            )
-        if free:
-            return _Layout(begun, "")
-        answered = [*messages, _message(lm, "assistant", answer)]
-        before, stands, after = apply_template(lm, answered, prompt, False).rpartition(answer)
-    except Exception as error:  # a template is a program, and may end in any
-        if isinstance(error, UserError):
-            raise
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(
-            f"example {example.id}: the chat template of {lm.name} refuses its turns ({roles}): "
-            f"{str(error)[:200] or type(error).__name__}; change them, or use prompt_style qa or "
-            "plain"
-        ) from error
-    end = _first_special(lm, after) or lm.tokenizer.eos_token or ""
-    if not stands or not (before.startswith(begun) or begun.startswith(before)):
-        return _Layout(begun, "", end)  # the template says nothing of where answers stand
-    if before.strip() == begun.strip():  # only white space before the answer
-        return _Layout(begun, before[len(begun) :], end)
-    return _Layout(before, "", end)
 
 
 def apply_template(
@@ -261,10 +432,14 @@ def apply_template(
     )
 
 
-def _message(lm: LanguageModel, role: str, text: str, has_image: bool = False) -> dict:
+def _message(lm: LanguageModel, role: str, text: str, image: str) -> dict:
+    """A message as the chat template takes it. image: stands for the picture in the text."""
     if lm.processor is None:
         return {"role": role, "content": text}
-    parts = [{"type": "image"}] * has_image + [{"type": "text", "text": text}]
+    before, picture, after = text.partition(image)
+    parts: list[dict] = [{"type": "text", "text": before}] if before or not picture else []
+    if picture:
+        parts += [{"type": "image"}, {"type": "text", "text": after}]
     return {"role": role, "content": parts}
 
 
@@ -283,6 +458,7 @@ def answers_after(lm: LanguageModel, prompt: PromptSettings) -> str:
     it writes for the model to go on, too."""
     question = f"m{uuid4().hex}"
     example = Example("", question, (), 0)
+    prompt = replace(prompt, num_shots=0, shots=(), letters=None, prompt_template=None)
     scored, begun = (render(lm, example, prompt, free) for free in (False, True))
     before = scored.text + scored.space
     return "" if before == begun.text else before.rpartition(question)[2]
@@ -302,12 +478,12 @@ def default_system(lm: LanguageModel, prompt: PromptSettings) -> str:
 
 @lru_cache(maxsize=16)
 def _default_system(lm: LanguageModel, prompt: PromptSettings, template: str) -> str:
-    marks = [f"m{uuid4().hex}x{number}x" for number in range(4)]
-    user, answer, again, system = marks
+    marks = [f"m{uuid4().hex}x{number}x" for number in range(5)]
+    user, answer, again, system, image = marks
     known = controls(lm, prompt)
 
     def before(word: str, *turns: Turn) -> list[str]:
-        messages = [_message(lm, role, text) for role, text in turns]
+        messages = [_message(lm, role, text, image) for role, text in turns]
         text, stands, _ = apply_template(lm, messages, prompt, False).partition(word)
         return known.pieces(text.rpartition(answer)[2]) if stands else []
 

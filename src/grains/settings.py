@@ -29,7 +29,8 @@ EMBEDDED = "smollm2-135m-instruct"  # its weights are a Python package (requirem
 # GGUF files in the cache, where benchmarks/real_models.sh puts them.
 FETCHED = ("gemma-3-270m", "qwen-2.5-coder-0.5b-instruct")
 DTYPES = ("float32", "bfloat16", "float16")
-STYLES = ("qa", "chat", "plain")
+STYLES = ("qa", "chat", "plain", "instruct")
+LETTERED = ("letter", "text")  # how the answers to choices with letters are scored
 
 # Stage 1: how tokens are attributed, and which of them are ablated (paper, section 3.1).
 OBJECTIVES = ("contrastive", "normal")
@@ -126,15 +127,36 @@ def parse_positions(positions: str) -> str | slice:
 
 
 @dataclass(frozen=True)
+class Shot:
+    """A question with its answer that stands before the prompt.
+
+    choices: all choices, the answer among them, for prompts that list them.
+    key: of the question (`data.question_key`), which is then not asked.
+    """
+
+    question: str
+    answer: str
+    context: str = ""
+    choices: tuple[str, ...] = ()
+    key: str = ""
+
+
+@dataclass(frozen=True)
 class PromptSettings:
     """How an example becomes the text that the model reads (docs/prompts.md).
 
-    style: qa, chat or plain (see `grains.rendering.render`).
+    style: qa, chat, plain or instruct (see `grains.rendering.render`).
     system: the system prompt of examples that bring none of their own. None: the one that the chat
         template writes by itself, if it does; "": none, not even that one.
     template_args: what the chat template is given by name, as a dict (kept as name and JSON).
     chat_template: a chat template (jinja2) in place of the model's own.
     allow_special_tokens: whether words of the data that look like control tokens are read as such.
+    preamble: a text before the prompt.
+    num_shots: how many `shots` scripts draw from the steering split.
+    shots: questions with their answers before the prompt; earlier turns in a chat.
+    letters: whether the prompt lists the choices as A, B, C, and what is scored then: letter or
+        text; None: it lists none.
+    prompt_template: a text (jinja2) in place of the style's; in a chat, of the user's turn.
     """
 
     style: str = "qa"
@@ -142,6 +164,11 @@ class PromptSettings:
     template_args: Mapping[str, Any] | tuple[tuple[str, str], ...] = ()
     chat_template: str | None = None
     allow_special_tokens: bool = False
+    preamble: str = ""
+    num_shots: int = 0
+    shots: tuple[Shot, ...] = ()
+    letters: str | None = None
+    prompt_template: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.template_args, Mapping):  # a dict cannot be hashed

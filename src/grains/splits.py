@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from grains import data
 from grains.data import Example, Source
 from grains.errors import UserError
 from grains.files import Rows
-from grains.settings import DataSettings
+from grains.settings import DataSettings, PromptSettings, Shot
 
 
 def rows_of(settings: DataSettings, role: str) -> tuple[Rows, Source]:
@@ -39,25 +41,54 @@ def steering_examples(settings: DataSettings, seed: int) -> list[Example]:
     return data.examples(rows, source, seed, settings.num_samples)
 
 
+def with_shots(
+    prompt: PromptSettings, settings: DataSettings, seed: int, steering: Iterable[str]
+) -> PromptSettings:
+    """The settings with the shots drawn that they ask for: other examples of the steering split.
+
+    steering: the keys of the steering examples' questions.
+    Raises UserError if too few are left, and for pictures and conversations, which are no shots.
+    """
+    if not prompt.num_shots:
+        return prompt
+    rows, source = rows_of(settings, "steering")
+    drawn = data.examples(rows, source, seed, prompt.num_shots, frozenset(steering))
+    if len(drawn) < prompt.num_shots:
+        raise UserError(
+            f"shots: {prompt.num_shots} asked for, {len(drawn)} are left beside the steering "
+            "examples: use fewer, fewer num_samples or more data"
+        )
+    if any(example.turns or example.image is not None for example in drawn):
+        raise UserError(
+            "shots are questions with answers in text: data with pictures or conversations has "
+            "none; give a preamble"
+        )
+    shots = tuple(
+        Shot(e.question, e.chosen, e.context, e.choices, data.question_key(e)) for e in drawn
+    )
+    return replace(prompt, shots=shots)
+
+
 def evaluation_examples(
-    settings: DataSettings, seed: int, steering: dict
+    settings: DataSettings, seed: int, steering: dict, shots: Iterable[str] = ()
 ) -> dict[str, list[Example]]:
     """Split -> its questions: validation and test, or 'all' (see `DataSettings.evaluate_on`).
 
     Steering examples are in neither validation nor test, only in 'all'; nor do these two share a
     prompt with them or with each other.
     steering: the keys of the steering examples' questions, from the manifest of stage 1.
+    shots: the keys of questions that stand in prompts with their answers; they are never asked.
     Raises UserError if no validation or no test questions remain.
     """
     if settings.evaluate_on == "all":
         by_content: dict[tuple[str, str], Example] = {}
         for role in data.ROLES:  # roles often share a split: each question counts once
             rows, source = rows_of(settings, role)
-            for example in data.examples(rows, source, seed):
+            for example in data.examples(rows, source, seed, exclude=frozenset(shots)):
                 content = data.question_key(example), data.answers_digest(example)
                 by_content.setdefault(content, example)
         return {"all": list(by_content.values())}
-    used = set(steering["questions"])
+    used = {*steering["questions"], *shots}
     rows, source = rows_of(settings, "validation")
     validation = data.examples(rows, source, seed, settings.num_validation, frozenset(used))
     used |= set(map(data.question_key, validation))

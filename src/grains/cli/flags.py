@@ -26,6 +26,7 @@ from grains.settings import (
     GRAD_METHODS,
     IMAGE_BASELINES,
     LAYER_MODES,
+    LETTERED,
     METHOD_MEANINGS,
     METHODS,
     MODELS,
@@ -194,7 +195,31 @@ def add_prompt(flags: argparse.ArgumentParser) -> None:
         "--prompt_style",
         default=flags.get_default("kind").prompt_style,
         choices=STYLES,
-        help="qa: 'Q: ...\\nA:'; chat: the model's chat template; plain: as it is",
+        help="qa: 'Q: ...\\nA:'; chat: the model's chat template; plain: as it is; instruct: "
+        "'### Instruction:\\n...\\n\\n### Response:\\n'",
+    )
+    group.add_argument(
+        "--letters",
+        choices=LETTERED,
+        help="list the choices as A, B, C after the question; answers are scored by their letter "
+        "or by their text (default: no list, by their text)",
+    )
+    group.add_argument(
+        "--prompt_template",
+        type=template_file,
+        metavar="FILE",
+        help="text (jinja2) in place of the style's, or in chat of the user's turn, with question, "
+        "context, choices, letters, image, turns",
+    )
+    group.add_argument(
+        "--preamble", type=text_or_file, metavar="TEXT|FILE", help="text before the prompt"
+    )
+    group.add_argument(
+        "--shots",
+        type=positive,
+        metavar="N",
+        help="questions with their answers before the prompt (in chat: earlier turns), drawn from "
+        "the steering split; they neither steer nor are asked",
     )
     group.add_argument(
         "--system",
@@ -503,6 +528,10 @@ def prompt_settings(args: argparse.Namespace) -> PromptSettings:
         dict(args.template_args or ()),
         args.chat_template,
         args.allow_special_tokens,
+        args.preamble or "",
+        args.shots or 0,
+        letters=args.letters,
+        prompt_template=args.prompt_template,
     )
 
 

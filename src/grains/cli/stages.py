@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from grains import runs, vectors
+from grains import runs, splits, vectors
 from grains.cli import entry, flags
+from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
-from grains.settings import TOPS, GridSettings, PromptSettings, selections
+from grains.settings import (
+    TOPS,
+    AblationSettings,
+    DataSettings,
+    GridSettings,
+    PromptSettings,
+    selections,
+)
 from grains.states import StatesFile
 from grains.steering import Configuration, SteeringVectors, directions
 
@@ -47,6 +55,19 @@ def states_files(args: argparse.Namespace, grid: GridSettings) -> dict[str, Stat
     return files
 
 
+def questions(
+    source: DataSettings, settings: AblationSettings, states: StatesFile
+) -> tuple[AblationSettings, dict[str, list[Example]]]:
+    """The settings with their shots, and the questions: none that steered or is a shot."""
+    made = states.info
+    steering = made["data"]["questions"]
+    prompt = splits.with_shots(settings.prompt, source, settings.seed, steering)
+    shots = [shot.key for shot in prompt.shots]
+    shots += [shot["key"] for shot in made["settings"].get("prompt", {}).get("shots", ())]
+    examples = splits.evaluation_examples(source, settings.seed, made["data"], shots)
+    return replace(settings, prompt=prompt), examples
+
+
 def say_other_prompts(
     states: StatesFile, prompt: PromptSettings, compare_styles: bool = True
 ) -> None:
@@ -54,7 +75,9 @@ def say_other_prompts(
     made = states.info["settings"]
     recorded = {"prompt_style": made["prompt_style"]} | made.get("prompt", {})
     asked = {"prompt_style": prompt.style} | json.loads(json.dumps(prompt.changed()))
-    names = ["prompt_style"] * compare_styles + [f.name for f in fields(prompt)[1:]]
+    names = ["prompt_style"] * compare_styles + [
+        f.name for f in fields(prompt)[1:] if f.name != "shots"
+    ]
     different = [
         f"{name} {shown(recorded.get(name))}, here {shown(asked.get(name))}"
         for name in names

@@ -356,9 +356,9 @@ def own_answers(lm: LanguageModel, study: Study, split: str) -> list[Example]:
     answers = free_answers(lm, study, split, []).sort_values("number")
     examples = study.splits[split]
     return [
-        replace(examples[row.number % len(examples)], choices=(row.text,), label=0)
+        replace(asked, choices=(row.text,), label=0, options=asked.choices)
         for row in answers.itertuples()
-        if row.text
+        if row.text and (asked := examples[row.number % len(examples)])
     ]
 
 

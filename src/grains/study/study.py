@@ -50,6 +50,7 @@ class Study:
         """Those of another study's test questions that neither steered nor chose in this one."""
         used = {*self.states.info["data"]["questions"]}
         used |= {*map(data.question_key, self.splits["validation"])}
+        used |= {shot.key for shot in self.ablation.prompt.shots}
         return [example for example in examples if data.question_key(example) not in used]
 
 
@@ -77,7 +78,11 @@ def begin(
         "ids": [example.id for example in pairs],
         "questions": [data.question_key(example) for example in pairs],
     }
-    evaluated = splits.evaluation_examples(source, seed, steering)
+    prompt = splits.with_shots(ablation.prompt, source, seed, steering["questions"])
+    settings = replace(settings, ablation=replace(settings.ablation, prompt=prompt))
+    ablation = replace(ablation, prompt=prompt)
+    shots = [shot.key for shot in prompt.shots]
+    evaluated = splits.evaluation_examples(source, seed, steering, shots)
     for example in (example for examples in evaluated.values() for example in examples):
         if len(example.choices) < 2:  # better said now than after the training
             raise UserError(
