@@ -122,10 +122,10 @@ def render(
     as_it_is = _Writer(lm, prompt, lambda text, own: text, marks.image, marks.answer, free)
     seen = as_it_is.layout(example).text
     if not content and _squeezed(example.question) not in _squeezed(seen):
-        what = "prompt_template" if prompt.prompt_template else f"chat template of {lm.name}"
+        what = "chat_template" if not prompt.prompt_template else "prompt_template"
         raise UserError(
-            f"example {example.id}: the {what} leaves its question out; give another one, or use "
-            "prompt_style qa or plain"
+            f"example {example.id}: the {what.replace('_', ' ')} of {lm.name} leaves its question "
+            f"out; give another {what}, or use prompt_style qa or plain"
         )
     if seen != text and (
         prompt.allow_special_tokens or not any(map(controls(lm, prompt).among, marks.texts()))
