@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from grains.data import Example
     from grains.names import Names
     from grains.steering import Configuration
+    from grains.thinking import Thoughts
 
 SHOWN = 3
 LARGEST = 1e300  # of a strength; beyond it is no finite number
@@ -69,7 +70,7 @@ def main(kind: Kind = LLM) -> None:
     entry.import_libraries()
     import pandas as pd
 
-    from grains import manifests, prompts, rendering, runs
+    from grains import manifests, prompts, rendering, runs, thinking
     from grains.cli import stages
     from grains.generation import decoding_batches, generate
 
@@ -95,6 +96,8 @@ def main(kind: Kind = LLM) -> None:
         entry.say(line)
     groups = decoding_batches(encoded, configurations, args.max_new_tokens, settings.batch_tokens)
 
+    thoughts = thinking.thoughts(lm, prompt)
+
     def make(unit: int) -> runs.Unit:
         members = groups[unit]
         base, *steered = generate(
@@ -113,6 +116,8 @@ def main(kind: Kind = LLM) -> None:
 
     def write(units: runs.Units) -> None:
         table = pd.DataFrame([row for _, rows in units() for row in rows])
+        if thoughts:
+            split_thoughts(table, thoughts)
         runs.write_table(output, table.sort_values(["prompt", "configuration"]))
 
     manifest = manifests.evaluation(
@@ -247,6 +252,14 @@ def row(
         "reference": example.chosen,
         "changed": base != steered,
     }
+
+
+def split_thoughts(table: pd.DataFrame, thoughts: Thoughts) -> None:
+    """Put the thoughts in texts, base and steered, into columns of their own."""
+    for name in ("base", "steered"):
+        split = [thoughts.split(text) for text in table[name]]
+        table.insert(table.columns.get_loc(name), f"{name}_thinking", [item for item, _ in split])
+        table[name] = [answer for _, answer in split]
 
 
 TEXTS = ("question", "base", "steered")  # also where they look like numbers

@@ -12,9 +12,10 @@ import pytest
 import torch
 from helpers import chat_models, reference, tiny, vlm_models
 from helpers.chat_models import DEFAULT_SYSTEM
+from transformers import LlamaForCausalLM
 
 import grains
-from grains import data, manifests, prompts, rendering, runs, scoring, splits, vision
+from grains import data, manifests, prompts, rendering, runs, scoring, splits, thinking, vision
 from grains.cli import flags
 from grains.data import Example
 from grains.errors import UserError
@@ -885,3 +886,80 @@ def test_scripts_take_shots_and_letters(scripts):
         (1, 2),
         (2, 1),
     }  # " A" and " B", in any order
+
+
+# -- thoughts --
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "expected"),
+    [
+        (chat_models.THINKS, "<think>\nIs it?\n</think>\n\nYes.", ("Is it?", "Yes.")),
+        (chat_models.THINKS, "<think>\nIs it", ("Is it", "")),
+        (chat_models.THINKS, "<think>\n\n</think>\n\nYes.", ("", "Yes.")),
+        (chat_models.THINKS, "Yes.", ("", "Yes.")),
+        (chat_models.OPENS, "Is it?\n</think>\n\nYes.", ("Is it?", "Yes.")),
+        (chat_models.OPENS, "Is it", ("Is it", "")),
+        (chat_models.CHANNELS, "analysisIs it?assistantfinalYes.", ("Is it?", "Yes.")),
+        (chat_models.CHANNELS, "analysisIs it", ("Is it", "")),
+        (chat_models.CHANNELS, "finalYes.", ("", "Yes.")),
+    ],
+)
+def test_thoughts_are_apart_from_the_answer(chat_model, template, text, expected):
+    marks = thinking.thoughts(chat_model(template), chat())
+    assert marks.split(text) == expected
+
+
+def test_what_a_model_writes_is_decoded_and_split(chat_model):
+    """From the tokens that a model of this template writes, special ones among them."""
+    lm = chat_model(chat_models.CHANNELS)
+    written = (
+        "<|channel|>analysis<|message|>Is it?<|end|><|start|>assistant<|channel|>final<|message|>"
+        "Yes.<|return|>"
+    )
+    ids = lm.tokenizer(written, add_special_tokens=False).input_ids
+    decoded = lm.tokenizer.decode(ids, skip_special_tokens=True)
+    assert thinking.thoughts(lm, chat()).split(decoded) == ("Is it?", "Yes.")
+
+
+def test_templates_without_thoughts(chat_model):
+    for template in (chat_models.CHATML, chat_models.BRACKETS, chat_models.REFUSES):
+        assert thinking.thoughts(chat_model(template), chat()) is None
+    lm = chat_model(chat_models.THINKS)
+    assert thinking.thoughts(lm, PromptSettings("qa")) is None
+    assert thinking.thoughts(lm, chat(template_args={"enable_thinking": False})) is None
+
+
+def test_thoughts_have_columns_of_their_own(commands, tmp_path):
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|bot|>{{ m.content }}<|end|>"
+        "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|bot|><think>\n{% endif %}"
+    )
+    tiny.llama(len(tokenizer), layers=2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    questions = tiny.write_jsonl(tmp_path / "q.jsonl", tiny.question_rows())
+    common = ["--model_name", tmp_path / "model", "--dataset_name", "q", "--dataset_path",
+              questions, "--num_samples", 2, "--top_k", 2]  # fmt: skip
+    states = tmp_path / "states.safetensors"
+    commands.run(
+        "token_ablation.py", *common, "--ig_steps", 2, "--top", "pos",
+        "--output_path_hidden", states, "--output_path_meta", tmp_path / "tokens.csv",
+    ).ok()  # fmt: skip
+    commands.run(
+        "steering_generation.py", *common, "--methods", "gradient", "--alphas", 0.5,
+        "--num_validation", 4, "--num_prompts", 3, "--max_new_tokens", 4,
+        "--hidden_states_path", states, "--output_dir", tmp_path / "out",
+        "--steering_vectors_dir", tmp_path / "vectors",
+    ).ok()  # fmt: skip
+    (path,) = (tmp_path / "out").glob("*.csv")
+    table = pd.read_csv(path, keep_default_na=False)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    prompt = [f"<|user|>{text}<|bot|><think>\n" for text in table.question]
+    for text, thought, answer in zip(prompt, table.base_thinking, table.base, strict=True):
+        ids = tokenizer(text, return_tensors="pt")
+        new = model.generate(**ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        written = tokenizer.decode(new[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+        assert (thought, answer) == (written.strip(), "")  # it never ends its thoughts
+    assert list(table.columns).index("base_thinking") + 1 == list(table.columns).index("base")

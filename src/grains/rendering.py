@@ -464,6 +464,25 @@ def answers_after(lm: LanguageModel, prompt: PromptSettings) -> str:
     return "" if before == begun.text else before.rpartition(question)[2]
 
 
+def answered(
+    lm: LanguageModel, prompt: PromptSettings, question: str, thought: str, answer: str
+) -> str:
+    """A question and an answer with its thoughts in the chat template, '' if it refuses them.
+
+    Templates read thoughts from a field of the message by one of two names, or pass them over.
+    """
+    image = f"m{uuid4().hex}"
+    messages = [
+        _message(lm, "user", question, image),
+        _message(lm, "assistant", answer, image)
+        | {"reasoning_content": thought, "thinking": thought},
+    ]
+    try:
+        return apply_template(lm, messages, prompt, False)
+    except Exception:
+        return ""
+
+
 def default_system(lm: LanguageModel, prompt: PromptSettings) -> str:
     """The system prompt that the chat template writes by itself, '' for none.
 

@@ -1,0 +1,69 @@
+"""Thoughts in what a model writes: apart from its answer.
+
+How a model marks its thoughts stands in its chat template, which writes those of an assistant's
+message, or opens a block of them for the model to fill.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from uuid import uuid4
+
+from grains import rendering
+from grains.data import Example
+from grains.lm import LanguageModel
+from grains.settings import PromptSettings
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """The words around a model's thoughts, without special tokens and outer white space.
+
+    begin: before them, '' if the prompt has opened them. end: between them and the answer.
+    without: before an answer without thoughts.
+    """
+
+    begin: str
+    end: str
+    without: str = ""
+
+    def split(self, text: str) -> tuple[str, str]:
+        """The thoughts and the answer in a text that the model wrote, as it is decoded without
+        special tokens. A text that ends within the thoughts has no answer."""
+        text = text.strip()
+        before, ends, after = text.partition(self.end)
+        if ends or not self.begin or text.startswith(self.begin):
+            return before.strip().removeprefix(self.begin).strip(), after.strip()
+        if self.without and text.startswith(self.without):
+            text = text.removeprefix(self.without).strip()
+        return "", text
+
+
+def thoughts(lm: LanguageModel, prompt: PromptSettings) -> Thoughts | None:
+    """How a model marks its thoughts in free generation; None if its chat template has none."""
+    if prompt.style != "chat" or not rendering.chat_template(lm, prompt):
+        return None
+    asked, thought, answer = (f"m{uuid4().hex}x{number}x" for number in range(3))
+    own = PromptSettings("chat", None, prompt.arguments, prompt.chat_template)
+    example = Example("", asked, (), 0)
+    begun = rendering.render(lm, example, own, free=True).text.rpartition(asked)[2]
+    scored = rendering.render(lm, example, own)
+    before = (scored.text + scored.space).rpartition(asked)[2]
+
+    def words(text: str) -> str:
+        ids = lm.tokenizer(text, add_special_tokens=False).input_ids
+        return lm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    whole = rendering.answered(lm, own, asked, thought, answer)
+    start, _, rest = whole.partition(thought)
+    between, has_thought, _ = rest.partition(answer)
+    if has_thought and (end := words(between)):
+        opens = start.rpartition(asked)[2]
+        without = words(before.removeprefix(begun)) if before.startswith(begun) else ""
+        if begun.rstrip() == before.rstrip() != "" and begun.rstrip().endswith(end):
+            return None  # the prompt has closed them already
+        return Thoughts(words(opens.removeprefix(begun)), end, without)
+    # It writes no thoughts of earlier messages, but opens a block of them.
+    opened = re.search(r"<(\w+)>\s*\Z", begun.removeprefix(before) if begun != before else "")
+    return Thoughts("", f"</{opened[1]}>") if opened else None
