@@ -531,3 +531,13 @@ def test_vectors_of_another_model_are_refused(files, make_tiny):
         pass
     with pytest.raises(ValueError, match="of another model"):
         own.apply(other, 0.1)
+
+
+def test_blocks_take_a_models_identity_once(files, make_tiny, monkeypatch):
+    made, lm = make(files[1], "mean", "pos", 0), make_tiny("llama", seed=2)
+    own = SteeringVectors(made.vectors, made.norms, {"model": lm.identity()})
+    taken, identity = [], type(lm).identity
+    monkeypatch.setattr(type(lm), "identity", lambda model: (taken.append(1), identity(model))[1])
+    for _ in range(3):
+        own.apply(lm, 0.1)
+    assert len(taken) == 1

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -404,7 +405,7 @@ class SteeringVectors:
             )
         recorded = self.info.get("model") or {}
         if "weights_sum" in recorded:  # vectors made by hand do not name their model
-            _check_same_weights(lm.identity(), recorded, f"{lm.name}: make them with this model")
+            _check_same_weights(_known(lm), recorded, f"{lm.name}: make them with this model")
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, with `info` as JSON in its header (see docs/outputs.md)."""
@@ -434,6 +435,12 @@ class SteeringVectors:
 
 def _sizes(vectors: SteeringVectors) -> str:
     return f"{len(vectors.vectors)} layers of size {vectors.vectors.shape[1]}"
+
+
+@lru_cache(maxsize=4)
+def _known(lm: LanguageModel) -> dict[str, Any]:
+    """A model's identity, taken once: a block may be entered for every prompt."""
+    return lm.identity()
 
 
 def _check_same_weights(model: dict, recorded: dict, wanted: str) -> None:
