@@ -109,7 +109,9 @@ def plain_states(
     for members in batches_in_order([item.length for item in encoded], max_tokens):
         pairs = [_packed(lm, encoded[index]) for index in members]
         longest = max((pair.captured for pair in pairs), key=lambda item: int(item.lengths))
-        rows, checkpointed = gradient_rows(lm, longest) if gradients else (len(pairs), False)
+        rows, checkpointed = len(pairs), False
+        if gradients:
+            rows, checkpointed = gradient_rows(lm, longest, max_tokens)
         for start in range(0, len(pairs), rows):
             states += _plain(lm, pairs[start : start + rows], gradients, checkpointed)
     return states

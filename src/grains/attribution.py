@@ -41,7 +41,7 @@ class PromptFunction:
     Positions before `first` never change, so they are computed once.
 
     prompt: (P, D) the embeddings of the prompt as it is.
-    rows: how many prompts fit in memory, and into max_tokens positions, at a time.
+    rows: how many prompts are computed at a time (see `gradient_rows`).
     """
 
     def __init__(
@@ -56,8 +56,7 @@ class PromptFunction:
         packed = pack(encoded.sequences(without_last=True))
         whole = capture_pack(lm, encoded.inputs, packed)
         self.captured: Capture = without_prefix(lm, whole, first)
-        fitting, self.checkpointed = gradient_rows(lm, self.captured)
-        self.rows = min(fitting, max(1, max_tokens // self.captured.embeds.shape[1]))
+        self.rows, self.checkpointed = gradient_rows(lm, self.captured, max_tokens)
         length = len(encoded.prompt_ids)
         terms = targets(packed, length, encoded.responses)
         weight = torch.tensor(weights) @ terms.member

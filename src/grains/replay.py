@@ -405,13 +405,22 @@ def _layer(lm: LanguageModel, index: int, calls: Calls, states: Tensor) -> Tenso
     return output
 
 
-def gradient_rows(lm: LanguageModel, captured: Capture) -> tuple[int, bool]:
+# What a gradient keeps of every layer is many times what a forward holds, and products of a few
+# hundred positions are as fast as those of thousands: its batches are this much smaller.
+GRADIENT_SHARE = 4
+
+
+def gradient_rows(
+    lm: LanguageModel, captured: Capture, max_tokens: int | None = None
+) -> tuple[int, bool]:
     """How many rows of a capture (B = 1) can be replayed with gradients at a time.
 
+    max_tokens: the number of positions that are computed at a time without gradients; None: as many
+        as fit.
     What one row keeps for the backward pass is measured on the first layer, attention weights
     included where they are kept; the other layers are assumed to keep as much.
-    Returns the number of rows that fit in `lm.memory`, at least 1, and whether their layers must be
-    checkpointed to fit.
+    Returns the number of rows that fit in `lm.memory` (and in a share of max_tokens), at least 1,
+    and whether their layers must be checkpointed to fit.
     """
     held: dict[int, int] = {}
 
@@ -428,8 +437,12 @@ def gradient_rows(lm: LanguageModel, captured: Capture) -> tuple[int, bool]:
     # The rest holds a slice of the logits, twice, and what one layer's backward pass needs.
     free = lm.memory - 2 * LOGIT_ROWS * VOCABULARY_SLICE * torch.float32.itemsize
     rows = int(free // ((len(lm.layers) + 1) * one_layer))
-    if rows > 0:
-        return rows, False
-    if lm.device.type == "cpu":
-        cpu.return_freed_memory()
-    return max(1, int(free // (2 * one_layer + len(lm.layers) * output.nbytes))), True
+    checkpointed = rows < 1
+    if checkpointed:
+        if lm.device.type == "cpu":
+            cpu.return_freed_memory()
+        rows = max(1, int(free // (2 * one_layer + len(lm.layers) * output.nbytes)))
+    if max_tokens is not None:
+        length = captured.embeds.shape[1]
+        rows = min(rows, max(1, max_tokens // (GRADIENT_SHARE * length)))
+    return rows, checkpointed
