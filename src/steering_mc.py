@@ -9,6 +9,7 @@ in neither.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from grains.cli import entry, flags
@@ -81,9 +82,9 @@ def main(kind: Kind = LLM) -> None:
     columns = COLUMNS
     if all(example.targets for example in asked):
         columns = [*COLUMNS, *(name.format(s) for s in TARGET_SCORES for name in PER_SCORE)]
-    elif args.score in TARGET_SCORES:
+    elif unknown := [score for score in args.scores or () if score in TARGET_SCORES]:
         raise UserError(
-            f"score {args.score} needs to know every right choice (columns mc1_targets and "
+            f"score {unknown[0]} needs to know every right choice (columns mc1_targets and "
             f"mc2_targets), which data set '{source.name}' does not say: use score token or sum"
         )
     groups = question_batches(encoded, settings.batch_tokens)
@@ -157,7 +158,8 @@ def main(kind: Kind = LLM) -> None:
     ):
         entry.say("nothing to do: these results are already there")
     if runs.processes().is_main_process:
-        report(pd.read_csv(outputs["grid"], keep_default_na=False), grid, args.score, budget)
+        table = pd.read_csv(outputs["grid"], keep_default_na=False)
+        report(table, grid, args.score, budget, args.scores)
         print(f"all configurations: {outputs['grid']}")
         print(f"every question:     {outputs['questions']}")
         print(f"chosen:             {outputs['chosen']}")
@@ -205,9 +207,16 @@ def chosen(
 
 
 def report(
-    table: pd.DataFrame, grid: GridSettings, score: str, budget: float | None = None
+    table: pd.DataFrame,
+    grid: GridSettings,
+    score: str,
+    budget: float | None = None,
+    scores: Sequence[str] | None = None,
 ) -> None:
-    """Print base, the chosen configuration and the control on the questions that count."""
+    """Print base, the chosen configuration and the control on the questions that count.
+
+    score: the one that chooses. scores: those that are printed; None: all that the table has.
+    """
     from grains.steering import BASE
 
     best = chosen(table, grid, score, budget)
@@ -229,7 +238,7 @@ def report(
         print(f"\n{count} test questions; configuration chosen on validation questions")
     titles = {score: f"{title} accuracy" for score, title in SCORE_TITLES.items()}
     titles |= {score: score.upper() for score in TARGET_SCORES}
-    shown = [score for score in titles if f"accuracy_{score}" in table.columns]
+    shown = scores or [score for score in titles if f"accuracy_{score}" in table.columns]
     print(f"{'':22}" + "".join(f"{titles[score]:>30}{'p':>8}" for score in shown))
     for name, part in lines.items():
         for row in part.itertuples():

@@ -963,3 +963,57 @@ def test_thoughts_have_columns_of_their_own(commands, tmp_path):
         written = tokenizer.decode(new[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
         assert (thought, answer) == (written.strip(), "")  # it never ends its thoughts
     assert list(table.columns).index("base_thinking") + 1 == list(table.columns).index("base")
+
+
+# -- several scores --
+
+
+def scores_of(*words):
+    parser = flags.parser(None, flags.LLM)
+    flags.add_score(parser)
+    args = parser.parse_args([*words])
+    return args.score, args.scores
+
+
+def test_the_first_of_several_scores_chooses():
+    assert scores_of() == ("token", None)
+    assert scores_of("--score", "mc2") == ("mc2", ["mc2"])
+    assert scores_of("--score", "mc1", "mc2", "token", "mc1") == ("mc1", ["mc1", "mc2", "token"])
+
+
+def test_several_scores_are_printed(scripts):
+    run, folder = scripts
+    states = folder / "scored.safetensors"
+    run(
+        "token_ablation.py", "--ig_steps", 2, "--top", "pos",
+        "--output_path_hidden", states, "--output_path_meta", folder / "scored.csv",
+    ).ok()  # fmt: skip
+    rows = []
+    for question, true, false in tiny.QUESTIONS:
+        targets = {"choices": [true, false, "Perhaps"], "labels": [1, 0, 0]}
+        rows.append({"question": question, "mc1_targets": targets, "mc2_targets": targets})
+    known = tiny.write_jsonl(folder / "known.jsonl", rows)
+
+    def ask(*scores, path=known):
+        return run(
+            "steering_mc.py", "--dataset_path", path, "--num_validation", 6, "--methods",
+            "gradient", "--alphas", 0.1, 0.2, "--hidden_states_path", states,
+            "--output_dir", folder / "scored", "--steering_vectors_dir", folder / "vectors",
+            "--score", *scores,
+        )  # fmt: skip
+
+    printed = ask("sum", "mc1", "mc2").ok().out
+    (path,) = (folder / "scored").glob("*by-sum_grid.csv")
+    table = pd.read_csv(path, keep_default_na=False)
+    (line,) = [line for line in printed.splitlines() if line.startswith("base ")]
+    base = table[(table.method == "base") & (table.part == "test")].iloc[0]
+    expected = [
+        f"{base[f'accuracy_{s}']:.1%} [{base[f'accuracy_{s}_low']:.1%}, "
+        f"{base[f'accuracy_{s}_high']:.1%}]"
+        for s in ("sum", "mc1", "mc2")
+    ]
+    places = [line.find(cell) for cell in expected]
+    assert -1 not in places and places == sorted(places) and "per-token" not in printed
+    assert "nothing to do" in ask("sum", "token").ok().out  # what is printed changes no file
+    (unknown,) = {ask("token", "mc2", path=folder / "data.jsonl").error()}
+    assert "score mc2 needs to know every right choice" in unknown

@@ -438,13 +438,32 @@ def add_evaluation(flags: argparse.ArgumentParser) -> None:
     )
 
 
+class Scores(argparse.Action):
+    """Several scores: `scores`, and the first of them as `score`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.scores = [*dict.fromkeys(values)]
+        namespace.score = values[0]
+
+
 def add_score(flags: argparse.ArgumentParser) -> None:
+    flags.set_defaults(scores=None)
     flags.add_argument(
         "--score",
+        nargs="+",
+        action=Scores,
         default="token",
         choices=(*SCORES, *TARGET_SCORES),
-        help="the accuracy that chooses the configuration: of the per-token or of the summed "
-        "log-likelihood, or TruthfulQA's MC1 or MC2 (all that the data allows are reported)",
+        help="the accuracies that are printed, each with interval and paired test, of which the "
+        "first chooses the configuration: of the per-token or of the summed log-likelihood, or "
+        "TruthfulQA's MC1 or MC2 (without the flag all that the data allows are printed; the "
+        "tables hold these in any case)",
     )
     flags.add_argument(
         "--max_ppl_increase",
