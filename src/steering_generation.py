@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +17,23 @@ from typing import TYPE_CHECKING
 from grains.cli import entry, flags
 from grains.cli.flags import LLM, Kind
 from grains.errors import UserError
-from grains.settings import ABLATION_METHODS, CONTROLS, METHODS, MODES, STYLES, UNITS, GridSettings
+from grains.settings import (
+    ABLATION_METHODS,
+    CONTROLS,
+    GENERATION_CONFIGS,
+    METHODS,
+    MODES,
+    STYLES,
+    UNITS,
+    DecodingSettings,
+    GridSettings,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from grains.data import Example
+    from grains.generation import Written
     from grains.names import Names
     from grains.steering import Configuration
     from grains.thinking import Thoughts
@@ -55,24 +68,58 @@ def parser(kind: Kind) -> argparse.ArgumentParser:
         help="longest answer, in tokens",
     )
     group.add_argument(
+        "--generation_config",
+        choices=GENERATION_CONFIGS,
+        default=DecodingSettings.generation_config,
+        help="greedy: nothing acts on the choice of a token but these flags; model: what the "
+        "model's own generation config sets acts too, for base and steered alike",
+    )
+    group.add_argument(
         "--temperature",
         type=flags.not_negative,
-        default=TEMPERATURE,
-        help="temperature of the sampling; 0 decodes greedily",
+        help="of the sampling; 0 decodes greedily (default: 0, or with --generation_config model "
+        "the model's)",
+    )
+    group.add_argument(
+        "--top_p",
+        type=flags.positive_float,
+        help="draw of the likeliest tokens that hold this share of the probability (default: all, "
+        "or with --generation_config model the model's)",
+    )
+    group.add_argument(
+        "--num_return",
+        type=flags.positive,
+        default=DecodingSettings.num_return,
+        help="texts drawn for each prompt, each in a row of its own",
+    )
+    group.add_argument(
+        "--stop", nargs="+", default=[], metavar="TEXT", help="texts that end an answer"
     )
     return parser
+
+
+def decoding_settings(args: argparse.Namespace) -> DecodingSettings:
+    return DecodingSettings(
+        args.generation_config,
+        args.temperature,
+        args.top_p,
+        args.num_return,
+        tuple(args.stop),
+        args.seed,
+    )
 
 
 def main(kind: Kind = LLM) -> None:
     args = parser(kind).parse_args()
     source, settings = flags.data_settings(args), flags.ablation_settings(args, ("pos",))
+    decoding = decoding_settings(args)
 
     entry.import_libraries()
     import pandas as pd
+    from tqdm import tqdm
 
-    from grains import manifests, prompts, rendering, runs, thinking
+    from grains import generation, manifests, prompts, rendering, runs, sampling, thinking
     from grains.cli import stages
-    from grains.generation import decoding_batches, generate
 
     names = flags.names_of(args)
     grid, chosen = configured(args, names)
@@ -81,6 +128,8 @@ def main(kind: Kind = LLM) -> None:
     settings, examples = stages.questions(source, settings, states["pos"])
     questions = examples["test" if "test" in examples else "all"][: args.num_prompts]
     lm = entry.load_model(args)
+    generation.check_limit(lm, args.max_new_tokens)
+    how = sampling.choosing(lm, decoding)
     configurations, _ = stages.configurations(args, lm, grid, states)
     prompt = settings.prompt
     has_template = bool(rendering.chat_template(lm, prompt))
@@ -94,31 +143,39 @@ def main(kind: Kind = LLM) -> None:
     counts = prompts.tally(encoded)
     for line in prompts.notes(counts):
         entry.say(line)
-    groups = decoding_batches(encoded, configurations, args.max_new_tokens, settings.batch_tokens)
+    texts = args.num_return * (1 + len(configurations))  # of each prompt
 
     thoughts = thinking.thoughts(lm, prompt)
 
-    def make(unit: int) -> runs.Unit:
-        members = groups[unit]
-        base, *steered = generate(
-            lm,
-            [encoded[i] for i in members],
-            configurations,
-            args.max_new_tokens,
-            args.temperature,
-            args.seed + unit,
-        )
-        return {}, [
-            row(i, questions[i], configuration, style, *pair)
-            for configuration, texts in zip(configurations, steered, strict=True)
-            for i, *pair in zip(members, base, texts, strict=True)
-        ]
+    def make(missing: list[int]) -> Iterator[tuple[int, runs.Unit]]:
+        written: dict[int, list[generation.Written]] = {unit: [] for unit in missing}
+        with tqdm(
+            total=len(missing) * texts * args.max_new_tokens,
+            desc="generating",
+            unit="token",
+            disable=not (missing and runs.processes().is_main_process),
+        ) as bar:
+            for item in generation.write(
+                lm,
+                [encoded[unit] for unit in missing],
+                configurations,
+                args.max_new_tokens,
+                decoding,
+                settings.batch_tokens,
+                bar.update,
+            ):
+                bar.total -= args.max_new_tokens - item.tokens  # it ended before
+                unit = missing[item.prompt]
+                written[unit].append(item)
+                if len(written[unit]) == texts:
+                    done = written.pop(unit)
+                    yield unit, ({}, rows(unit, questions[unit], configurations, style, done))
 
     def write(units: runs.Units) -> None:
         table = pd.DataFrame([row for _, rows in units() for row in rows])
         if thoughts:
             split_thoughts(table, thoughts)
-        runs.write_table(output, table.sort_values(["prompt", "configuration"]))
+        runs.write_table(output, table.sort_values(["prompt", "configuration", "draw"]))
 
     manifest = manifests.evaluation(
         "steering_generation",
@@ -132,19 +189,19 @@ def main(kind: Kind = LLM) -> None:
     ) | {
         "generation_style": style,
         "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
+        "temperature": args.temperature or 0.0,
+        "decoding": {
+            "generation_config": args.generation_config,
+            "acts": how.acting,
+            "num_return": args.num_return,
+            "stop": args.stop,
+        },
     }
     if more := manifests.prompt(lm, prompt, counts).get("prompt"):
         manifest["generation_prompt"] = more
-    if not runs.resume(
-        [output],
-        manifest,
-        len(groups),
-        make,
-        write,
-        "generating",
-        args.overwrite,
-        inputs=[source.path, chosen],
+    entry.say(f"next token: {how}")
+    if not runs.resume_together(
+        [output], manifest, len(encoded), make, write, args.overwrite, inputs=[source.path, chosen]
     ):
         entry.say("nothing to do: these results are already there")
     if runs.processes().is_main_process:
@@ -230,14 +287,39 @@ def decoding_parts(args: argparse.Namespace) -> list[str]:
             ("prompts", args.num_prompts, NUM_PROMPTS),
             ("style", args.generation_style, None),
             ("tokens", args.max_new_tokens, MAX_NEW_TOKENS),
-            ("temperature", args.temperature, TEMPERATURE),
+            ("temperature", args.temperature or 0.0, TEMPERATURE),
+            ("top_p", args.top_p, None),
+            ("config", args.generation_config, DecodingSettings.generation_config),
+            ("return", args.num_return, DecodingSettings.num_return),
+            ("stop", f"{zlib.crc32(repr(args.stop).encode()):08x}" if args.stop else None, None),
         )
         if value != default
     ]
 
 
+def rows(
+    index: int,
+    example: Example,
+    configurations: list[Configuration],
+    style: str,
+    written: list[Written],
+) -> list[dict]:
+    """A prompt's rows of the table, from all its texts."""
+    texts = {(item.configuration, item.draw): item for item in written}
+    return [
+        row(index, example, configurations[number - 1], style, texts[0, draw], item)
+        for (number, draw), item in sorted(texts.items())
+        if number
+    ]
+
+
 def row(
-    index: int, example: Example, configuration: Configuration, style: str, base: str, steered: str
+    index: int,
+    example: Example,
+    configuration: Configuration,
+    style: str,
+    base: Written,
+    steered: Written,
 ) -> dict:
     return {
         "prompt": index,
@@ -247,10 +329,13 @@ def row(
         "configuration": configuration.label,
         "method": configuration.method,
         "alpha": configuration.alpha,
-        "base": base,
-        "steered": steered,
+        "base": base.text,
+        "steered": steered.text,
         "reference": example.chosen,
-        "changed": base != steered,
+        "changed": base.text != steered.text,
+        "draw": steered.draw,
+        "base_ended": base.ended,
+        "steered_ended": steered.ended,
     }
 
 
@@ -268,7 +353,7 @@ TEXTS = ("question", "base", "steered")  # also where they look like numbers
 def show(table: pd.DataFrame) -> None:
     """Print the first prompts with what the base and the steered models answer."""
     print()
-    for _, answers in list(table.groupby("prompt"))[:SHOWN]:
+    for _, answers in list(table[table.draw == 0].groupby("prompt"))[:SHOWN]:
         print(f"question: {answers.question.iloc[0]}")
         texts = {"base": answers.base.iloc[0]} | dict(
             zip(answers.configuration, answers.steered, strict=True)

@@ -9,7 +9,7 @@ import families
 import pytest
 import zoo
 
-from grains.selfcheck import can_pad
+from grains.selfcheck import can_decode, can_pad
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +28,16 @@ PACKED = {
     "olmo2",
     "nanochat",
 }
+# Recurrent states in the cache, or what else a running batch of keys and values cannot hold.
+OWN_DECODING = {
+    "falcon",
+    "qwen3_next",
+    "qwen3_5_text",
+    "granitemoehybrid",
+    "lfm2",
+    "minimax",
+    "mamba2",
+}
 OWN_HEAD = {"gemma2", "cohere2", "granite", "nanochat"}
 OWN_EMBEDDINGS = {"gpt2", "gpt_neo", "opt", "bloom", "granite", "nanochat"}
 
@@ -44,6 +54,7 @@ def test_how_it_is_replayed(family):
     assert lm.keeps_prefix == (name in PACKED - {"llama4_text"})
     assert lm.batches == (name != "bloom")
     assert can_pad(lm) == (name != "minimax")
+    assert can_decode(lm) == (name not in OWN_DECODING)
     assert lm.own_head == (name in OWN_HEAD)
     assert lm.own_embeddings == (name in OWN_EMBEDDINGS)
 

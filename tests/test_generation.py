@@ -1,11 +1,20 @@
 """Batched decoding, base and steered rows side by side, is one prompt at a time."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from helpers.decoding import greedy, random_configuration, text_of
 from helpers.reference import encoded, example, no_hooks, words
+from transformers import GenerationConfig
 
-from grains import prompts
+from grains import generation, prompts, sampling
+from grains.decoding import Decoder, Row
+from grains.errors import UserError
 from grains.generation import generate, pad_left
+from grains.sampling import Choice, generator
+from grains.settings import DecodingSettings
+from grains.steering import BASE
 
 NEW = 8
 PROMPTS = [
@@ -57,13 +66,207 @@ def test_tiny_models_with_sliding_layers_too(tiny):
     assert found[0] != found[1] != found[2]
 
 
-def test_sampling_is_seeded(make_tiny):
+def rows_of(lm, settings, configurations=(BASE,), limits=(9, 3, 12, 5, 7)):
+    """Prompts of several lengths, two of which begin alike, each with a limit of its own."""
+    how = sampling.choosing(lm, settings)
+    prompts_of = [W[:14], W[20:23], W[:9] + W[30:41], W[41:48], W[:14] + W[50:53]]
+    return [
+        Row(ids, item, Choice(lm, how, ids, limit, generator(settings.seed, str(n))), limit)
+        for n, (ids, limit) in enumerate(zip(prompts_of, limits, strict=True))
+        for item in configurations
+    ]
+
+
+def written(lm, rows, positions=4096, max_rows=None):
+    decoder = Decoder(lm, positions, max_rows)
+    for row in rows:
+        decoder.submit(row)
+    while not decoder.idle:
+        for step in decoder.step():
+            assert step.token == step.row.new[-1]
+    return [row.new for row in rows]
+
+
+@pytest.mark.parametrize("settings", [DecodingSettings(), DecodingSettings(temperature=1.2)])
+def test_a_row_is_what_it_is_alone(family, settings):
+    """Rows enter when others leave, in batches of two, of five and of few positions."""
+    configurations = [
+        BASE,
+        random_configuration(family, (1, 3), 0.5, 3),
+        replace(random_configuration(family, (0, 2), 1.5, 4), positions="last"),
+        replace(random_configuration(family, (2,), 1.5, 5), positions="response"),
+    ]
+    alone = [written(family, [row])[0] for row in rows_of(family, settings, configurations)]
+    for options in ({"max_rows": 2}, {"max_rows": 5}, {"positions": 70}, {}):
+        together = written(family, rows_of(family, settings, configurations), **options)
+        assert together == alone
+    assert len({tuple(ids) for ids in alone}) > 10
+    if settings == DecodingSettings():
+        for row, ids in zip(rows_of(family, settings, configurations), alone, strict=True):
+            if row.configuration.positions == "all":
+                vectors = row.configuration.vectors
+                expected = greedy(family, row.prompt_ids, vectors, row.limit)
+                assert [id for id in ids if id != 2] == expected
+
+
+def test_shared_beginnings_are_computed_once(make_tiny, monkeypatch):
+    lm = make_tiny("llama")
+    computed = []
+    forward = lm.model.forward
+    monkeypatch.setattr(
+        lm.model,
+        "forward",
+        lambda input_ids, **kwargs: (
+            computed.append(input_ids.shape) or forward(input_ids, **kwargs)
+        ),
+    )
+    how = sampling.choosing(lm, DecodingSettings())
+    prompts_of = [W[:30], W[:20] + W[40:44], W[:20] + W[50:55]]
+    written(lm, [Row(ids, BASE, Choice(lm, how, ids, 1), 1) for ids in prompts_of])
+    assert computed == [(1, 30), (2, 5)]
+
+
+def test_a_cancelled_row_leaves_the_others_as_they_are(make_tiny):
+    lm = make_tiny("gemma3")
+    expected = written(lm, rows_of(lm, DecodingSettings()))
+    rows = rows_of(lm, DecodingSettings())
+    decoder = Decoder(lm, 4096, max_rows=4)
+    for row in rows:
+        decoder.submit(row)
+    decoder.step(), decoder.step()
+    for number in (4, 0):  # one that waits, and one that has begun
+        decoder.cancel(rows[number])
+    while not decoder.idle:
+        decoder.step()
+    assert [row.new for row in rows[1:4]] == expected[1:4]
+    assert len(rows[0].new) == 2 and not rows[4].new
+
+
+def test_draws_are_the_same_in_every_batch(make_tiny):
     lm = make_tiny("llama")
     items = [encoded(lm, W[:5], [[5]]), encoded(lm, W[8:20], [[5]])]
-    one, same, other = (
-        generate(lm, items, [], 8, temperature=1.0, seed=seed) for seed in (1, 1, 2)
+    items = [replace(item, example=example("?", id=str(n))) for n, item in enumerate(items)]
+    settings = DecodingSettings(temperature=1.0, top_p=0.9, num_return=3, seed=1)
+    (texts,) = generate(lm, items, [], 8, settings)
+    alone = [generate(lm, [item], [], 8, settings)[0] for item in items]
+    assert texts == [*alone[0], *alone[1]] and len(set(texts)) == 6
+    assert texts != generate(lm, items, [], 8, replace(settings, seed=2))[0]
+
+
+def test_draws_follow_the_probabilities(make_tiny):
+    """4,000 draws of one token against the softmax at that temperature, cut by top_p."""
+    lm = make_tiny("llama")
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0])
+    how = sampling.choosing(lm, DecodingSettings(temperature=0.5, top_p=0.95))
+    drawn = [Choice(lm, how, [1], 1, generator(0, str(n))).token(logits, [1]) for n in range(4000)]
+    weights = (logits[:2] / 0.5).softmax(-1)  # the two likeliest hold 0.98 of the probability
+    shares = torch.bincount(torch.tensor(drawn), minlength=5) / len(drawn)
+    assert shares[:2] == pytest.approx(weights, abs=0.02) and not shares[2:].any()
+
+
+PENALTIES = {
+    "repetition_penalty": 1.4,
+    "no_repeat_ngram_size": 2,
+    "suppress_tokens": [7],
+    "min_new_tokens": 6,
+    "forced_eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_the_models_own_settings_act_as_in_generate(make_tiny, monkeypatch, in_batch):
+    """Row by row, against transformers' `generate` of each prompt alone."""
+    lm = make_tiny("llama")
+    monkeypatch.setattr(
+        lm.model, "generation_config", GenerationConfig(eos_token_id=2, **PENALTIES)
     )
-    assert one == same != other
+    monkeypatch.setattr(generation, "can_decode", lambda lm: in_batch)
+    items = [encoded(lm, ids * 3, [[5]]) for ids in (W[:3], W[8:12], W[20:30])]
+    settings = DecodingSettings("model")
+    (texts,) = generate(lm, items, [], 9, settings)
+    for item, text in zip(items, texts, strict=True):
+        ids = lm.model.generate(**item.inputs, max_new_tokens=9, do_sample=False, pad_token_id=2)
+        assert text == text_of(lm, ids[0, len(item.prompt_ids) :])
+    assert sampling.choosing(lm, settings).acting == PENALTIES
+    (plain,) = generate(lm, items, [], 9)
+    for item, text in zip(items, plain, strict=True):
+        assert text == text_of(lm, greedy(lm, item.prompt_ids, {}, 9))
+    assert texts != plain
+
+
+@pytest.mark.parametrize(
+    "settings", [DecodingSettings(), DecodingSettings(temperature=1.0, num_return=2)]
+)
+def test_the_models_own_decoding_is_the_same(make_tiny, monkeypatch, settings):
+    lm = make_tiny("qwen2")
+    items = [encoded(lm, W[:5], [[5]]), encoded(lm, W[8:20], [[5]])]
+    configurations = [random_configuration(lm, (1,), 0.5, 3)]
+    first = generate(lm, items, configurations, 8, settings)[1][0]
+    stop = first[len(first) // 2 :][:3]
+    settings = replace(settings, stop=(stop,))
+
+    def everything():
+        found = generation.write(lm, items, configurations, 8, settings)
+        return sorted(found, key=lambda item: (item.prompt, item.configuration, item.draw))
+
+    together = everything()
+    monkeypatch.setattr(generation, "can_decode", lambda lm: False)
+    assert everything() == together
+    cut = next(item for item in together if (item.prompt, item.configuration) == (0, 1))
+    assert cut.ended == "stop" and cut.text == first[: first.index(stop)].strip()
+    assert "length" in {item.ended for item in together}
+
+
+def test_how_a_text_ends(make_tiny):
+    lm = make_tiny("llama")
+    item = encoded(lm, W[:5], [[5]])
+    (token,) = greedy(lm, item.prompt_ids, {}, 1)
+    own = lm.model.generation_config.eos_token_id
+    try:
+        lm.model.generation_config.eos_token_id = [token, 2]
+        (written,) = generation.write(lm, [item], [], 4, DecodingSettings())
+    finally:
+        lm.model.generation_config.eos_token_id = own
+    assert (written.ended, written.tokens) == ("eos", 1)
+    (written,) = generation.write(lm, [item], [], 4, DecodingSettings())
+    assert (written.ended, written.tokens) == ("length", 4)
+
+
+def test_a_text_ends_where_the_context_does(make_tiny):
+    lm = make_tiny("llama", max_position_embeddings=16)
+    (written,) = generation.write(lm, [encoded(lm, W[:10], [[5]])], [], 16, DecodingSettings())
+    assert (written.ended, written.tokens) == ("length", 7)  # the last is not read
+    for limit in (0, 17, 10**23):
+        with pytest.raises(UserError, match=f"max_new_tokens {limit}: expected 1 to 16"):
+            next(generation.write(lm, [], [], limit, DecodingSettings()))
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"generation_config": "own"}, "unknown generation_config 'own'"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": 1e-9}, "temperature 1e-09"),
+        ({"top_p": 0}, "top_p 0"),
+        ({"top_p": 1.1}, "top_p 1.1"),
+        ({"num_return": 0}, "num_return 0"),
+        ({"stop": ("a", "")}, "an empty text"),
+    ],
+)
+def test_settings_that_cannot_be(values, message):
+    with pytest.raises(UserError, match=message):
+        DecodingSettings(**values)
+
+
+def test_settings_that_this_model_cannot_follow(make_tiny, monkeypatch):
+    lm = make_tiny("llama")
+    with pytest.raises(UserError, match="num_return 2: without a temperature"):
+        sampling.choosing(lm, DecodingSettings(num_return=2))
+    monkeypatch.setattr(lm.model, "generation_config", GenerationConfig(num_beams=4))
+    sampling.choosing(lm, DecodingSettings())
+    with pytest.raises(UserError, match="sets num_beams to 4, which is not supported"):
+        sampling.choosing(lm, DecodingSettings("model"))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -29,6 +29,7 @@ from grains import data, models, runs
 from grains.cli import flags
 from grains.data import Example
 from grains.errors import UserError
+from grains.generation import Written
 from grains.judge import generations as generations_of
 from grains.judge import judges, metrics
 from grains.judge.scores import summary as summary_of
@@ -551,6 +552,26 @@ def test_summary_of_pairs_against_all_sign_flips():
     assert list(table.score.unique()) == ["f1", "object_hallucination", "words"]
 
 
+def test_several_draws_of_a_prompt_count_as_one():
+    """Their mean: the same numbers as of a table with the means."""
+    draws = [("base", 0, (1, 0)), ("base", 1, (0, 0.5)), ("mean", 0, (1, 1)), ("mean", 1, (0.5, 0))]
+    drawn = [
+        (prompt, name, name, 0.0, value, 1, 0, 3)
+        for name, _, values in draws
+        for prompt, value in enumerate(values)
+    ]
+    means = {"base": (0.5, 0.25), "mean": (0.75, 0.5)}
+    once = [
+        (prompt, name, name, 0.0, value, 1, 0, 3)
+        for name, values in means.items()
+        for prompt, value in enumerate(values)
+    ]
+    table = scores_of(drawn).assign(draw=[0, 0, 1, 1, 0, 0, 1, 1])
+    columns = ["score", "configuration", "n", "mean", "low", "difference", "p_value"]
+    found, expected = summary_of(table)[columns], summary_of(scores_of(once))[columns]
+    pd.testing.assert_frame_equal(found, expected)
+
+
 def test_share_of_false_objects_is_a_ratio_of_sums():
     random = np.random.default_rng(1)
     named = random.integers(0, 6, 150)
@@ -656,7 +677,13 @@ def mmhal(tmp_path_factory):
     configuration = Configuration("mean", "", (1,), 0.1)
     table = pd.DataFrame(
         [
-            steering_generation.row(i, data.read(rows, source, i), configuration, "chat", *item[4:])
+            steering_generation.row(
+                i,
+                data.read(rows, source, i),
+                configuration,
+                "chat",
+                *(Written(i, n, 0, text, "eos", 5) for n, text in enumerate(item[4:])),
+            )
             for i, item in enumerate(PICTURES)
         ]
     )

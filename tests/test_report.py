@@ -34,6 +34,7 @@ from PIL import Image
 
 from demo import text_figure
 from grains.errors import UserError
+from grains.judge import generations
 from grains.report import figures
 from grains.report import page as report
 from grains.report.examples import word_difference
@@ -675,6 +676,16 @@ def test_generations_side_by_side(tmp_path):
     assert marked == [("del", "a cat"), ("ins", "one dog")]  # the first two are the legend's
     assert "reference: the truth (g)" in page.text
     assert page.text.count("the same") == 1
+
+
+def test_draws_of_a_prompt_are_told_apart(tmp_path):
+    path = write_generations(tmp_path, [("a cat", "a dog"), ("a cat", "a fox")])
+    table = pd.read_csv(path).assign(prompt=0, draw=[0, 1])
+    table.to_csv(path, index=False)
+    page = page_of(tmp_path)
+    assert "mean pos @ 1 x 0.5, draw 0" in page.text and "mean pos @ 1 x 0.5, draw 1" in page.text
+    read = generations.read(path)
+    assert generations.texts(read).text.tolist() == ["a cat", "a cat", "a dog", "a fox"]
 
 
 # --- the page as a whole ---

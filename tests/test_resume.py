@@ -24,7 +24,7 @@ from grains.errors import UserError
 pytest_plugins = ("helpers.command_line",)
 
 SAMPLES = 4
-STAGES = {"token_ablation": SAMPLES, "steering_mc": 4, "steering_generation": 3}  # their units
+STAGES = {"token_ablation": SAMPLES, "steering_mc": 4, "steering_generation": 6}  # their units
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def wait_for_parts(folder: Path, count: int, process) -> None:
         ("token_ablation", [1, *[2] * SAMPLES, 2, 3, 4, 5]),
         # The two vectors are written before the first part.
         ("steering_mc", [2, 3, 2, 2, 2, 2, 3, 4, 5]),
-        ("steering_generation", [2, 2, 2, 2, 3]),
+        ("steering_generation", [*[2] * 7, 3]),
     ],
 )
 def test_killed_after_a_write(commands, script, whole, tmp_path, name, kills):

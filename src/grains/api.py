@@ -28,6 +28,7 @@ from grains.settings import (
     AblationSettings,
     AttributionSettings,
     DataSettings,
+    DecodingSettings,
     PromptSettings,
     selections,
 )
@@ -187,7 +188,11 @@ def generate(
     image: Any = ...,
     style: str | PromptSettings | None = ...,
     max_new_tokens: int = ...,
-    temperature: float = ...,
+    temperature: float | None = ...,
+    top_p: float | None = ...,
+    num_return: None = ...,
+    stop: Sequence[str] = ...,
+    generation_config: str = ...,
     seed: int = ...,
     steering: Configuration | None = ...,
 ) -> str: ...
@@ -199,10 +204,30 @@ def generate(
     image: Any = ...,
     style: str | PromptSettings | None = ...,
     max_new_tokens: int = ...,
-    temperature: float = ...,
+    temperature: float | None = ...,
+    top_p: float | None = ...,
+    num_return: None = ...,
+    stop: Sequence[str] = ...,
+    generation_config: str = ...,
     seed: int = ...,
     steering: Configuration | None = ...,
 ) -> list[str]: ...
+@overload
+def generate(
+    lm: LanguageModel,
+    prompt: str | Sequence[str],
+    *,
+    image: Any = ...,
+    style: str | None = ...,
+    max_new_tokens: int = ...,
+    temperature: float | None = ...,
+    top_p: float | None = ...,
+    num_return: int,
+    stop: Sequence[str] = ...,
+    generation_config: str = ...,
+    seed: int = ...,
+    steering: Configuration | None = ...,
+) -> list: ...
 def generate(
     lm: LanguageModel,
     prompt: str | Sequence[str],
@@ -210,18 +235,33 @@ def generate(
     image: Any = None,
     style: str | PromptSettings | None = None,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    num_return: int | None = None,
+    stop: Sequence[str] = (),
+    generation_config: str = "greedy",
     seed: int = 0,
     steering: Configuration | None = None,
-) -> str | list[str]:
+) -> str | list:
     """The model's answer to a prompt, or a list of its answers to several.
 
     image: a PIL image or a path, shown with every prompt.
     style: qa, chat or plain; by default chat if the model has a chat template, else qa.
-    max_new_tokens: the length of an answer at most. temperature: 0 decodes greedily.
-    seed: of the sampling. steering: see `score`.
-    Raises UserError as `attribute` for texts and pictures.
+    max_new_tokens: the length of an answer at most.
+    temperature, top_p, generation_config, stop, seed: see `grains.settings.DecodingSettings`; by
+        default the likeliest token is taken and nothing else acts.
+    num_return: draw so many answers to each prompt; they take the place of its answer, as a list.
+    steering: see `score`.
+    Raises UserError as `attribute` for texts and pictures, and for settings that cannot be.
     """
+    settings = DecodingSettings(
+        generation_config,
+        temperature,
+        top_p,
+        1 if num_return is None else num_return,
+        (stop,) if isinstance(stop, str) else tuple(stop),
+        seed,
+    )
     style = style or ("chat" if lm.tokenizer.chat_template else "qa")
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     encoded: list[Encoded] = [
@@ -234,9 +274,10 @@ def generate(
         return []
     _warn(prompts.tally(encoded))
     configurations = [steering] if steering else []
-    answers = generation.generate(lm, encoded, configurations, max_new_tokens, temperature, seed)[
-        -1
-    ]
+    answers: list = generation.generate(lm, encoded, configurations, max_new_tokens, settings)[-1]
+    if num_return is not None:
+        starts = range(0, len(answers), num_return)
+        answers = [answers[start : start + num_return] for start in starts]
     return answers[0] if isinstance(prompt, str) else answers
 
 

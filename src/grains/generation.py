@@ -1,24 +1,52 @@
-"""Decoding in batches: each row is a prompt under the base model or a configuration."""
+"""Texts of many prompts, by the base model and under many configurations.
+
+They are written by the running batch of `decoding`, where it gives what the model's own decoding
+does; by the model's own decoding otherwise: prompts with a picture, and models whose cache holds
+more than keys and values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from grains import positions, vision
+from grains import positions, sampling, vision
+from grains.decoding import Decoder, Row, by_row, take, text_of, where_steered
+from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.prompts import Encoded
+from grains.sampling import Choice
 from grains.scoring import batches
-from grains.selfcheck import can_pad
-from grains.steering import Configuration, steered
+from grains.selfcheck import can_decode, can_pad
+from grains.settings import AblationSettings, DecodingSettings
+from grains.steering import BASE, Configuration, steered
 
 # Decoding keeps only keys and values, much less than the activations of a whole forward, and its
 # time is spent on reading the weights. So its batches hold this many times more positions.
 WIDTH = 8
+
+
+@dataclass(frozen=True)
+class Written:
+    """One text. prompt: its number. configuration: its number, 0 the base. draw: its number among
+    the texts of this prompt. ended: eos (by an end token), stop (by a stop text) or length.
+    tokens: the number of its tokens.
+    """
+
+    prompt: int
+    configuration: int
+    draw: int
+    text: str
+    ended: str
+    tokens: int
 
 
 def decoding_batches(
@@ -27,7 +55,7 @@ def decoding_batches(
     max_new_tokens: int,
     max_tokens: int,
 ) -> list[list[int]]:
-    """Indices of prompts that are continued together, by the base and all configurations.
+    """Indices of prompts that are a unit of a run, continued by the base and all configurations.
 
     max_tokens: the number of positions in a batch of a whole forward (see `scoring.batches`).
     """
@@ -37,85 +65,197 @@ def decoding_batches(
     )
 
 
-@torch.inference_mode()
 def generate(
     lm: LanguageModel,
     encoded: list[Encoded],
     configurations: list[Configuration],
     max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
+    settings: DecodingSettings | None = None,
 ) -> list[list[str]]:
     """Continue every prompt, by the base model and under each configuration.
 
-    The prompts are padded on the left. Each pair of configuration and prompt is a row of one batch
-    with its own steering vectors, zero for the base. Prompts with and without a picture are
-    continued in separate batches, and so are prompts of different lengths by a model that cannot
-    take padding.
-
-    temperature: 0 decodes greedily. seed: of the sampling.
-    Returns 1 + len(configurations) lists of texts, the base first.
+    settings: by default greedy, and nothing else acts.
+    Returns 1 + len(configurations) lists of texts, the base first; of num_return texts for each
+    prompt, those of a prompt stand together. Raises as `write`.
     """
-    rows = 1 + len(configurations)
-    # Batched are prompts that all have a picture or all have none, and of one length if need be.
-    lengths = {len(item.prompt_ids) for item in encoded}
-    apart = len(lengths) > 1 and not can_pad(lm)
-    kinds = [(bool(item.image.any()), len(item.prompt_ids) if apart else 0) for item in encoded]
-    if len(set(kinds)) > 1:
-        of_kind = {
-            kind: generate(
-                lm,
-                [item for item, own in zip(encoded, kinds, strict=True) if own == kind],
-                configurations,
-                max_new_tokens,
-                temperature,
-                seed,
-            )
-            for kind in dict.fromkeys(sorted(kinds))
-        }
-        texts_of = [
-            {kind: iter(texts[row]) for kind, texts in of_kind.items()} for row in range(rows)
-        ]
-        return [[next(texts[kind]) for kind in kinds] for texts in texts_of]
-    if encoded[0].image.any():
-        inputs = vision.model_inputs(
-            lm,
-            [item.text for item in encoded],
-            [vision.open_image(item.example) for item in encoded],
-            [item.guard for item in encoded],
+    settings = settings or DecodingSettings()
+    texts = [[""] * (len(encoded) * settings.num_return) for _ in range(1 + len(configurations))]
+    for item in write(lm, encoded, configurations, max_new_tokens, settings):
+        place = item.prompt * settings.num_return + item.draw
+        texts[item.configuration][place] = item.text
+    return texts
+
+
+@torch.inference_mode()
+def write(
+    lm: LanguageModel,
+    encoded: Sequence[Encoded],
+    configurations: Sequence[Configuration],
+    max_new_tokens: int,
+    settings: DecodingSettings,
+    max_tokens: int = AblationSettings.batch_tokens,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[Written]:
+    """The texts of all prompts under the base model and all configurations, as they end.
+
+    Prompts enter the batch by their length, each with all its texts.
+    max_new_tokens: the tokens of a text at most; a text ends too where the model's context does.
+    max_tokens: the number of positions in a batch of a whole forward; decoding has `WIDTH` times
+        as many.
+    progress: called with the number of tokens that were written.
+    Raises UserError for a limit longer than the model's context, and as `sampling.choosing`.
+    """
+    check_limit(lm, max_new_tokens)
+    how = sampling.choosing(lm, settings)
+    everything = [BASE, *configurations]
+    for item in encoded:
+        for configuration in configurations:
+            positions.in_prompt(configuration.positions, item.image)  # raises if that is none
+    rows: list[tuple[Encoded, Row]] = []
+    for number in sorted(range(len(encoded)), key=lambda i: (len(encoded[i].prompt_ids), i)):
+        item = encoded[number]
+        ids = item.prompt_ids
+        limit = min(max_new_tokens, (lm.max_positions or len(ids) + max_new_tokens) - len(ids) + 1)
+        for draw in range(settings.num_return):
+            for place, configuration in enumerate(everything):
+                numbers = sampling.generator(settings.seed, item.example.id, draw)
+                choice = Choice(lm, how, ids, limit, numbers)
+                name = (number, place, draw)
+                row = Row(ids, configuration, choice, limit, settings.stop, name, item.image)
+                rows.append((item, row))
+    has_picture = [bool(item.image.any()) for item in encoded]
+    by_model = has_picture if not all(has_picture) and can_decode(lm) else [True] * len(encoded)
+    together = [row for _, row in rows if not by_model[row.name[0]]]
+    others = [(item, row) for item, row in rows if by_model[row.name[0]]]
+    positions_at_once = WIDTH * max_tokens
+    for row in chain(
+        _in_a_running_batch(lm, together, positions_at_once, progress),
+        _by_the_model(lm, others, positions_at_once, progress),
+    ):
+        number, place, draw = row.name
+        yield Written(number, place, draw, text_of(lm, row), row.ended, len(row.new))
+
+
+def check_limit(lm: LanguageModel, max_new_tokens: int) -> None:
+    """Raise UserError for a limit that is no limit: longer than the model's context."""
+    longest = lm.max_positions or 2**20
+    if not 1 <= max_new_tokens <= longest:
+        raise UserError(
+            f"max_new_tokens {max_new_tokens}: expected 1 to {longest}, the positions that "
+            f"{lm.name} was made for"
         )
-    else:
-        inputs = pad_left(lm, [item.inputs for item in encoded])
-    inputs = {key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in inputs.items()}
-    vectors, gates = _by_row(configurations, len(encoded))
-    words = ["all", *(item.positions for item in configurations)]
-    steered_between = positions.while_decoding(words, encoded, inputs["input_ids"].shape[1])
-    sampling = (
-        {"do_sample": True, "temperature": temperature}
-        if temperature > 0
-        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    )
-    torch.manual_seed(seed)
-    pad = lm.replacement_id("pad")
+
+
+def _in_a_running_batch(
+    lm: LanguageModel, rows: list[Row], max_positions: int, progress: Callable[[int], None]
+) -> Iterator[Row]:
+    decoder = Decoder(lm, max_positions)
+    for row in rows:
+        decoder.submit(row)
+    while not decoder.idle:
+        steps = decoder.step()
+        progress(len(steps))
+        yield from (step.row for step in steps if step.row.ended)
+
+
+# --- the model's own decoding ---
+
+
+def _by_the_model(
+    lm: LanguageModel,
+    rows: list[tuple[Encoded, Row]],
+    max_positions: int,
+    progress: Callable[[int], None],
+) -> Iterator[Row]:
+    for kind in _kinds(lm, [item for item, _ in rows]):
+        lengths = [len(rows[index][1].prompt_ids) + rows[index][1].limit for index in kind]
+        for group in batches(lengths, max_positions):
+            batch = [rows[kind[index]] for index in group]
+            _continue(lm, [item for item, _ in batch], [row for _, row in batch])
+            progress(sum(len(row.new) for _, row in batch))
+            yield from (row for _, row in batch)
+
+
+def _kinds(lm: LanguageModel, encoded: Sequence[Encoded]) -> list[list[int]]:
+    """Indices of prompts that can be batched: all with a picture or none, one length if need be."""
+    apart = len({len(item.prompt_ids) for item in encoded}) > 1 and not can_pad(lm)
+    kinds: dict[tuple[bool, int], list[int]] = {}
+    for index, item in enumerate(encoded):
+        kind = bool(item.image.any()), len(item.prompt_ids) if apart else 0
+        kinds.setdefault(kind, []).append(index)
+    return [kinds[kind] for kind in sorted(kinds)]
+
+
+def _inputs(lm: LanguageModel, encoded: Sequence[Encoded]) -> dict:
+    """The inputs of prompts of one kind as one batch, padded on the left."""
+    if encoded[0].image.any():
+        pictures = [vision.open_image(item.example) for item in encoded]
+        texts, guards = zip(*((item.text, item.guard) for item in encoded), strict=True)
+        return vision.model_inputs(lm, list(texts), pictures, list(guards))
+    return pad_left(lm, [item.inputs for item in encoded])
+
+
+def draw_together(
+    lm: LanguageModel,
+    encoded: Sequence[Encoded],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[str]:
+    """A text of each prompt, drawn by the model's own decoding with all its own settings.
+
+    Unlike those of `generate`, these draws depend on what is in the batch. The answers that
+    experiments train on are drawn so, and their tables rest on them.
+    """
+    texts = [""] * len(encoded)
+    for kind in _kinds(lm, encoded):
+        inputs = _inputs(lm, [encoded[index] for index in kind])
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            output = lm.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=lm.replacement_id("pad"),
+                do_sample=True,
+                temperature=temperature,
+            )
+        new = output[:, inputs["input_ids"].shape[1] :]
+        for index, text in zip(
+            kind, lm.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+        ):
+            texts[index] = text.strip()
+    return texts
+
+
+def _continue(lm: LanguageModel, encoded: list[Encoded], rows: list[Row]) -> None:
+    """Write the texts of a batch by the model's own `generate`."""
+    inputs = _inputs(lm, encoded)
+    start = inputs["input_ids"].shape[1]
+    ends = sampling.end_tokens(lm)
+
+    def where(count: int) -> Tensor | None:
+        lengths = [len(row.prompt_ids) + computed[0] - start for row in rows]
+        return where_steered(rows, lengths, count)
+
+    chosen = [] if all(row.choice.is_greedy for row in rows) else [_Rows(rows, start)]
     with (
-        _computed(lm) as stop,
-        steered(
-            lm,
-            vectors,
-            gates,
-            steered_between and (lambda count: steered_between(stop[0] - count, stop[0])),
-        ),
+        _computed(lm) as computed,
+        _nothing_else_acts(lm),
+        steered(lm, *by_row([row.configuration for row in rows]), where),
     ):
         output = lm.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
+            **inputs,
+            max_new_tokens=max(row.limit for row in rows),
+            pad_token_id=lm.replacement_id("pad"),
+            do_sample=False,
+            logits_processor=chosen,
+            stopping_criteria=[_Stops(lm, rows, start)] if rows[0].stop else [],
         )
-    texts = lm.tokenizer.batch_decode(
-        output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    count = len(encoded)
-    return [
-        [text.strip() for text in texts[row * count : (row + 1) * count]] for row in range(rows)
-    ]
+    for row, ids in zip(rows, output[:, start:].tolist(), strict=True):
+        for token in ids:
+            if not row.ended:
+                take(lm, row, token, ends)
+        row.ended = row.ended or "length"
 
 
 @contextmanager
@@ -134,6 +274,51 @@ def _computed(lm: LanguageModel) -> Iterator[list[int]]:
         handle.remove()
 
 
+@contextmanager
+def _nothing_else_acts(lm: LanguageModel) -> Iterator[None]:
+    """The model's generation config holds its special tokens alone within the block."""
+    own = lm.model.generation_config
+    kept = {
+        name: getattr(own, name)
+        for name in ("bos_token_id", "eos_token_id", "cache_implementation")
+    }
+    lm.model.generation_config = GenerationConfig(**kept)
+    try:
+        yield
+    finally:
+        lm.model.generation_config = own
+
+
+class _Rows(LogitsProcessor):
+    """Leaves each row the token that its own choice takes."""
+
+    def __init__(self, rows: list[Row], start: int):
+        self.rows, self.start = rows, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = [
+            row.choice.token(own, row.prompt_ids + ids[self.start :])
+            for row, own, ids in zip(self.rows, scores, input_ids.tolist(), strict=True)
+        ]
+        places = torch.tensor(chosen, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, places, 0.0)
+
+
+class _Stops(StoppingCriteria):
+    """Ends each row at its stop texts."""
+
+    def __init__(self, lm: LanguageModel, rows: list[Row], start: int):
+        self.lm, self.rows, self.start = lm, rows, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        texts = self.lm.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        ended = [
+            any(stop in text for stop in row.stop)
+            for row, text in zip(self.rows, texts, strict=True)
+        ]
+        return torch.tensor(ended, device=input_ids.device)
+
+
 def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:
     """Inputs of B text prompts as one batch (B, P), padded on the left; padding is masked."""
 
@@ -145,38 +330,3 @@ def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:
         "input_ids": pad("input_ids", lm.replacement_id("pad")),
         "attention_mask": pad("attention_mask", 0),
     }
-
-
-def _by_row(
-    configurations: list[Configuration], prompts: int
-) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:
-    """Vectors and gates of R rows: base and configurations, `prompts` rows each.
-
-    Returns layer -> vectors (R, 1, D), zero for the base and for a configuration that does not
-    steer the layer; and layer -> gates, (R, 1, D) and (R, 1, 1), empty if no configuration is
-    gated. A row without a gate has an open one: a bias of infinity.
-    """
-    layers = sorted({layer for item in configurations for layer in item.layers})
-    is_gated = any(item.gate for item in configurations)
-
-    def rows(values: list[Tensor]) -> Tensor:
-        return torch.stack(values).view(len(values), 1, -1).repeat_interleave(prompts, 0)
-
-    by_row, gates = {}, {}
-    for layer in layers:
-        zero = torch.zeros_like(
-            next(item.vectors[layer] for item in configurations if layer in item.vectors)
-        )
-        by_row[layer] = rows([zero, *(item.vectors.get(layer, zero) for item in configurations)])
-        if is_gated:
-            open_gate = zero, torch.tensor(torch.inf)
-            pairs = [
-                open_gate,
-                *(
-                    item.gate.at(layer) if item.gate and layer in item.vectors else open_gate
-                    for item in configurations
-                ),
-            ]
-            weights, biases = zip(*pairs, strict=True)
-            gates[layer] = rows(list(weights)), rows(list(biases))
-    return by_row, gates

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,28 +53,19 @@ def of_batch(positions: str, encoded: list[Encoded], length: int) -> Tensor | No
     return rows
 
 
-def while_decoding(
-    positions: list[str], encoded: list[Encoded], width: int
-) -> Callable[[int, int], Tensor] | None:
-    """The steered positions of rows that continue prompts, for a forward of some of them.
+def newest(
+    positions: Sequence[str], images: Sequence[Tensor], lengths: Sequence[int], width: int
+) -> Tensor | None:
+    """(R, W) bool, which of the last W positions of rows are steered; none of the padding before.
 
-    positions: of each of C configurations. encoded: B prompts, which each of them continues.
-    width: P, to which the prompts are padded on the left.
-    Returns None if all positions of all rows are steered. Otherwise a function (start, stop) ->
-    (C * B, stop - start) bool: the positions from start on; those from P on are of the responses.
+    positions, images: of each row: see `in_prompt`. lengths: of each row's prompt and response.
+    Returns None if all positions of all rows are steered.
     """
     if all(parse_positions(word) == "all" for word in positions):
         return None
-    prompts = torch.zeros(len(positions), len(encoded), width, dtype=torch.bool)
-    for rows, word in zip(prompts, positions, strict=True):
-        for row, item in zip(rows, encoded, strict=True):
-            row[width - len(item.image) :] = in_prompt(word, item.image)
-    prompts = prompts.flatten(0, 1)
-    responses = torch.tensor([in_response(word) for word in positions])
-    responses = responses.repeat_interleave(len(encoded))[:, None]
-
-    def between(start: int, stop: int) -> Tensor:
-        new = max(stop - max(start, width), 0)
-        return torch.cat([prompts[:, start:stop], responses.expand(-1, new)], dim=1)
-
-    return between
+    steered = torch.zeros(len(positions), width, dtype=torch.bool)
+    for row, word, image, length in zip(steered, positions, images, lengths, strict=True):
+        response = torch.full((length - len(image),), in_response(word))
+        last = torch.cat([in_prompt(word, image), response])[-width:]
+        row[width - len(last) :] = last
+    return steered

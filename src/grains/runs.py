@@ -678,8 +678,7 @@ class Run:
 
     def todo(self, count: int, description: str) -> Iterator[int]:
         """The units that this process still has to do, with a progress bar."""
-        shard = range(self.state.process_index, count, self.state.num_processes)
-        missing = [unit for unit in shard if not self._is_whole(unit)]
+        shard, missing = self.shard(count), self.missing(count)
         with tqdm(
             total=len(shard),
             initial=len(shard) - len(missing),
@@ -690,6 +689,14 @@ class Run:
             for unit in missing:
                 yield unit
                 bar.update()
+
+    def shard(self, count: int) -> range:
+        """The units of this process."""
+        return range(self.state.process_index, count, self.state.num_processes)
+
+    def missing(self, count: int) -> list[int]:
+        """The units that this process still has to do."""
+        return [unit for unit in self.shard(count) if not self._is_whole(unit)]
 
     def save(self, unit: int, tensors: dict[str, Tensor], rows: list[dict]) -> None:
         """Keep one finished unit: tensors, and rows for the tables."""
@@ -766,9 +773,35 @@ def resume(
     run = Run(outputs, manifest, overwrite, expected_bytes, inputs, shared)
     if run.finished:
         return False
-    for unit in run.todo(count, what):
-        run.save(unit, *make(unit))
+    _carry_out(run, count, ((unit, make(unit)) for unit in run.todo(count, what)), write)
+    return True
+
+
+def resume_together(
+    outputs: Sequence[Path],
+    manifest: dict,
+    count: int,
+    make: Callable[[list[int]], Iterable[tuple[int, Unit]]],
+    write: Callable[[Units], None],
+    overwrite: bool = False,
+    inputs: Iterable[str | Path | None] = (),
+) -> bool:
+    """As `resume`, for units that are made together and are finished in any order.
+
+    make: numbers of the units that are missing -> each number and what the unit gives.
+    """
+    run = Run(outputs, manifest, overwrite, inputs=inputs)
+    if run.finished:
+        return False
+    _carry_out(run, count, make(run.missing(count)), write)
+    return True
+
+
+def _carry_out(
+    run: Run, count: int, made: Iterable[tuple[int, Unit]], write: Callable[[Units], None]
+) -> None:
+    for unit, (tensors, rows) in made:
+        run.save(unit, tensors, rows)
     if run.all_done():
         write(lambda: run.units(count))
     run.finish()
-    return True

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from grains import prompts
+from grains import decoding, prompts, sampling
 from grains.calls import first_tensor
 from grains.data import Example
 from grains.errors import UserError, refusing
@@ -21,6 +21,8 @@ from grains.lm import LanguageModel
 from grains.logprobs import logits
 from grains.packing import pack
 from grains.replay import capture, capture_pack, extend, replay, without_prefix
+from grains.settings import DecodingSettings
+from grains.steering import BASE
 
 # How much a replay's log-probabilities may differ from the model's own: root mean square over the
 # vocabulary, at the worst position, in nats. SmolLM2's own forward changes by 0.1 in bfloat16 (by
@@ -250,6 +252,48 @@ def can_pad(lm: LanguageModel) -> bool:
     except Exception:  # layers that cannot be masked
         return False
     return _distance(together, alone) <= _limit(lm)
+
+
+@lru_cache(maxsize=4)
+@torch.no_grad()
+def can_decode(lm: LanguageModel) -> bool:
+    """Whether rows of a running batch (see `decoding`) get the logits that each text gets alone.
+
+    Asked when texts are first written. The batch has a row that leaves, rows that enter later, a
+    longer one and one that begins as another does among them.
+    """
+    words = _text_prompt(lm, 40)["input_ids"][0].tolist()
+    prompts_and_limits = [
+        (words[:12], 9),
+        (words[20:25], 3),
+        (words[:9] + words[30:38], 4),
+        (words[:10] + words[14:18], 5),
+    ]
+    how = sampling.choosing(lm, DecodingSettings())
+    rows = [
+        decoding.Row(ids, BASE, sampling.Choice(lm, how, ids, limit), limit)
+        for ids, limit in prompts_and_limits
+    ]
+    decoder = decoding.Decoder(lm, 4096)
+    decoder.ends = frozenset()
+    steps = []
+    try:
+        for row in rows[:2]:
+            decoder.submit(row)
+        steps += [*decoder.step(), *decoder.step()]
+        for row in rows[2:]:
+            decoder.submit(row)
+        while not decoder.idle:
+            steps += decoder.step()
+    except Exception:  # a cache that holds other things than keys and values
+        return False
+    for row in rows:
+        ids = torch.tensor([row.prompt_ids + row.new], device=lm.device)
+        own = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        together = torch.stack([step.logits.float() for step in steps if step.row is row])
+        if not _distance(together, own[0, len(row.prompt_ids) - 1 : -1].float()) <= _limit(lm):
+            return False
+    return True
 
 
 def _picture_prompt(lm: LanguageModel) -> dict:

@@ -91,6 +91,9 @@ SCORE_TITLES = {"token": "per-token", "sum": "summed"}
 SCORES = tuple(SCORE_TITLES)
 TARGET_SCORES = ("mc1", "mc2")  # TruthfulQA's own, for data that says which choices are right
 
+# Stage 3: what chooses the next token.
+GENERATION_CONFIGS = ("greedy", "model")
+
 # The experiment: how LoRA is trained beside the methods.
 LORA_OBJECTIVES = ("dpo", "sft")
 
@@ -250,6 +253,47 @@ class AblationSettings:
     prompt: PromptSettings = PromptSettings()
     batch_tokens: int = 2048
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """How the tokens of a text are chosen, and what ends it beside the model's own end tokens.
+
+    generation_config: greedy (nothing acts but what is set here) or model (what the model's own
+        generation config sets acts too: penalties, forced tokens, temperature, ...).
+    temperature: 0 takes the likeliest token; None: the model's with `model`, otherwise 0.
+    top_p: tokens are drawn of the likeliest that hold this share of the probability.
+    num_return: texts drawn for each prompt.
+    stop: texts that end the answer; they are not part of it.
+    seed: of what is drawn.
+    Raises UserError for values that no text can be drawn with.
+    """
+
+    generation_config: str = "greedy"
+    temperature: float | None = None
+    top_p: float | None = None
+    num_return: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.generation_config not in GENERATION_CONFIGS:
+            raise UserError(
+                f"unknown generation_config '{self.generation_config}': expected "
+                f"{' or '.join(GENERATION_CONFIGS)}"
+            )
+        if self.temperature is not None and not (
+            self.temperature == 0 or 0.001 <= self.temperature <= 1000
+        ):
+            raise UserError(
+                f"temperature {self.temperature}: expected 0 (greedy), or 0.001 to 1000"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p}: expected more than 0 and at most 1")
+        if self.num_return < 1:
+            raise UserError(f"num_return {self.num_return}: expected at least 1")
+        if not all(self.stop):
+            raise UserError("stop: an empty text would end every answer at once; leave it out")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from PIL import Image
 import steering_generation
 import steering_mc
 from grains import data, runs, tables
+from grains.generation import Written
 from grains.scoring import margins
 from grains.steering import BASE, Configuration
 from grains.study.pareto import UNCONSTRAINED
@@ -186,7 +187,13 @@ def write_generations(folder: Path, texts: list[tuple[str, str]], question="what
         path,
         pd.DataFrame(
             [
-                steering_generation.row(i, example, configuration, "chat", *pair)
+                steering_generation.row(
+                    i,
+                    example,
+                    configuration,
+                    "chat",
+                    *(Written(i, n, 0, text, "eos", 5) for n, text in enumerate(pair)),
+                )
                 for i, pair in enumerate(texts)
             ]
         ),

@@ -24,7 +24,7 @@ SPLITS = {"test_split": "test", "validation_split": "validation", "split": "stee
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The table, a row per prompt and configuration.
+    """The table, a row per prompt, configuration and draw.
 
     Raises UserError if it cannot be read, or is not what steering_generation.py writes.
     """
@@ -45,14 +45,18 @@ def read(path: Path) -> pd.DataFrame:
     table = table[(table[list(TEXT)] != "").any(axis=1)]  # a spreadsheet may leave an empty row
     if not len(table):
         raise UserError(f"'{path}' has no rows; {expected}")
-    for column in ("prompt", "alpha"):
+    if "draw" not in table:  # written before several texts could be drawn for a prompt
+        table = table.assign(draw=0)
+    for column in ("prompt", "alpha", "draw"):
         numbers = pd.to_numeric(table[column], errors="coerce")
         if not np.isfinite(numbers).all():
             raise UserError(f"'{path}', column {column}: expected finite numbers; {expected}")
-        table = table.assign(**{column: numbers.astype(int) if column == "prompt" else numbers})
-    if table.duplicated(["prompt", "configuration"]).any() or table.groupby("prompt")[
-        ["id", "base"]
-    ].nunique().gt(1).any(axis=None):
+        table = table.assign(**{column: numbers if column == "alpha" else numbers.astype(int)})
+    if (
+        table.duplicated(["prompt", "configuration", "draw"]).any()
+        or table.groupby(["prompt", "draw"]).base.nunique().gt(1).any()
+        or table.groupby("prompt").id.nunique().gt(1).any()
+    ):
         raise UserError(
             f"'{path}' holds several runs: a prompt has more than one base text, or a "
             "configuration twice; give the table of one run"
@@ -146,8 +150,8 @@ def _plain(text: str) -> str:
 
 
 def texts(generations: pd.DataFrame) -> pd.DataFrame:
-    """What is scored: a row per prompt and configuration, the base texts first."""
-    base = generations.drop_duplicates("prompt").assign(
+    """What is scored: a row per prompt, configuration and draw, the base texts first."""
+    base = generations.drop_duplicates(["prompt", "draw"]).assign(
         configuration=BASE.label,
         method=BASE.method,
         alpha=BASE.alpha,
@@ -155,7 +159,7 @@ def texts(generations: pd.DataFrame) -> pd.DataFrame:
     )
     steered = generations.assign(text=generations.steered)
     return pd.concat([base, steered], ignore_index=True)[
-        ["prompt", "id", "configuration", "method", "alpha", "text"]
+        ["prompt", "id", "configuration", "method", "alpha", "draw", "text"]
     ]
 
 

@@ -65,6 +65,7 @@ def score_texts(
                 "alpha": row.alpha,
                 **scores,
                 "text": row.text,
+                "draw": row.draw,
             }
         )
     return pd.DataFrame(rows)
@@ -75,11 +76,10 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
 
     mean over n texts, with a bootstrap interval; difference: of the texts that have the score from
     the base's to the same prompts (pairs of them), with a bootstrap interval and the p-value of a
-    paired permutation test.
+    paired permutation test. Several texts drawn for a prompt count as one, with their mean scores.
     """
     tables = {
-        name: table.set_index("prompt")
-        for name, table in scores.groupby("configuration", sort=False)
+        name: _by_prompt(table) for name, table in scores.groupby("configuration", sort=False)
     }
     rows = []
     for score in MEANINGS:
@@ -113,6 +113,14 @@ def summary(scores: pd.DataFrame) -> pd.DataFrame:
                 }
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _by_prompt(table: pd.DataFrame) -> pd.DataFrame:
+    """One configuration's scores, a row per prompt."""
+    if "draw" not in table or table.draw.nunique() == 1:
+        return table.set_index("prompt")
+    prompts = table.groupby("prompt", sort=False)
+    return prompts.mean(numeric_only=True).assign(method=prompts.method.first())
 
 
 def values_of(table: pd.DataFrame, score: str) -> pd.Series:

@@ -250,6 +250,7 @@ def generation_view(path: Path, count: int) -> dict:
     table = read_table(path, "generation")
     prompts = list(table.groupby("prompt", sort=False))
     changed = table.base != table.steered
+    several = "draw" in table and table.draw.nunique() > 1
     return {
         "name": path.name,
         "total": len(prompts),
@@ -264,7 +265,8 @@ def generation_view(path: Path, count: int) -> dict:
                 "reference": rows.reference.iloc[0],
                 "pairs": [
                     {
-                        "configuration": row.configuration,
+                        "configuration": row.configuration
+                        + (f", draw {row.draw}" if several else ""),
                         "same": row.base == row.steered,
                         "texts": word_difference(row.base, row.steered),
                     }

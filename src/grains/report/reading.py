@@ -146,7 +146,7 @@ KINDS = {
         _each(label, "prompt", "id", "configuration")
         | _each(any_text, "question", "base", "steered", "reference"),
         {},
-        ("prompt", "configuration"),
+        ("prompt", "configuration", "draw"),
     ),
 }
 

@@ -17,7 +17,7 @@ import torch
 from grains import data, prompts, runs, stats, tables
 from grains.data import Example
 from grains.errors import UserError
-from grains.generation import decoding_batches, generate
+from grains.generation import decoding_batches, draw_together, generate
 from grains.lm import LanguageModel
 from grains.prompts import Encoded
 from grains.scoring import margins, question_batches, score
@@ -315,7 +315,11 @@ def free_answers(
     def make(unit: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
         batch = [encoded[index] for index in groups[unit]]
         seed = 1000 * study.seed + unit
-        texts = generate(lm, batch, steered, settings.max_new_tokens, seed=seed, **sampling)
+        if split == "training":
+            drawn = draw_together(lm, batch, settings.max_new_tokens, seed=seed, **sampling)
+            texts = [drawn]
+        else:
+            texts = generate(lm, batch, steered, settings.max_new_tokens)
         if adapted:
             with with_lora(lm, adapted) as at_each_scale:
                 for answers in at_each_scale(generate, batch, [], settings.max_new_tokens):
