@@ -96,6 +96,7 @@ def main(kind: Kind = LLM) -> None:
 
     from grains import runs
     from grains.cli.documents import check_document, print_tables
+    from grains.generation import check_limit
     from grains.stage1 import Known
     from grains.study import protocol
 
@@ -112,6 +113,7 @@ def main(kind: Kind = LLM) -> None:
     }
     check_document(args.document)
     lm = entry.load_model(args)
+    check_limit(lm, args.max_new_tokens)
     entry.say_prompt(lm, settings.ablation.prompt)
     attributed: Known = {}  # an example is attributed once for all settings that agree on it
     front_tables = []

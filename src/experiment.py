@@ -151,6 +151,7 @@ def main(kind: Kind = LLM) -> None:
     entry.import_libraries()
     from grains import runs
     from grains.cli.documents import check_document, print_tables
+    from grains.generation import check_limit
     from grains.study import pareto, protocol
 
     names = ExperimentNames(
@@ -158,6 +159,7 @@ def main(kind: Kind = LLM) -> None:
     )
     check_document(args.document)
     lm = entry.load_model(args)
+    check_limit(lm, args.max_new_tokens)
     entry.say_prompt(lm, settings.ablation.prompt)
     tables = protocol.run(lm, settings, names, args.overwrite, say=entry.say)
     protocol.write(tables, names)

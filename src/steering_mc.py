@@ -44,6 +44,11 @@ def parser(kind: Kind) -> argparse.ArgumentParser:
 
 def main(kind: Kind = LLM) -> None:
     args = parser(kind).parse_args()
+    if not set(args.methods) - {*CONTROLS}:
+        raise UserError(
+            f"--methods {' '.join(args.methods)}: all are controls, of which none is chosen; add a "
+            "method that is none"
+        )
     source, settings = flags.data_settings(args), flags.ablation_settings(args, ("pos",))
     grid = flags.grid_settings(args)
 

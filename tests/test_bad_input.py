@@ -294,6 +294,18 @@ def test_states_of_the_other_selection(stage2, done, tmp_path):
     assert not contents(tmp_path)
 
 
+def test_vectors_of_zeros_are_named(stage1, stage2, tmp_path):
+    """Where k is not exceeded, pos and neg ablate the same tokens, and v_pos - v_neg is zero."""
+    stage1(tmp_path, "--top_k", 500).ok()
+    states = [
+        flag
+        for top, name in (("pos", "path"), ("neg", "neg_path"))
+        for flag in (f"--hidden_states_{name}", tmp_path / f"states_{top}.safetensors")
+    ]
+    out = stage2(tmp_path, *states, "--mode", "pos", "both").ok().out
+    assert out.count("note: ") == 1 and "note: mean both is a vector of zeros" in out
+
+
 def test_states_that_are_missing_or_damaged(stage2, done, tmp_path):
     message = stage2(tmp_path, "--hidden_states_path", tmp_path / "none.safetensors").error()
     assert "do not exist" in message and "token_ablation.py" in message
@@ -372,6 +384,19 @@ def test_a_file_that_is_no_chosen_configuration(tmp_path, content):
     path.write_text(content)
     with pytest.raises(UserError, match=r"chosen\.json"):
         chosen_grid(path)
+
+
+def test_controls_alone_are_refused_before_they_are_scored(stage2, tmp_path):
+    message = stage2(tmp_path, "--methods", "random", "shuffled").error()
+    assert "--methods random shuffled: all are controls" in message and not contents(tmp_path)
+
+
+def test_more_new_tokens_than_the_context(stage2, tmp_path):
+    """A text that never ends, by a model that ends none."""
+    message = stage2(
+        tmp_path, "--max_new_tokens", 2**31 - 1, script="steering_generation.py"
+    ).error()
+    assert "max_new_tokens 2147483647: expected 1 to 256" in message and not contents(tmp_path)
 
 
 def test_no_questions_left(stage2, tmp_path):

@@ -179,15 +179,6 @@ def test_rows_that_are_all_the_same_have_no_principal_component(count):
     assert np.abs(pca_vector([apart])) == pytest.approx(np.eye(8)[5], abs=1e-6)
 
 
-def test_vectors_of_zeros_are_refused(tmp_path):
-    """As v_pos - v_neg is where one file is given for both, but that file is refused before."""
-    states = arrays()
-    for name in RESPONSES:
-        states[f"{name}_ablated"] = states[name].clone()
-    with pytest.raises(UserError, match="'mean' gives a vector of zeros"):
-        make({"pos": opened(tmp_path / "s", states)}, "mean", "pos", 0)
-
-
 def test_gates_and_types_of_vectors(tmp_path):
     vectors, norms = torch.ones(L, D), torch.ones(L)
     with pytest.raises(UserError, match=r"vectors are torch\.int64"):

@@ -490,6 +490,8 @@ def test_layers_as_a_user_gives_them(layers, expected):
         (["first"], "whole numbers"),
         (["3-1"], "runs backwards"),
         (["0-99999999999"], "does not exist"),
+        (["0-" + "1" * 5000], "whole numbers"),
+        (["1" * 5000], "whole numbers"),
         (iter(()), "no layers are given"),
     ],
 )

@@ -490,3 +490,32 @@ def test_padding_on_the_left_for_pictures_of_several_sizes(local_models):
             assert inputs["attention_mask"][row].tolist() == (
                 [0] * (longest - length) + [1] * length
             )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "LA", "RGBA", "PA", "I;16", "CMYK", "F"])
+def test_a_huge_picture_is_shrunk_before_it_is_copied(monkeypatch, tmp_path, mode):
+    """By a whole factor, each pixel the mean of its square; others stay as they are."""
+    left_half = np.zeros((40, 60), np.uint8)
+    left_half[:, :30] = 255
+    picture = Image.fromarray(left_half)
+    if mode == "I;16":
+        picture = Image.fromarray(left_half.astype(np.uint16) * 257)
+    else:
+        picture = picture.convert("P").convert(mode) if mode == "PA" else picture.convert(mode)
+    example = data.Example("a", "q", ("b", "c"), 0, image=picture)
+    expected = left_half[:, :, None].repeat(3, 2)
+    assert np.array_equal(np.asarray(vision.open_image(example)), expected)
+    monkeypatch.setattr(vision, "LARGEST_PICTURE", 700)  # of 2400 pixels: a factor of 2
+    shrunk = np.asarray(vision.open_image(example))
+    assert shrunk.shape == (20, 30, 3)
+    assert np.array_equal(shrunk, expected[::2, ::2])
+
+
+def test_a_shrunk_picture_is_still_turned_upright(monkeypatch, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.jpg", exif=exif)
+    example = data.Example("a", "q", ("b", "c"), 0, image=str(tmp_path / "a.jpg"))
+    assert vision.open_image(example).size == (40, 60)
+    monkeypatch.setattr(vision, "LARGEST_PICTURE", 700)
+    assert vision.open_image(example).size == (20, 30)

@@ -150,7 +150,7 @@ def parse_layers(items: Iterable[int | str] | None, count: int) -> list[int]:
     for item in items:
         if item == "all":
             layers |= set(range(count))
-        elif isinstance(item, str) and (match := re.fullmatch(r"(\d+)-(\d+)", item)):
+        elif isinstance(item, str) and (match := re.fullmatch(r"(\d{1,18})-(\d{1,18})", item)):
             first, last = int(match[1]), int(match[2])
             if first > last:
                 raise UserError(f"layers '{item}': the range runs backwards")
@@ -175,7 +175,7 @@ def _whole_number(item: int | str) -> int:
         return int(item, 10) if isinstance(item, str) else operator.index(item)
     except (TypeError, ValueError):
         raise UserError(
-            f"layers '{item}': expected whole numbers, ranges like 10-29, or all"
+            f"layers '{str(item)[:40]}': expected whole numbers, ranges like 10-29, or all"
         ) from None
 
 

@@ -153,7 +153,7 @@ def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> Ste
         y+ and y- swapped at random in each example.
     mode: for mean and pca: pos, v = v_pos; both, v = v_pos - v_neg.
     seed: seeds random, shared_random, rotated and shuffled.
-    Raises UserError if the hidden states hold NaN or infinite values, or give zeros alone.
+    Raises UserError if the hidden states hold NaN or infinite values.
     """
     generator = torch.Generator().manual_seed(seed)
     pos_states = states["pos"]
@@ -190,11 +190,6 @@ def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> Ste
         by_layer = np.stack([vector(layer) for layer in range(pos_states.layers)])
     if method == "rotated":
         by_layer = by_layer @ random_rotation(size, seed)
-    if not by_layer.any():
-        raise UserError(
-            f"the method '{method}' gives a vector of zeros at every layer, which steers nothing: "
-            "give other examples or another method"
-        )
     info = {**pos_states.info, "stage": "steering_vectors", "method": method, "mode": mode}
     return SteeringVectors(torch.from_numpy(by_layer).float(), pos_states.norms(), info)
 

@@ -42,9 +42,12 @@ def open_image(example: Example) -> Image.Image:
             if not isinstance(path, (str, Path)) or not Path(path).is_file():
                 raise UserError(f"example {example.id}: its picture '{path}' does not exist")
             picture = Image.open(path)
-        picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):  # 16-bit grey values, which convert() would clip to 255
-            picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+            grey = (np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)
+            exif = picture.getexif()
+            picture = Image.fromarray(grey)
+            picture.getexif().update(exif)
+        picture = ImageOps.exif_transpose(_of_usable_size(picture))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
@@ -57,6 +60,21 @@ def open_image(example: Example) -> Image.Image:
             f"example {example.id}: its picture cannot be read ({error}); repair it or take the "
             "example out"
         ) from error
+
+
+# No image processor takes as many pixels as are left of a larger picture; its copies would take
+# gigabytes.
+LARGEST_PICTURE = 2**26
+
+
+def _of_usable_size(picture: Image.Image) -> Image.Image:
+    """The picture, shrunk by a whole factor if it is larger than any model uses."""
+    factor = math.ceil(math.sqrt(picture.width * picture.height / LARGEST_PICTURE))
+    if factor < 2:
+        return picture
+    if picture.mode in ("1", "P", "PA"):  # their values are no brightness
+        picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
+    return picture.reduce(factor)
 
 
 def blank_like(picture: Image.Image) -> Image.Image:

@@ -107,6 +107,11 @@ def configurations(
     for method, mode, by_layer in vectors.make_all(states, grid, args.seed):
         path = names.vectors(states["pos"].path, method, mode, args.steering_vectors_dir)
         files[path] = by_layer
+        if not by_layer.vectors.any():  # pos and neg ablate the same where k is not exceeded
+            entry.say(
+                f"note: {' '.join(filter(None, (method, mode)))} is a vector of zeros at every "
+                "layer, which steers nothing"
+            )
         grid_configurations += [
             direction.at(alpha, grid.units)
             for direction in directions(by_layer, method, mode, grid)
