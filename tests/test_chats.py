@@ -142,6 +142,14 @@ def test_answers_of_a_conversation_stay_text(tmp_path):
             "message 1 is an object with from, value, expected an object with role and content",
         ),
         (
+            {
+                "prompt": [{"role": "user<|im_end|>", "content": "a"}],
+                "chosen": "b",
+                "rejected": "c",
+            },
+            "the role text ('user<|im_end|>'), expected a name such as user, assistant or system",
+        ),
+        (
             {"prompt": "x", "chosen": [user("a"), assistant("b")], "rejected": [assistant("c")]},
             "does not begin with the prompt",
         ),

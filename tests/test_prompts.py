@@ -420,6 +420,14 @@ def test_control_tokens_beside_a_picture_are_words(vlm):
         assert batch["input_ids"][row][kept].tolist() == item.prompt_ids
 
 
+@pytest.mark.slow
+def test_settings_that_hold_the_placeholder_are_refused(vlm):
+    token = vlm.processor.image_token
+    for settings in ({"preamble": f"Look: {token}"}, {"shots": (Shot(f"{token}?", "No."),)}):
+        with pytest.raises(UserError, match="stands for a picture"):
+            inputs_of(vlm, vlm_models.asked(None), **settings)
+
+
 # -- flags, file names, manifests --
 
 
@@ -838,6 +846,8 @@ def test_shots_are_drawn_beside_all_other_questions(tmp_path):
 
 
 def test_shots_that_nobody_drew(chat_model):
+    with pytest.raises(UserError, match="shot 'Is it\\?': its answer 'Perhaps' is none of its ch"):
+        Shot("Is it?", "Perhaps", choices=("Yes", "No"))
     with pytest.raises(UserError, match="num_shots is 3, but no shots are drawn"):
         text_of(chat_model(chat_models.REFUSES), PromptSettings(num_shots=3))
 

@@ -46,6 +46,11 @@ def _turn(message: Any, what: str) -> Turn:
     text = text_of(content, f"content of the {what}").strip()
     if not role or not text:
         raise UserError(f"the {what} has an empty {'content' if role else 'role'}; fill it in")
+    if not re.fullmatch(r"[\w -]{1,40}", role):  # templates write it as it is
+        raise UserError(
+            f"the {what} has the role {described(role)}, expected a name such as user, assistant "
+            "or system"
+        )
     return role, text
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -107,6 +108,8 @@ def _prompt(prompt: PromptSettings) -> list[str]:
 def _short(value: Any) -> str:
     if isinstance(value, (bool, int)) or value == "":
         return str(value) or "none"
+    if isinstance(value, str) and re.fullmatch(r"[\w-]{1,16}", value):
+        return value
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 

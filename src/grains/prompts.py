@@ -121,11 +121,12 @@ def encode(
     Raises UserError for an empty prompt or response, a text longer than the model's context, and a
     picture that the model cannot take.
     """
+    settings = _settings(prompt)
     if lm.processor is not None:
-        vision.check_text(lm, example)
+        shots = (text for shot in settings.shots for text in (shot.question, shot.answer))
+        vision.check_text(lm, example, (settings.system or "", settings.preamble, *shots))
     elif example.image is not None:
         raise UserError(f"example {example.id} has a picture, but {lm.name} reads text only")
-    settings = _settings(prompt)
     rendered = rendering.render(lm, example, settings, free)
     text, guarded = rendered.text, not settings.allow_special_tokens
     controls = rendering.controls(lm, settings)

@@ -135,6 +135,7 @@ class Shot:
 
     choices: all choices, the answer among them, for prompts that list them.
     key: of the question (`data.question_key`), which is then not asked.
+    Raises UserError for an answer that is none of the choices.
     """
 
     question: str
@@ -142,6 +143,13 @@ class Shot:
     context: str = ""
     choices: tuple[str, ...] = ()
     key: str = ""
+
+    def __post_init__(self) -> None:
+        if self.choices and self.answer not in self.choices:
+            raise UserError(
+                f"shot '{self.question[:40]}': its answer '{self.answer[:40]}' is none of its "
+                "choices"
+            )
 
 
 @dataclass(frozen=True)

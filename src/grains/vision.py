@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,12 +155,15 @@ def placeholder(lm: LanguageModel) -> str:
     return lm.processor.image_token.join(lm.tokenizer.convert_ids_to_tokens(frame))
 
 
-def check_text(lm: LanguageModel, example: Example) -> None:
-    """Raise UserError if the example's own words hold a token that stands for a picture."""
+def check_text(lm: LanguageModel, example: Example, more: Iterable[str] = ()) -> None:
+    """Raise UserError if the example's own words hold a token that stands for a picture.
+
+    more: other words of its prompt.
+    """
     tokens = lm.tokenizer.convert_ids_to_tokens(sorted(lm.image_ids()))
     reserved = {lm.processor.image_token, *filter(None, tokens)}
     turns = (text for _, text in example.turns)
-    for text in (example.context, example.question, *turns, *example.choices):
+    for text in (example.context, example.question, *turns, *example.choices, *more):
         for token in reserved:
             if token in text:
                 raise UserError(
