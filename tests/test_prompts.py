@@ -15,7 +15,18 @@ from helpers.chat_models import DEFAULT_SYSTEM
 from transformers import LlamaForCausalLM
 
 import grains
-from grains import data, manifests, prompts, rendering, runs, scoring, splits, thinking, vision
+from grains import (
+    data,
+    generation,
+    manifests,
+    prompts,
+    rendering,
+    runs,
+    scoring,
+    splits,
+    thinking,
+    vision,
+)
 from grains.cli import flags
 from grains.data import Example
 from grains.errors import UserError
@@ -418,6 +429,11 @@ def test_control_tokens_beside_a_picture_are_words(vlm):
     for row, item in enumerate((plain, encoded)):
         kept = batch["attention_mask"][row].bool()
         assert batch["input_ids"][row][kept].tolist() == item.prompt_ids
+    # And so in what is generated from it.
+    expected = vlm.model.generate(**encoded.inputs, max_new_tokens=6, do_sample=False)
+    new = expected[0, len(encoded.prompt_ids) :]
+    written = vlm.tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert generation.generate(vlm, [plain, encoded], [], 6)[0][1] == written
 
 
 @pytest.mark.slow
