@@ -188,7 +188,10 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, templates: str) -> Contro
     templates: the text of the templates that write prompts.
     """
     special = {*tokenizer.all_special_tokens}
-    added = tokenizer.added_tokens_decoder
+    try:
+        added = tokenizer.added_tokens_decoder
+    except NotImplementedError:  # mistral-common's tokenizers read no text as control tokens
+        return Controls(tokenizer, {})
     ids = {
         token.content: index
         for index, token in added.items()
