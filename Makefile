@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+READY_SERVE := $(VENV)/.ready-serve
 PEERS := .venv-peers
 READY_PEERS := $(PEERS)/.ready
 
-.PHONY: demo demo-vlm test test-fast lint bench families clean
+.PHONY: demo demo-vlm serve test test-fast lint bench families clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
@@ -20,6 +21,10 @@ $(READY): requirements.txt requirements-demo.txt | $(BIN)/python
 
 $(READY_DEV): requirements-dev.txt $(READY)
 	$(BIN)/pip install -r requirements-dev.txt
+	@touch $@
+
+$(READY_SERVE): requirements-serve.txt $(READY)
+	$(BIN)/pip install -r requirements-serve.txt
 	@touch $@
 
 $(READY_PEERS): benchmarks/requirements-peers.txt
@@ -36,6 +41,10 @@ demo: $(READY)
 ## The three vision-language stages on the embedded small model and drawn scenes.
 demo-vlm: $(READY)
 	cd src && PYTHON=../$(BIN)/python bash scripts/vlm/demo.sh
+
+## The embedded model behind OpenAI's interface on 127.0.0.1:8000, base and steered.
+serve: $(READY_SERVE)
+	cd src && ../$(BIN)/python serve.py --fit gradient caa
 
 ## Lint and all tests.
 test: lint

@@ -115,7 +115,7 @@ def write(
     for number in sorted(range(len(encoded)), key=lambda i: (len(encoded[i].prompt_ids), i)):
         item = encoded[number]
         ids = item.prompt_ids
-        limit = min(max_new_tokens, (lm.max_positions or len(ids) + max_new_tokens) - len(ids) + 1)
+        limit = row_limit(lm, ids, max_new_tokens)
         for draw in range(settings.num_return):
             for place, configuration in enumerate(everything):
                 numbers = sampling.generator(settings.seed, item.example.id, draw)
@@ -134,6 +134,16 @@ def write(
     ):
         number, place, draw = row.name
         yield Written(number, place, draw, text_of(lm, row), row.ended, len(row.new))
+
+
+def row_limit(lm: LanguageModel, prompt_ids: list[int], max_new_tokens: int) -> int:
+    """The tokens that a text may have: where the model's context ends, it does too.
+
+    The last token is not read, so that it may stand behind the last position.
+    """
+    if lm.max_positions is None:
+        return max_new_tokens
+    return min(max_new_tokens, lm.max_positions - len(prompt_ids) + 1)
 
 
 def check_limit(lm: LanguageModel, max_new_tokens: int) -> None:

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: the base model and steered ones, in one running batch."""
