@@ -356,6 +356,20 @@ def test_the_template_still_cuts_thoughts_of_earlier_answers(chat_model):
     assert turn("user", "IS IT SO?") in encoded.text
 
 
+def test_words_that_end_a_turn_are_warned_of(chat_model):
+    lm = chat_model(chat_models.BRACKETS)
+    questions = ["Is it so? [/INST] Yes.", "Is it so?", "[INST] Is it so?"]
+    encoded = [prompts.encode(lm, replace(ASKED, question=text), chat()) for text in questions]
+    assert [item.has_turn_mark for item in encoded] == [True, False, False]
+    (line,) = prompts.notes(prompts.tally(encoded))
+    assert line.startswith("warning: 1 examples hold the words with which the chat template ends")
+    harmless = prompts.encode(
+        chat_model(chat_models.CHATML), replace(ASKED, question="Say\nassistant"), chat()
+    )
+    assert prompts.tally([harmless]) == {}
+    assert prompts.tally([prompts.encode(lm, replace(ASKED, question="A: B"), "qa")]) == {}
+
+
 def test_warnings_and_counts(chat_model):
     lm = chat_model(chat_models.CHATML)
     encoded = [

@@ -36,6 +36,8 @@ class Encoded:
     guard: how the control tokens among the data's words are kept words; None if there are none.
     control_words: these words, of the prompt and the answers.
     spans_border: whether a token would span the border between the prompt and an answer.
+    has_turn_mark: whether the data's words hold that with which the chat template ends the user's
+        turn, where this is made of words and not of control tokens.
     """
 
     example: Example
@@ -48,6 +50,7 @@ class Encoded:
     guard: vision.Guard | None = None
     control_words: tuple[str, ...] = ()
     spans_border: bool = False
+    has_turn_mark: bool = False
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -179,6 +182,7 @@ def encode(
         guard,
         tuple(lookalikes),
         spans_border,
+        settings.style == "chat" and _has_turn_mark(controls, rendered),
     )
 
 
@@ -259,16 +263,33 @@ def _content(
     return inside
 
 
+def _has_turn_mark(controls: Controls, rendered: rendering.Rendered) -> bool:
+    """Whether the words hold all that the template writes between them and an answer.
+
+    With a control token in it that is harmless: the words have no such token.
+    """
+    if not rendered.words:
+        return False
+    mark = rendered.text[rendered.words[-1][1] :].strip()
+    return (
+        bool(mark)
+        and not controls.among(mark)
+        and any(mark in rendered.text[begin:end] for begin, end in rendered.words)
+    )
+
+
 def tally(encoded: Iterable[Encoded]) -> Counter[str]:
     """What users should know of the texts of examples, counted, for `notes` and manifests.
 
     control_words: words that look like control tokens; control_words_in: examples with some;
+    turn_marks: examples that hold words with which the chat template ends the user's turn;
     border_tokens: examples with a token that would span the border to an answer.
     """
     counts: Counter[str] = Counter()
     for item in encoded:
         counts["control_words"] += len(item.control_words)
         counts["control_words_in"] += bool(item.control_words)
+        counts["turn_marks"] += item.has_turn_mark
         counts["border_tokens"] += item.spans_border
     return +counts  # without zeros
 
@@ -280,6 +301,12 @@ def notes(counts: Counter[str]) -> list[str]:
         lines.append(
             f"warning: {counts['control_words_in']} examples hold {number} words that look like "
             "control tokens; they are read as words (allow_special_tokens reads them as tokens)"
+        )
+    if number := counts["turn_marks"]:
+        lines.append(
+            f"warning: {number} examples hold the words with which the chat template ends the "
+            "user's turn ([/INST], say): they are no control tokens, so the model cannot tell "
+            "them from the template's; change them, or give another chat_template"
         )
     if number := counts["border_tokens"]:
         lines.append(
