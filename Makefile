@@ -7,8 +7,12 @@ READY_DEV := $(VENV)/.ready-dev
 READY_SERVE := $(VENV)/.ready-serve
 PEERS := .venv-peers
 READY_PEERS := $(PEERS)/.ready
+INTEROP := .venv-interop
+READY_INTEROP := $(INTEROP)/.ready
+LLAMA_VERSION := 11434.0.0
+LLAMA_SERVER := $(INTEROP)/llama-server
 
-.PHONY: demo demo-vlm serve test test-fast lint bench families clean
+.PHONY: demo demo-vlm serve test test-fast lint bench families interop clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
@@ -34,6 +38,15 @@ $(READY_PEERS): benchmarks/requirements-peers.txt
 	$(PEERS)/bin/pip install --no-deps steering-vectors==0.12.2
 	@touch $@
 
+$(READY_INTEROP): benchmarks/requirements-interop.txt requirements.txt requirements-harness.txt requirements-demo.txt
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install -r benchmarks/requirements-interop.txt
+	$(INTEROP)/bin/pip install --no-deps -r requirements-demo.txt steering-vectors==0.12.2
+	@touch $@
+
+$(LLAMA_SERVER): benchmarks/llama_server.sh | $(READY_INTEROP)
+	bash $< $(INTEROP) $(LLAMA_VERSION) $@
+
 ## The three text stages on SmolLM2-135M-Instruct and the embedded questions.
 demo: $(READY)
 	cd src && PYTHON=../$(BIN)/python bash scripts/llm/demo.sh
@@ -57,6 +70,12 @@ test-fast: $(READY_DEV)
 ## Tiny models of many families against their own forwards; writes docs/families.md.
 families: $(READY_DEV)
 	$(BIN)/python benchmarks/families.py
+
+## Exports in the real programs, lm-eval's tasks, the notebook; writes docs/interop.md.
+interop: $(READY_INTEROP) $(READY_PEERS) $(LLAMA_SERVER)
+	PYTHONPATH=src $(INTEROP)/bin/python benchmarks/interop.py --python $(INTEROP)/bin/python \
+		--peers $(PEERS)/bin/python --server $(LLAMA_SERVER) --llama_version $(LLAMA_VERSION)
+	$(INTEROP)/bin/python -m pytest tests_interop
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .

@@ -1,8 +1,11 @@
 """Exports: what they hold, how it is read back, and what they refuse to write."""
 
 import json
+import sys
+import types
 from dataclasses import replace
 
+import interop
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 from grains import export, models
 from grains.errors import UserError
 from grains.export import files, folders
+from grains.export.objects import keep_norm
 from grains.export.plan import TEXT
 from grains.export.write import WRITERS
 from grains.steering import Gate, SteeringVectors
@@ -184,3 +188,43 @@ def test_biases_in_the_embedded_gguf_file(smollm2, tmp_path):
     for name, item in source.items():
         assert written[name].tensor_type == item.tensor_type
         assert np.array_equal(written[name].data, item.data)
+
+
+def test_equal_logits_show_no_mistake_only_if_mistakes_would_differ():
+    """What `make interop` says of a program's logits."""
+    ours = np.array([[0.0, 1.0], [2.0, 3.0]])
+    shifted, without_norm = ours + np.array([[0, 0], [0, 5e-4]]), ours + 0.1
+    wrong = {"a shifted layer": shifted, "a lost norm": without_norm}
+    assert interop.verdict(ours + 1e-4, ours, wrong) == []
+    assert interop.verdict(without_norm, ours, {}) == ["differs by 0.1"]
+    assert interop.verdict(shifted, ours, wrong) == [
+        "differs by 0.0005",
+        "is equal to a shifted layer too",
+    ]
+    nothing = np.full((2, 2), np.nan)  # words for which a program gives no value
+    assert interop.verdict(nothing, ours, {}) == ["differs by nan"]
+
+
+def test_objects_of_others(make_tiny, monkeypatch):
+    """Their classes by their fields alone: the real ones are in `make interop`."""
+    lm = make_tiny("llama")
+    v = vectors(lm)
+    for module, name in (("repeng", "ControlVector"), ("steering_vectors", "SteeringVector")):
+        made = types.SimpleNamespace(**{name: lambda **fields: types.SimpleNamespace(**fields)})
+        monkeypatch.setitem(sys.modules, module, made)
+    control = export.to_repeng(lm, v, 0.2, LAYERS)
+    added = v.scaled(0.2, LAYERS)
+    assert control.model_type == "llama" and [*control.directions] == LAYERS
+    assert np.array_equal(control.directions[3], added[3].numpy())
+    theirs = export.to_steering_vectors(lm, v, 0.2, LAYERS)
+    assert theirs.layer_type == "decoder_block"
+    back = export.from_steering_vectors(lm, theirs)
+    assert torch.equal(back.scaled(1.0, LAYERS)[1], added[1]) and not back.vectors[0].any()
+    theirs.layer_type = "mlp"
+    with pytest.raises(UserError, match="only those of decoder_block"):
+        export.from_steering_vectors(lm, theirs)
+    ids = lm.tokenizer(TEXT).input_ids
+    kept = {lm.layers[k]: lambda h, w=w: h + keep_norm(h, w) for k, w in added.items()}
+    with hooked(kept):
+        found = own_logits(lm, ids)
+    assert (found - logits(lm, v.apply(lm, 0.2, LAYERS))).abs().max() < 2e-4

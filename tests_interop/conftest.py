@@ -1,0 +1,1 @@
+"""These tests need lm-eval, and the packages of `tests`."""
