@@ -83,8 +83,9 @@ lint: $(READY_DEV)
 	$(BIN)/mypy
 
 ## Every stage against plain code, peers and the machine's limit; writes benchmarks/RESULTS.md.
+## BASELINE=FOLDER: also against that checkout of an earlier commit.
 bench: $(READY_DEV) $(READY_PEERS)
-	$(BIN)/python benchmarks/bench.py --peers $(PEERS)/bin/python
+	$(BIN)/python benchmarks/bench.py --peers $(PEERS)/bin/python $(if $(BASELINE),--baseline $(BASELINE))
 
 ## Remove all results; the READMEs that say what belongs there stay.
 clean:

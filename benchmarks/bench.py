@@ -1,16 +1,21 @@
-"""How fast the stages are: against plain code, against peers, against the machine's limit.
+"""How fast the stages are: against an earlier commit, plain code, peers, the machine's limit.
 
-Every job runs in a process of its own. What is compared alternates there, on the same work with
-the same threads, and the medians of the repetitions are reported; outputs are compared too. Plain
-code is slow, so it gets a part of each job's work, and ours the same part and then all of it.
+Every job runs in a process of its own. What is compared alternates, on the same work with the same
+threads, and the medians of the repetitions are reported; outputs are compared too. Plain code is
+slow, so it gets a part of each job's work, and ours the same part and then all of it.
 
-    python benchmarks/bench.py                  # about an hour on 2 idle cores
+    git worktree add /tmp/earlier 319d0e2
+    python benchmarks/bench.py --baseline /tmp/earlier       # an hour and a half on 2 idle cores
+    python benchmarks/bench.py --only steering_mc long_prompt
     python benchmarks/bench.py --all            # all of the work for plain code too: hours
+
+RESULTS.md holds no row that was measured with other code than this: such rows are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -20,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +37,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 import plain  # noqa: E402
+import side  # noqa: E402
 
+import demo.registered  # noqa: E402, F401
 from grains import cpu, data, models, prompts, runs  # noqa: E402
-from grains.ablation import hidden_states, select  # noqa: E402
-from grains.attribution import PromptFunction, attribute, baseline_embeddings  # noqa: E402
+from grains.ablation import hidden_states, plain_states, select  # noqa: E402
+from grains.attribution import (  # noqa: E402
+    PromptFunction,
+    attribute,
+    attributed_positions,
+    baseline_embeddings,
+)
 from grains.generation import generate  # noqa: E402
 from grains.packing import pack  # noqa: E402
 from grains.scoring import Configuration, score_all  # noqa: E402
@@ -328,6 +340,7 @@ def long_prompt() -> dict:
         "checkpointed": function.checkpointed,
         "peak": peak - loaded,
         "finite": bool(np.isfinite(attributed.scores).all()),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -374,110 +387,216 @@ def run_job(name: str, everything: bool) -> dict:
     }
 
 
-def peer_rows(python: str, count: int, folder: Path) -> list[dict]:
-    """The peers' own jobs on the same pairs, and ours, alternating; outputs are compared."""
-    lm = models.load(models.EMBEDDED)
-    items = pairs_of(lm, "misconceptions", count, "qa")
+# What a row of side.py is, and the ratio that it should reach.
+AGAINST = {
+    "chat": ("token_ablation, style chat, default attribution", "1.8x"),
+    "shots": ("token_ablation, six shots before each question, default attribution", "4x"),
+    "qa": ("token_ablation, style qa, default attribution", "1.4x"),
+    "published": ("token_ablation, style qa, 20 points, all positions", "half the memory"),
+    "vectors": ("states for gradient, caa and repe alone", "15x"),
+    "vlm": ("token_ablation of the small image-text model, default attribution", "1.5x"),
+}
+
+
+def against(row: str, baseline: Path, folder: Path) -> dict:
+    """One row of both checkouts in turn, each time in a process of its own."""
+    sides = {"ours": ROOT / "src", "baseline": baseline.resolve() / "src"}
+    counts = dict(zip(("baseline", "ours"), side.ROWS[row][3:], strict=True))
+    measured: dict[str, list[dict]] = {name: [] for name in sides}
+    for repeat in range(REPEATS):
+        for name, src in sides.items():
+            command = [sys.executable, str(ROOT / "benchmarks" / "side.py"), row]
+            command += ["--src", str(src), "--count", str(counts[name])]
+            command += ["--output", str(folder / f"{name}.pt")]
+            done = subprocess.run(
+                command, cwd=src, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+            measured[name].append(json.loads(done.stdout.splitlines()[-1]))
+            last = measured[name][-1]
+            print(
+                f"{row} {repeat + 1}/{REPEATS} {name}: {last['seconds']:.1f} s, {last['pairs']} "
+                "pairs",
+                file=sys.stderr,
+                flush=True,
+            )
+    mine, theirs = (torch.load(folder / f"{name}.pt") for name in sides)
+    apart = {
+        key: max(
+            ((a[key] - b[key]).norm() / b[key].norm()).item()
+            for a, b in zip(mine, theirs, strict=False)  # the baseline may have fewer
+        )
+        for key in ("scores", "last", "gradients")
+        if key in mine[0]
+    }
+    return {
+        "sides": {
+            name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+            for name, runs in measured.items()
+        },
+        "apart": apart,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peer_pairs(lm, count: int, style: str, settings: AttributionSettings) -> tuple[list, list]:
+    """Pairs as ours takes them and as peers.py does."""
+    items = pairs_of(lm, "misconceptions", count, style)
     pairs = [
         {
             "prompt": item.text,
-            "chosen": " " + item.example.chosen,
-            "rejected": " " + item.example.rejected,
+            "chosen": ("" if style == "chat" else " ") + item.example.chosen,
+            "rejected": ("" if style == "chat" else " ") + item.example.rejected,
             "prompt_ids": item.prompt_ids,
             "chosen_ids": item.responses[0],
             "rejected_ids": item.responses[1],
+            "moves": attributed_positions(item, settings.attribute).tolist(),
         }
         for item in items
     ]
+    return items, pairs
 
-    def attributions():
-        return [attribute(lm, item, PUBLISHED, MAX_TOKENS, None)[0].scores for item in items]
 
-    def differences():
-        """h(x y+) - h(x y-) at the last position of every pair: (N, L, D)."""
-        return np.stack(
-            [
-                (s[0, 0] - s[0, 1]).numpy()[1:]
-                for s in (
-                    hidden_states(lm, item, [], MAX_TOKENS, gradients=False).last for item in items
-                )
-            ]
+@dataclass
+class Peer:
+    """A peer's job: what it is, how many pairs, and ours on the same pairs.
+
+    settings: of the attribution; style: of the prompts.
+    """
+
+    what: str
+    pairs: int
+    ours: Callable
+    style: str = "qa"
+    settings: AttributionSettings = PUBLISHED
+
+
+def scores_of(lm, items, settings) -> list:
+    return [attribute(lm, item, settings, MAX_TOKENS, None)[0].scores for item in items]
+
+
+def differences(lm, items, settings=None) -> np.ndarray:
+    """h(x y+) - h(x y-) at the last position of every pair: (N, L, D)."""
+    states = plain_states(lm, items, MAX_TOKENS, gradients=False)
+    return np.stack([(one.last[0, 0] - one.last[0, 1]).numpy()[1:] for one in states])
+
+
+CONTENT = replace(PUBLISHED, attribute="content")
+PEERS = {
+    "captum": Peer(f"attribution, {STEPS} points, style qa, all positions", 4, scores_of),
+    "captum-chat": Peer(
+        f"attribution, {STEPS} points, chat template, the user's words",
+        4,
+        scores_of,
+        "chat",
+        CONTENT,
+    ),
+    "inseq": Peer(f"attribution, {STEPS} points", 2, scores_of),
+    "steering-vectors-mean": Peer(
+        "mean-difference vectors", 50, lambda lm, items, _: differences(lm, items).mean(0)
+    ),
+    "nnsight-mean": Peer(
+        "mean-difference vectors", 50, lambda lm, items, _: differences(lm, items).mean(0)
+    ),
+    "repeng-pca": Peer(
+        "PCA vectors",
+        50,
+        lambda lm, items, _: [pca_vector([r]) for r in differences(lm, items).swapaxes(0, 1)],
+    ),
+}
+
+
+def peer_row(name: str, python: str, folder: Path) -> dict:
+    """A peer's own job and ours on the same pairs, alternating."""
+    job = PEERS[name]
+    lm = models.load(models.EMBEDDED)
+    items, pairs = peer_pairs(lm, job.pairs, job.style, job.settings)
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    job.ours(lm, items[:2], job.settings)
+    mine, theirs, result = [], [], {}
+    for repeat in range(REPEATS):
+        begin = time.perf_counter()
+        job.ours(lm, items, job.settings)
+        mine.append((time.perf_counter() - begin) / len(items))
+        command = [python, ROOT / "benchmarks" / "peers.py", name.removesuffix("-chat")]
+        command += ["--model", models.resolve(models.EMBEDDED), "--pairs", folder / "pairs.json"]
+        command += ["--threads", torch.get_num_threads(), "--steps", STEPS]
+        command += ["--output", folder / "peer.json"]
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+        result = json.loads((folder / "peer.json").read_text())
+        theirs.append(result["seconds"][0] / len(items))
+        print(
+            f"{name} {repeat + 1}/{REPEATS}: ours {mine[-1]:.2f}, theirs {theirs[-1]:.2f} s a pair",
+            file=sys.stderr,
+            flush=True,
         )
-
-    ours = {
-        "captum": (attributions, f"attribution, {STEPS} steps"),
-        "inseq": (attributions, f"attribution, {STEPS} steps"),
-        "steering-vectors-mean": (lambda: differences().mean(0), "mean-difference vectors"),
-        "repeng-pca": (
-            lambda: [pca_vector([rows]) for rows in differences().swapaxes(0, 1)],
-            "PCA vectors",
-        ),
+    package, release = next(iter(result["versions"].items()))
+    return {
+        "peer": f"{package} {release}",
+        "what": job.what,
+        "pairs": len(items),
+        "ours": statistics.median(mine),
+        "theirs": statistics.median(theirs),
+        "threads": torch.get_num_threads(),
     }
-    rows = []
-    for job, (work, what) in ours.items():
-        some = range(len(items)) if job != "inseq" else range(2)  # it is slow
-        (folder / "pairs.json").write_text(json.dumps([pairs[index] for index in some]))
-        work()
-        mine, theirs, result = [], [], {}
-        for _ in range(REPEATS):
-            begin = time.perf_counter()
-            work()
-            mine.append((time.perf_counter() - begin) / len(items))
-            subprocess.run(
-                [
-                    python,
-                    ROOT / "benchmarks" / "peers.py",
-                    job,
-                    "--model",
-                    models.resolve(models.EMBEDDED),
-                    "--pairs",
-                    folder / "pairs.json",
-                    "--threads",
-                    str(torch.get_num_threads()),
-                    "--repeats",
-                    "1",
-                    "--steps",
-                    str(STEPS),
-                    "--output",
-                    folder / "peer.json",
-                ],
-                check=True,
-            )
-            result = json.loads((folder / "peer.json").read_text())
-            theirs.append(result["seconds"][0] / len(some))
-        package, release = next(iter(result["versions"].items()))
-        rows.append(
-            {
-                "peer": f"{package} {release}",
-                "what": what,
-                "pairs": len(some),
-                "ours": statistics.median(mine),
-                "theirs": statistics.median(theirs),
-            }
-        )
-    return rows
 
 
-def report(jobs: list[dict], long: dict | None, peers: list[dict]) -> str:
+def code() -> str:
+    """A digest of the code that is measured."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("src/grains/*.py"), *ROOT.glob("benchmarks/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def report(results: dict[str, dict]) -> str:
     """RESULTS.md between its markers: the tables and where they were measured."""
-    rates = [job["rate"] / 1e9 for job in jobs]
+    if not results:
+        return "Nothing is measured with this code yet: run `make bench`."
+    jobs = [results[name] for name in JOBS if name in results]
+    versions = ", ".join(
+        f"{name} {version}"
+        for name, version in runs.versions().items()
+        if name in ("torch", "transformers")
+    )
+    threads = sorted({row["threads"] for row in results.values()})
     lines = [
         f"Measured {time.strftime('%Y-%m-%d')} on {machine()}, "
-        f"{jobs[0]['threads']} threads, fp32, Python {platform.python_version()}, "
-        + ", ".join(
-            f"{name} {version}"
-            for name, version in runs.versions().items()
-            if name in ("torch", "transformers")
-        )
-        + ".",
-        "",
-        "Ours and plain alternate on the same work in one process; medians. Matrix products "
-        "(1024 x 576)(576 x 1536), measured beside each job: "
-        f"{min(rates):.0f} to {max(rates):.0f} GFLOP/s.",
-        "",
-        "| stage | work | compared on | ours, s | plain, s | ratio | at least | the same? |",
-        "|---|---|---|---|---|---|---|---|",
+        f"{' or '.join(map(str, threads))} threads, fp32, Python {platform.python_version()}, "
+        f"{versions}. What is compared alternates on the same work; medians of {REPEATS}."
     ]
+    if compared := [name for name in AGAINST if name in results]:
+        lines += [
+            "",
+            "| against 319d0e2 | pairs, ours and its | ours, s a pair | its | ratio | by processor "
+            "time | at least | memory beside the model, MiB, ours and its | gradients a pair | "
+            "scores, states, gradients differ by |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+    for name in compared:
+        what, target = AGAINST[name]
+        row = results[name]
+        ours, its = row["sides"]["ours"], row["sides"]["baseline"]
+        wall, processor = (
+            (its[key] / its["pairs"]) / (ours[key] / ours["pairs"])
+            for key in ("seconds", "processor")
+        )
+        lines.append(
+            f"| {what} | {ours['pairs']}, {its['pairs']} | {ours['seconds'] / ours['pairs']:.2f} | "
+            f"{its['seconds'] / its['pairs']:.2f} | {wall:.1f}x | {processor:.1f}x | {target} | "
+            f"{ours['peak']:.0f}, {its['peak']:.0f} | {ours['points']:.0f} | "
+            + ", ".join(f"{value:.0e}" for value in row["apart"].values())
+            + " |"
+        )
+    if jobs:
+        rates = [job["rate"] / 1e9 for job in jobs]
+        lines += [
+            "",
+            "Matrix products (1024 x 576)(576 x 1536), measured beside each job: "
+            f"{min(rates):.0f} to {max(rates):.0f} GFLOP/s.",
+            "",
+            "| stage | work | compared on | ours, s | plain, s | ratio | at least | the same? |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
     for job in jobs:
         lines.append(
             f"| {job['stage']} | {job['work']} | {job['part']} of {job['units']}, "
@@ -485,19 +604,20 @@ def report(jobs: list[dict], long: dict | None, peers: list[dict]) -> str:
             f"{job['ours']:.1f} | {job['plain']:.1f} | {job['ratio']:.1f}x | {job['target']}x | "
             f"{job['agree']} |"
         )
-    lines += [
-        "",
-        "| ours, all of the work, once | s | the limit, s | % of the limit | "
-        "memory beside the model, MiB | plain's, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
+    if jobs:
+        lines += [
+            "",
+            "| ours, all of the work, once | s | the limit, s | % of the limit | "
+            "memory beside the model, MiB | plain's, MiB |",
+            "|---|---|---|---|---|---|",
+        ]
     for job in jobs:
         lines.append(
             f"| {job['stage']} | {job['whole']:.1f} | {job['limit']:.1f} | "
             f"{job['limit'] / job['whole']:.0%} | "
             f"{job['ours_peak']:.0f} | {job['plain_peak']:.0f} |"
         )
-    if long:
+    if long := results.get(LONG):
         lines += [
             "",
             f"Attribution of a prompt of {long['tokens']} tokens, {STEPS} points, with "
@@ -506,18 +626,18 @@ def report(jobs: list[dict], long: dict | None, peers: list[dict]) -> str:
             f"at most {long['peak'] / 1024:.2f} GiB beside the model; every score "
             f"{'finite' if long['finite'] else 'NOT FINITE'}.",
         ]
-    if peers:
+    if peers := [results[name] for name in PEERS if name in results]:
         lines += [
             "",
             "| peer | its job | pairs | peer, s a pair | ours, s a pair | ratio |",
             "|---|---|---|---|---|---|",
         ]
-        for row in peers:
-            lines.append(
-                f"| {row['peer']} | {row['what']} | {row['pairs']} | "
-                f"{row['theirs']:.2f} | {row['ours']:.2f} | "
-                f"{row['theirs'] / row['ours']:.1f}x |"
-            )
+    for row in peers:
+        lines.append(
+            f"| {row['peer']} | {row['what']} | {row['pairs']} | "
+            f"{row['theirs']:.2f} | {row['ours']:.2f} | "
+            f"{row['theirs'] / row['ours']:.1f}x |"
+        )
     return "\n".join(lines)
 
 
@@ -540,14 +660,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--jobs", nargs="*", default=[*JOBS, LONG], choices=[*JOBS, LONG])
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=[*AGAINST, *JOBS, LONG, *PEERS],
+        help="the rows that are measured; without it all for which there is what they need",
+    )
     parser.add_argument("--all", action="store_true", help="give plain code all of the work")
+    parser.add_argument("--baseline", type=Path, help="checkout of the commit to compare with")
     parser.add_argument(
         "--peers",
         help="Python of an environment with requirements-peers.txt; "
         "without it the peers are left out",
     )
-    parser.add_argument("--peer_pairs", type=int, default=4)
     parser.add_argument("--output", default=RESULTS, type=Path)
     # A job's own process.
     parser.add_argument("--job", choices=[*JOBS, LONG], help=argparse.SUPPRESS)
@@ -556,30 +681,37 @@ def main() -> None:
         cpu.keep_freed_memory()  # as the stages do
         print(json.dumps(long_prompt() if args.job == LONG else run_job(args.job, args.all)))
         return
+    wanted = args.only
+    if wanted is None:
+        wanted = [*(AGAINST if args.baseline else ()), *JOBS, LONG, *(PEERS if args.peers else ())]
+    needs = {"baseline": AGAINST, "peers": PEERS}
+    for flag, rows in needs.items():
+        if any(name in rows for name in wanted) and not getattr(args, flag):
+            parser.error(f"{', '.join(name for name in wanted if name in rows)} need --{flag}")
     kept = args.output.with_suffix(".json")  # so that a part can be measured anew
-    results = json.loads(kept.read_text()) if kept.exists() else {"jobs": {}, "peers": []}
-    for name in args.jobs:
-        done = subprocess.run(
-            [sys.executable, __file__, "--job", name, *(["--all"] if args.all else [])],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        results["jobs"][name] = json.loads(done.stdout.splitlines()[-1])
-        write(results, kept, args.output)
-    if args.peers:
-        with tempfile.TemporaryDirectory() as folder:
-            results["peers"] = peer_rows(args.peers, args.peer_pairs, Path(folder))
-        write(results, kept, args.output)
+    results = json.loads(kept.read_text()) if kept.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in wanted:
+            if name in AGAINST:
+                row = against(name, args.baseline, Path(folder))
+            elif name in PEERS:
+                row = peer_row(name, args.peers, Path(folder))
+            else:
+                command = [sys.executable, __file__, "--job", name, *(["--all"] * args.all)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                row = json.loads(done.stdout.splitlines()[-1])
+            results[name] = row | {"code": code()}
+            write(results, kept, args.output)
     print(f"results: {args.output}")
 
 
-def write(results: dict, kept: Path, output: Path) -> None:
+def write(results: dict[str, dict], kept: Path, output: Path) -> None:
+    """Write both files, without the rows that other code was measured for."""
+    for name in [name for name, row in results.items() if row.get("code") != code()]:
+        del results[name]
     kept.write_text(json.dumps(results, indent=1) + "\n")
     before, _, after = output.read_text().partition(BEGIN)
-    jobs = [results["jobs"][name] for name in JOBS if name in results["jobs"]]
-    text = report(jobs, results["jobs"].get(LONG), results["peers"])
-    output.write_text(f"{before}{BEGIN}\n{text}\n{END}{after.partition(END)[2]}")
+    output.write_text(f"{before}{BEGIN}\n{report(results)}\n{END}{after.partition(END)[2]}")
 
 
 if __name__ == "__main__":

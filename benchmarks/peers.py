@@ -5,8 +5,9 @@ preference pairs, and writes how long it took:
 
     python benchmarks/peers.py captum --model FOLDER --pairs pairs.json --output out.json
 
-pairs.json: a list of {"prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids"};
-the responses carry their leading space.
+pairs.json: a list of {"prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids",
+"moves"}; the responses carry their leading space, and moves says which positions of the prompt
+captum moves from zero, the others stay.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def load(folder: str):
 def captum_scores(args):
     """Integrated Gradients of f = log P(y+ | x) - log P(y- | x): the quantity of GrAInS.
 
-    From a baseline of zeros to the prompt's embeddings, responses fixed, all steps in one batch.
+    From a baseline of zeros (where the pair's positions move) to the prompt's embeddings, responses
+    fixed, all steps in one batch.
     Gives (P,) scores of each pair.
     """
     from captum.attr import IntegratedGradients
@@ -62,7 +64,8 @@ def captum_scores(args):
             lambda x: log_likelihood(x, chosen) - log_likelihood(x, rejected)
         )
         inputs = embed(prompt)[None]
-        return method.attribute(inputs, torch.zeros_like(inputs), n_steps=args.steps)[0].sum(-1)
+        start = torch.where(torch.tensor(pair["moves"])[None, :, None], 0.0, inputs)
+        return method.attribute(inputs, start, n_steps=args.steps)[0].sum(-1)
 
     return lambda pairs: {str(i): scores(pair) for i, pair in enumerate(pairs)}
 
@@ -155,12 +158,42 @@ def repeng_pca(args):
     return run
 
 
+def nnsight_mean(args):
+    """The mean of h(x y+) - h(x y-) at the last token, as `steering_vectors_mean`.
+
+    Gives "vectors" (L, D).
+    """
+    from nnsight import LanguageModel
+
+    lm = LanguageModel(args.model, device_map="cpu", dtype=torch.float32, dispatch=True)
+    lm.tokenizer.padding_side = "left"
+    count = lm.config.num_hidden_layers
+
+    def last(texts: list[str]) -> Tensor:
+        """(texts, L, D)"""
+        with torch.no_grad(), lm.trace(texts):
+            states = [lm.model.layers[index].output[:, -1] for index in range(count)]
+            stacked = torch.stack(states, dim=1).save()
+        return stacked
+
+    def run(pairs: list[dict]) -> dict[str, Tensor]:
+        total = torch.zeros(count, lm.config.hidden_size)
+        for start in range(0, len(pairs), args.batch_size):
+            some = pairs[start : start + args.batch_size]
+            chosen = last([p["prompt"] + p["chosen"] for p in some])
+            total += (chosen - last([p["prompt"] + p["rejected"] for p in some])).sum(0)
+        return {"vectors": total / len(pairs)}
+
+    return run
+
+
 # job -> how to prepare it, and the packages it measures
 JOBS = {
     "captum": (captum_scores, ["captum"]),
     "inseq": (inseq_scores, ["inseq", "captum"]),
     "steering-vectors-mean": (steering_vectors_mean, ["steering-vectors"]),
     "repeng-pca": (repeng_pca, ["repeng"]),
+    "nnsight-mean": (nnsight_mean, ["nnsight"]),
 }
 
 
@@ -178,7 +211,7 @@ def main() -> None:
         "--batch-size",
         type=int,
         default=32,
-        help="pairs (steering-vectors) or texts (repeng) in a batch",
+        help="pairs (steering-vectors, nnsight) or texts (repeng) in a batch",
     )
     parser.add_argument("--output", required=True, help="where the measurements go (JSON)")
     parser.add_argument("--save", help="where the results go (safetensors)")
