@@ -14,6 +14,7 @@ from helpers.reference import embeds, encoded, example, log_likelihood, relative
 from torch.autograd.graph import saved_tensors_hooks
 
 from grains import prompts
+from grains import replay as replay_module
 from grains.attribution import (
     PromptFunction,
     StraightPath,
@@ -198,6 +199,16 @@ def test_micro_batches_fit_the_memory(tiny):
             assert held_for_backward(small, item, prompts[:1]) < 0.5 * a_row
         found = attribute(small, item, settings, 10**6, generator())[0].scores
         assert relative(found, expected) <= 1e-4
+
+
+def test_a_gradients_batch_is_a_share_of_the_positions(tiny, monkeypatch):
+    """Of a model that keeps little, all of them."""
+    item = encoded(tiny, PROMPT, PAIRS["different"])
+    length = PromptFunction(tiny, item, [1.0, -1.0], 1).captured.embeds.shape[1]
+    rows = [PromptFunction(tiny, item, [1.0, -1.0], 24 * length).rows]
+    monkeypatch.setattr(replay_module, "GRADIENT_BYTES", 0)
+    rows.append(PromptFunction(tiny, item, [1.0, -1.0], 24 * length).rows)
+    assert rows == [24, 6]
 
 
 def direct_gradient(lm, item, prompts, weights=(1.0, -1.0)):

@@ -406,8 +406,9 @@ def _layer(lm: LanguageModel, index: int, calls: Calls, states: Tensor) -> Tenso
 
 
 # What a gradient keeps of every layer is many times what a forward holds, and products of a few
-# hundred positions are as fast as those of thousands: its batches are this much smaller.
-GRADIENT_SHARE = 4
+# hundred positions are as fast as those of thousands: its batches are this much smaller, except
+# those of small models, which keep less than so many bytes.
+GRADIENT_SHARE, GRADIENT_BYTES = 4, 2**28
 
 
 def gradient_rows(
@@ -436,13 +437,15 @@ def gradient_rows(
     one_layer = sum(size for address, size in held.items() if address not in weights)
     # The rest holds a slice of the logits, twice, and what one layer's backward pass needs.
     free = lm.memory - 2 * LOGIT_ROWS * VOCABULARY_SLICE * torch.float32.itemsize
-    rows = int(free // ((len(lm.layers) + 1) * one_layer))
+    one_row = (len(lm.layers) + 1) * one_layer
+    rows = int(free // one_row)
     checkpointed = rows < 1
     if checkpointed:
         if lm.device.type == "cpu":
             cpu.return_freed_memory()
         rows = max(1, int(free // (2 * one_layer + len(lm.layers) * output.nbytes)))
     if max_tokens is not None:
-        length = captured.embeds.shape[1]
-        rows = min(rows, max(1, max_tokens // (GRADIENT_SHARE * length)))
+        at_most = max_tokens // captured.embeds.shape[1]
+        small = min(at_most, GRADIENT_BYTES // one_row)
+        rows = max(1, min(rows, max(at_most // GRADIENT_SHARE, small)))
     return rows, checkpointed
