@@ -477,7 +477,7 @@ def scores_of(lm, items, settings) -> list:
 def differences(lm, items, settings=None) -> np.ndarray:
     """h(x y+) - h(x y-) at the last position of every pair: (N, L, D)."""
     states = plain_states(lm, items, MAX_TOKENS, gradients=False)
-    return np.stack([(one.last[0, 0] - one.last[0, 1]).numpy()[1:] for one in states])
+    return np.stack([(item.last[0, 0] - item.last[0, 1]).numpy()[1:] for item in states])
 
 
 CONTENT = replace(PUBLISHED, attribute="content")

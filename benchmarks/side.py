@@ -79,12 +79,12 @@ def attributed(lm: Any, items: list, **changes: Any) -> list[dict]:
     settings_of = getattr(attribution, "Settings", None)
     if settings_of is None:
         from grains.settings import AttributionSettings as settings_of
-    moved = getattr(attribution, "attributed_positions", None) or attribution.moved
+    positions_of = getattr(attribution, "attributed_positions", None) or attribution.moved
     settings = settings_of(**changes)
     made = []
     for item in items:
         (result,) = attribution.attribute(lm, item, settings, MAX_TOKENS, torch.Generator())
-        candidates = moved(item, settings.attribute) & (item.words | item.image)
+        candidates = positions_of(item, settings.attribute) & (item.words | item.image)
         sets = [
             ablation.select(torch.from_numpy(result.scores), candidates, K, top, None)
             for top in ("pos", "neg")
@@ -107,8 +107,8 @@ def plain(lm: Any, items: list) -> list[dict]:
 
     if not hasattr(ablation, "plain_states"):
         return [
-            {"last": one["last"][:1], "gradients": one["gradients"]}
-            for one in attributed(lm, items)
+            {"last": item["last"][:1], "gradients": item["gradients"]}
+            for item in attributed(lm, items)
         ]
     return [
         {"last": states.last, "gradients": states.gradients}
