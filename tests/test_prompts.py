@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import chat_models, reference, tiny, vlm_models
 from helpers.chat_models import DEFAULT_SYSTEM
-from transformers import LlamaForCausalLM
+from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 import grains
 from grains import (
@@ -1057,3 +1057,16 @@ def test_several_scores_are_printed(scripts):
     assert "nothing to do" in ask("sum", "token").ok().out  # what is printed changes no file
     (unknown,) = {ask("token", "mc2", path=folder / "data.jsonl").error()}
     assert "score mc2 needs to know every right choice" in unknown
+
+
+def test_control_tokens_of_a_tokenizer_in_python():
+    """One that is no pipeline of the tokenizers library, and ends every text with </s>."""
+    tokenizer = ByT5Tokenizer()
+    lm = chat_models.model(tokenizer)
+    question, plain = "So </s> is it <pad>?", "So, is it?"
+    encoded = prompts.encode(lm, Example("e", question, ("Yes</s>", "No"), 0), "qa")
+    assert encoded.prompt_ids == [byte + 3 for byte in f"Q: {question}\nA:".encode()]
+    assert encoded.responses == [[byte + 3 for byte in f" {a}".encode()] for a in ("Yes</s>", "No")]
+    assert prompts.encode(lm, Example("e", plain, ("Yes", "No"), 0), "qa").control_words == ()
+    allowed = PromptSettings(allow_special_tokens=True)
+    assert 1 in prompts.encode(lm, Example("e", question, ("Yes", "No"), 0), allowed).prompt_ids
