@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import tiny
+from helpers.command_line import arguments_of, stage1_flags
 from helpers.families import mounted_disk
 
 from grains.errors import UserError
@@ -39,27 +40,8 @@ def stage1(commands, model, questions):
 
     def run(folder, *more, start=False, **options):
         begin = commands.start if start else commands.run
-        return begin(
-            "token_ablation.py",
-            "--model_name",
-            model,
-            "--dataset_name",
-            "questions",
-            "--dataset_path",
-            questions,
-            "--num_samples",
-            SAMPLES,
-            "--top_k",
-            3,
-            "--ig_steps",
-            4,
-            "--output_path_meta",
-            folder / "tokens.csv",
-            "--output_path_hidden",
-            folder / "states.safetensors",
-            *more,
-            **options,
-        )
+        words = arguments_of(stage1_flags(model, questions, folder))
+        return begin("token_ablation.py", *words, *more, **options)
 
     return run
 
@@ -69,36 +51,21 @@ def stage2(commands, model, questions, done):
     """Starts stage 2 (or 3) on the finished stage 1."""
 
     def run(folder, *more, script="steering_mc.py", **options):
-        return commands.run(
-            script,
-            "--model_name",
-            model,
-            "--dataset_name",
-            "questions",
-            "--dataset_path",
-            questions,
-            "--num_samples",
-            SAMPLES,
-            "--num_validation",
-            4,
-            "--methods",
-            "mean",
-            "random",
-            "--alphas",
-            0.1,
-            "--layer_idxs",
-            1,
-            "--hidden_states_path",
-            done / "states_pos.safetensors",
-            "--hidden_states_neg_path",
-            done / "states_neg.safetensors",
-            "--steering_vectors_dir",
-            folder / "vectors",
-            "--output_dir",
-            folder / "results",
-            *more,
-            **options,
-        )
+        flags = {
+            "model_name": model,
+            "dataset_name": "questions",
+            "dataset_path": questions,
+            "num_samples": SAMPLES,
+            "num_validation": 4,
+            "methods": ["mean", "random"],
+            "alphas": 0.1,
+            "layer_idxs": 1,
+            "hidden_states_path": done / "states_pos.safetensors",
+            "hidden_states_neg_path": done / "states_neg.safetensors",
+            "steering_vectors_dir": folder / "vectors",
+            "output_dir": folder / "results",
+        }
+        return commands.run(script, *arguments_of(flags), *more, **options)
 
     return run
 

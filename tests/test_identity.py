@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from helpers import tiny
+from helpers.command_line import arguments_of, stage1_flags
 from safetensors.torch import load_file, save_file
 
 pytest_plugins = ("helpers.command_line",)
@@ -23,19 +24,9 @@ def stage1(commands, model, tmp_path):
     questions = tiny.write_jsonl(tmp_path / "questions.jsonl", tiny.question_rows())
 
     def run(*more, **options):
-        words = {
-            "model_name": model,
-            "dataset_name": "q",
-            "dataset_path": questions,
-            "num_samples": SAMPLES,
-            "top_k": 2,
-            "ig_steps": 2,
-            "prompt_style": "chat",
-            "output_path_meta": tmp_path / "out" / "tokens.csv",
-            "output_path_hidden": tmp_path / "out" / "states.safetensors",
-        }
-        flags = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
-        return commands.run("token_ablation.py", *flags, *map(str, more), **options)
+        changes = {"top_k": 2, "ig_steps": 2, "prompt_style": "chat"}
+        flags = stage1_flags(model, questions, tmp_path / "out", **changes)
+        return commands.run("token_ablation.py", *arguments_of(flags), *more, **options)
 
     return run
 

@@ -773,7 +773,11 @@ def resume(
     run = Run(outputs, manifest, overwrite, expected_bytes, inputs, shared)
     if run.finished:
         return False
-    _carry_out(run, count, ((unit, make(unit)) for unit in run.todo(count, what)), write)
+    # Nothing else holds the iterator: after an error it ends, and its bar with it, before the
+    # error is printed.
+    for unit in run.todo(count, what):
+        run.save(unit, *make(unit))
+    _merge(run, count, write)
     return True
 
 
@@ -793,15 +797,14 @@ def resume_together(
     run = Run(outputs, manifest, overwrite, inputs=inputs)
     if run.finished:
         return False
-    _carry_out(run, count, make(run.missing(count)), write)
+    for unit, (tensors, rows) in make(run.missing(count)):
+        run.save(unit, tensors, rows)
+    _merge(run, count, write)
     return True
 
 
-def _carry_out(
-    run: Run, count: int, made: Iterable[tuple[int, Unit]], write: Callable[[Units], None]
-) -> None:
-    for unit, (tensors, rows) in made:
-        run.save(unit, tensors, rows)
+def _merge(run: Run, count: int, write: Callable[[Units], None]) -> None:
+    """Wait for all units, and write the outputs."""
     if run.all_done():
         write(lambda: run.units(count))
     run.finish()

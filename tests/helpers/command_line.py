@@ -237,6 +237,21 @@ def arguments_of(flags: dict) -> list[str]:
     return words
 
 
+def stage1_flags(model: Path, questions: Path, folder: Path, **changes) -> dict:
+    """Flags of stage 1 on a few questions, its outputs in a folder; `changes` to them."""
+    return {
+        "model_name": model,
+        "dataset_name": "questions",
+        "dataset_path": questions,
+        "num_samples": 4,
+        "top_k": 3,
+        "ig_steps": 4,
+        "output_path_meta": folder / "tokens.csv",
+        "output_path_hidden": folder / "states.safetensors",
+        **changes,
+    }
+
+
 @pytest.fixture(scope="session")
 def server_with():
     """Makes a server with the given environment variables."""
