@@ -5,9 +5,13 @@ import random
 import re
 from collections import Counter
 
+import pandas as pd
 import pytest
+from faithfulness import gain, interval, level
 from measure_surface import measure
+from scipy.stats import binom
 
+from demo.answers import core, holds
 from grains import data
 
 FIELDS = ["id", "topic", "fact", "form", "split", "question", "context", "agreeing_context"]
@@ -28,13 +32,8 @@ def examples(name):
             yield role, data.read(of_role, source, index)
 
 
-def core(answer):
-    """Without an article, lower case."""
-    return re.sub(r"^(a|an|the) ", "", answer.lower())
-
-
 def says(text, answer):
-    return bool(re.search(rf"\b{re.escape(core(answer))}s?\b", text.lower()))
+    return bool(re.search(rf"\b{re.escape(core(answer).lower())}s?\b", text.lower()))
 
 
 def test_size_and_fields(rows):
@@ -122,3 +121,53 @@ def test_three_data_sets_read_the_same_file(rows):
                 "faithfulness-bare": "",
             }[name]
             assert example.context == context
+
+
+@pytest.mark.parametrize(
+    "text, answer, expected",
+    [
+        ("The capital is Lyon.", "Lyon", True),
+        ("A king, they say", "A king", True),
+        ("the kings", "A king", True),
+        ("It is smoking.", "A king", False),
+        ("the sea", "The sea", True),
+        ("Nothing", "The sea", False),
+        ("It costs 3 (three).", "Three", True),
+    ],
+)
+def test_holds(text, answer, expected):
+    assert holds(text, answer) == expected
+
+
+def test_intervals_are_over_facts():
+    """Three texts a fact that always agree say no more than one text a fact."""
+    right = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    alone = pd.DataFrame({"fact": range(8), "id": range(8), "value": right})
+    thrice = pd.concat([alone.assign(id=alone.id + 10 * copy) for copy in range(3)])
+    seeds = pd.concat([alone, alone])  # a question that two seeds test counts once
+    mean, low, high = interval(alone)
+    assert mean == 5 / 8 and low < mean < high
+    # By hand: of 8 draws with replacement, the 2.5 % and 97.5 % quantiles of Binomial(8, 5/8) / 8.
+    assert (low, high) == (binom.ppf(0.025, 8, 5 / 8) / 8, binom.ppf(0.975, 8, 5 / 8) / 8)
+    assert interval(thrice) == interval(seeds) == (mean, low, high)
+
+
+def test_gains_are_paired_by_seed_and_question():
+    rows = pd.DataFrame(
+        [
+            ("s", seed, name, f"{name} fact", configuration, value)
+            for seed, name, configuration, value in [
+                (0, "a", "base", 1.0),
+                (0, "b", "base", 0.0),
+                (1, "a", "base", 0.0),
+                (0, "b", "steered", 1.0),
+                (0, "a", "steered", 1.0),
+                (1, "a", "steered", 1.0),
+            ]
+        ],
+        columns=["set", "seed", "id", "fact", "configuration", "token"],
+    )
+    # a gains 0 with one seed and 1 with the other, b gains 1: the mean is 75 points.
+    assert gain(rows, "s", "steered", "token").startswith("+75.0 [")
+    assert level(rows, "s", "base", "token").startswith("25.0 [")
+    assert gain(rows, "s", "unknown", "token") == "-"

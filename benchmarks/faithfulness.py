@@ -1,0 +1,440 @@
+"""Faithfulness to a context: what steering gains, what it costs, and what the controls do.
+
+Questions of src/data/faithfulness.jsonl, whose contexts contradict common knowledge. Vectors come
+from steering pairs; the strength of each method is chosen on validation questions, among those
+that raise the perplexity of validation prose by at most --budget; everything else is measured on
+test questions, with facts that neither steered nor chose. Writes a row per question into
+--folder, which a later run takes up, and tables between their markers of --document.
+
+    python benchmarks/faithfulness.py --document docs/tables/faithfulness.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+from demo.answers import core, holds  # noqa: E402
+from grains import (  # noqa: E402
+    data,
+    manifests,
+    models,
+    prompts,
+    runs,
+    splits,
+    stage1,
+    stats,
+    vectors,
+)
+from grains.cli import entry  # noqa: E402
+from grains.cli.documents import print_tables  # noqa: E402
+from grains.data import Example  # noqa: E402
+from grains.generation import decoding_batches, generate  # noqa: E402
+from grains.lm import LanguageModel  # noqa: E402
+from grains.prompts import Encoded  # noqa: E402
+from grains.scoring import margins, score_all  # noqa: E402
+from grains.settings import (  # noqa: E402
+    EMBEDDED,
+    SCORES,
+    AblationSettings,
+    AttributionSettings,
+    DataSettings,
+    GridSettings,
+    PromptSettings,
+)
+from grains.states import StatesInMemory  # noqa: E402
+from grains.steering import Configuration, Direction, directions  # noqa: E402
+from grains.study import costs  # noqa: E402
+
+METHODS = ("gradient", "mean", "pca")
+CONTROLS = ("random", "shared_random", "rotated", "rand_tokens")
+STRENGTHS = (0.003, 0.006, 0.01)
+# Of the methods that are also tried at the same price, as they may be weaker pushes.
+PRICED = dict.fromkeys(("mean", "random", "rotated"), (*STRENGTHS, 0.02, 0.03))
+CONTRARY, AGREEING, BARE = "faithfulness", "faithfulness-agreeing", "faithfulness-bare"
+UNRELATED, PROSE = "unrelated", "prose"
+SHOWN = {
+    CONTRARY: "contrary contexts",
+    AGREEING: "agreeing contexts",
+    BARE: "no context",
+    UNRELATED: "unrelated questions",
+}
+BASE, CHOSEN, TURNED = "base", "gradient", "gradient, sign turned"
+HARDEST = "rotated, same strength"
+RESAMPLES = 4999
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    flags.add_argument("--model_name", default=EMBEDDED)
+    flags.add_argument("--title", help="the model's name in the tables")
+    flags.add_argument("--prompt_style", default="chat")
+    flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    flags.add_argument("--num_samples", type=int, default=40, help="steering pairs")
+    flags.add_argument("--top_k", type=int, default=5)
+    flags.add_argument("--grad_method", default="vanilla")
+    flags.add_argument("--layers", nargs="+", default=["8-24"])
+    flags.add_argument("--budget", type=float, default=0.02, help="rise of perplexity of prose")
+    flags.add_argument("--num_validation", type=int, default=40, help="validation questions")
+    flags.add_argument("--num_test", type=int, default=80, help="test questions, of each set")
+    flags.add_argument("--num_generations", type=int, default=60, help="free answers to a set")
+    flags.add_argument("--max_new_tokens", type=int, default=24)
+    flags.add_argument("--folder", type=Path, default=ROOT / "src" / "results" / "faithfulness")
+    flags.add_argument("--document", type=Path, help="Markdown file of the tables")
+    return flags
+
+
+def main() -> None:
+    args = parser().parse_args()
+    title = args.title or Path(args.model_name).stem
+    lm: list[LanguageModel] = []
+
+    def model() -> LanguageModel:
+        if not lm:
+            lm.append(models.load(args.model_name))
+        return lm[0]
+
+    every = []
+    for seed in args.seeds:
+        path = args.folder / f"{title}_{args.grad_method}_seed{seed}.csv"
+        if not path.exists():
+            runs.write_table(path, one_seed(model(), args, seed))
+        every.append(pd.read_csv(path, keep_default_na=False, na_values=["nan", ""]))
+    rows = pd.concat(every)
+    stem = f"{title}, {args.grad_method}"
+    print_tables(args.document, stem, summaries(rows, title), {"rows": args.folder})
+
+
+# --- measuring ---
+
+
+def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataFrame:
+    """A row for each configuration and question of every set, and for each prose passage."""
+    tops = ("pos", "rand")
+    ablation = AblationSettings(
+        AttributionSettings(grad_method=args.grad_method),
+        tops,
+        args.top_k,
+        prompt=PromptSettings(args.prompt_style),
+        seed=seed,
+    )
+    source = DataSettings(
+        CONTRARY,
+        num_samples=args.num_samples,
+        num_validation=args.num_validation,
+        num_test=args.num_test,
+    )
+    pairs = splits.steering_examples(source, seed)
+    encoded = [encode(lm, example, args) for example in pairs]
+    tensors, attributed = [], []
+    for unit, item in enumerate(encoded):
+        made, of_top = stage1.one_example(lm, item, ablation, unit, {})
+        tensors.append(made)
+        attributed.append(attribution_row(lm, item, of_top[0]) | {"seed": seed})
+    info = manifests.stage1(lm, pairs, source, ablation, prompts.tally(encoded))
+    states = {top: StatesInMemory(tensors, top, info) for top in tops}
+    grid = GridSettings((*METHODS, *CONTROLS), layers=tuple(args.layers))
+    lines: dict[str, Direction] = {}
+    for method, mode, made in vectors.make_all(states, grid, seed):
+        (lines[method],) = directions(made, method, mode, grid)
+
+    asked = splits.evaluation_examples(source, seed, {"questions": info["data"]["questions"]})
+    validation = asked["validation"]
+    # The strength within the budget: of the gradient the best on validation questions, of the
+    # others the largest. If none is within it, the smallest.
+    tried = [
+        line.at(alpha)
+        for method, line in lines.items()
+        for alpha in (STRENGTHS if method == "gradient" else PRICED.get(method, ()))
+    ]
+    passages = costs.passages(lm, "validation")
+    rises = rise(passages, score_all(lm, passages, tried, ablation.batch_tokens))[1:]
+    chosen: dict[str, Configuration] = {}
+    for method in (CHOSEN, *PRICED):
+        own = [item for item in tried if item.method == method]
+        within = [
+            item
+            for item, cost in zip(tried, rises, strict=True)
+            if item.method == method and cost <= args.budget
+        ]
+        chosen[method] = within[-1] if within else own[0]
+        if method == "gradient" and len(within) > 1:
+            items = [encode(lm, example, args) for example in validation]
+            leads = margins(items, score_all(lm, items, within, ablation.batch_tokens))
+            right = sum((lead > 0).mean(axis=0) for lead in leads.values())[1:]
+            chosen[method] = within[int(right.argmax())]  # of equal ones the weakest
+    alpha = chosen["gradient"].alpha
+
+    tested = {CHOSEN: chosen["gradient"], TURNED: lines["gradient"].at(-alpha)}
+    for method in lines:
+        if method != "gradient":
+            tested[f"{method}, same strength"] = lines[method].at(alpha)
+        if method in PRICED:
+            tested[f"{method}, same price"] = chosen[method]
+    sets = {CONTRARY: asked["test"]}
+    for name in (AGREEING, BARE):
+        of_set = splits.evaluation_examples(
+            DataSettings(name, num_test=args.num_test), seed, {"questions": []}
+        )
+        sets[name] = of_set["test"]
+    encoded_sets = {
+        name: [encode(lm, example, args) for example in examples] for name, examples in sets.items()
+    }
+    encoded_sets[UNRELATED] = costs.unrelated_questions(lm, "test")
+    rows = [{"set": "attribution", "configuration": "", **row} for row in attributed]
+    for name, items in encoded_sets.items():
+        labels = [*tested] if name == CONTRARY else [CHOSEN, TURNED]
+        asked_of, places = distinct({label: tested[label] for label in labels})
+        leads = margins(items, score_all(lm, items, asked_of, ablation.batch_tokens))
+        rows += [
+            {
+                "seed": seed,
+                "set": name,
+                "configuration": label,
+                "alpha": tested[label].alpha if label in tested else 0.0,
+                "id": item.example.id,
+                "fact": fact_of(item.example, name),
+                **{kind: float(lead[place, index] > 0) for kind, lead in leads.items()},
+            }
+            for label, index in places.items()
+            for place, item in enumerate(items)
+        ]
+    passages = costs.passages(lm, "test")
+    asked_of, places = distinct(tested)
+    rises = rise(passages, score_all(lm, passages, asked_of, ablation.batch_tokens))
+    rows += [
+        {"seed": seed, "set": PROSE, "configuration": label, "rise": rises[index]}
+        for label, index in places.items()
+    ]
+    for name, labels in ((CONTRARY, (CHOSEN, TURNED, HARDEST)), (AGREEING, (CHOSEN,))):
+        answering = {label: tested[label] for label in labels}
+        items = encoded_sets[name][: args.num_generations]
+        rows += free_answers(lm, args, seed, name, items, answering)
+    return pd.DataFrame(rows)
+
+
+def distinct(tested: dict[str, Configuration]) -> tuple[list[Configuration], dict[str, int]]:
+    """The configurations that differ, and each label's place in their scores, base first."""
+    unique = {(item.method, item.alpha): item for item in tested.values()}
+    place = {key: 1 + index for index, key in enumerate(unique)}
+    places = {label: place[item.method, item.alpha] for label, item in tested.items()}
+    return [*unique.values()], {BASE: 0, **places}
+
+
+def encode(lm: LanguageModel, example: Example, args: argparse.Namespace) -> Encoded:
+    return prompts.encode(lm, example, args.prompt_style)
+
+
+def rise(passages: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:
+    """(1 + C,) rises of perplexity over the base model's."""
+    perplexity = costs.perplexity_of(passages, scores)
+    return perplexity / perplexity[0] - 1
+
+
+def fact_of(example: Example, name: str) -> str:
+    """The fact that an example is about: what intervals are drawn over."""
+    if name == UNRELATED:
+        return example.id
+    rows, _ = data.load(CONTRARY, "test")
+    facts = {rows[index]["id"]: rows[index]["fact"] for index in range(len(rows))}
+    return facts[example.id]
+
+
+def attribution_row(lm: LanguageModel, item: Encoded, row: dict) -> dict:
+    """Where the attribution of one example lies, and how complete it is.
+
+    share: of the positive attribution, on the context's answer. tokens: the answer's share of the
+    content tokens. top: whether the largest attribution lies on it.
+    """
+    scores = np.array(json.loads(row["attributions"])[0])
+    offsets = lm.tokenizer(item.text, return_offsets_mapping=True).offset_mapping
+    if len(offsets) != len(scores):  # a BOS that the template has written already
+        offsets = lm.tokenizer(
+            item.text, return_offsets_mapping=True, add_special_tokens=False
+        ).offset_mapping
+    end = item.text.rfind(item.example.context) + len(item.example.context)
+    spans = [
+        match.span()
+        for match in re.finditer(re.escape(core(item.example.chosen)), item.text, re.IGNORECASE)
+        if match.end() <= end
+    ]
+    on_answer = np.array(
+        [any(begin < last and stop > first for first, last in spans) for begin, stop in offsets]
+    )
+    content = item.content.numpy()
+    positive = np.clip(scores, 0, None) * content
+    return {
+        "id": item.example.id,
+        "share": positive[on_answer].sum() / max(positive.sum(), 1e-12),
+        "tokens": (on_answer & content).sum() / content.sum(),
+        "top": float(on_answer[np.where(content, scores, -np.inf).argmax()]),
+        "completeness_error": row["completeness_error_relative"],
+        "points": row["gradients_computed"],
+    }
+
+
+def free_answers(
+    lm: LanguageModel,
+    args: argparse.Namespace,
+    seed: int,
+    name: str,
+    items: list[Encoded],
+    answering: dict[str, Configuration],
+) -> list[dict]:
+    """A row for each configuration and question: what is answered, and which answer it holds."""
+    rows = []
+    groups = decoding_batches(items, [*answering.values()], args.max_new_tokens, 2048)
+    for members in groups:
+        batch = [items[index] for index in members]
+        texts = generate(lm, batch, [*answering.values()], args.max_new_tokens)
+        for label, answers in zip([BASE, *answering], texts, strict=True):
+            rows += [
+                {
+                    "seed": seed,
+                    "set": f"{name} free",
+                    "configuration": label,
+                    "id": item.example.id,
+                    "fact": fact_of(item.example, name),
+                    "holds": float(holds(text, item.example.chosen)),
+                    "holds_other": float(holds(text, item.example.rejected)),
+                    "repetition": stats.repetition(text),
+                    "question": item.example.question,
+                    "answer": text,
+                }
+                for item, text in zip(batch, answers, strict=True)
+            ]
+    return rows
+
+
+# --- tables ---
+
+
+def interval(values: pd.DataFrame) -> tuple[float, float, float]:
+    """Mean and 95 % interval of value, bootstrapped over facts; a question counts once.
+
+    values: columns id, fact, value, a row for each seed and question.
+    """
+    by_question = values.groupby(["fact", "id"]).value.mean()
+    by_fact = by_question.groupby("fact").agg(["sum", "count"]).to_numpy()
+    picks = np.random.default_rng(0).integers(len(by_fact), size=(RESAMPLES, len(by_fact)))
+    sums = by_fact[picks].sum(axis=1)
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
+    return float(by_question.mean()), float(low), float(high)
+
+
+def cell(values: tuple[float, float, float], sign: str = "") -> str:
+    mean, low, high = (100 * value for value in values)
+    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def level(rows: pd.DataFrame, name: str, label: str, column: str) -> str:
+    """Accuracy in %, with its interval."""
+    of = rows[(rows.set == name) & (rows.configuration == label)]
+    return cell(interval(of.assign(value=of[column]))) if len(of) else "-"
+
+
+def gain(rows: pd.DataFrame, name: str, label: str, column: str) -> str:
+    """Points over the base model on the same questions, with the interval."""
+    of = rows[(rows.set == name) & (rows.configuration == label)]
+    if of.empty:
+        return "-"
+    base = rows[(rows.set == name) & (rows.configuration == BASE)].set_index(["seed", "id"])
+    was = base.loc[pd.MultiIndex.from_frame(of[["seed", "id"]]), column].to_numpy()
+    return cell(interval(of.assign(value=of[column].to_numpy() - was)), "+")
+
+
+def summaries(rows: pd.DataFrame, title: str) -> list[tuple[str, pd.DataFrame]]:
+    """The tables with their titles."""
+    seeds = rows.seed.nunique()
+    tested = rows[(rows.set == CONTRARY)]
+    chosen = tested[tested.configuration == CHOSEN].drop_duplicates("seed")
+    strengths = ", ".join(f"{alpha:g}" for alpha in chosen.sort_values("seed").alpha)
+    about = (
+        f"{title}, {seeds} seed{'s' * (seeds > 1)}, {tested.id.nunique()} contrary contexts over "
+        f"{tested.fact.nunique()} facts of test"
+    )
+    both = {}
+    for label in (BASE, CHOSEN, TURNED, HARDEST):
+        both[label] = {
+            **{
+                f"{SHOWN[name]}, {'summed' if kind == 'sum' else 'per token'}": level(
+                    rows, name, label, kind
+                )
+                for name in SHOWN
+                for kind in SCORES[::-1]
+            },
+            "free answers that hold the context's answer": level(
+                rows, f"{CONTRARY} free", label, "holds"
+            ),
+            "free answers that hold the common answer": level(
+                rows, f"{CONTRARY} free", label, "holds_other"
+            ),
+            "free answers to agreeing contexts that hold the answer": level(
+                rows, f"{AGREEING} free", label, "holds"
+            ),
+            "rise of the perplexity of prose, %": prose(rows, label),
+        }
+    main_table = pd.DataFrame(both)
+    gains = {
+        label: {
+            "strength": ", ".join(
+                f"{a:g}"
+                for a in tested[tested.configuration == label].alpha.drop_duplicates().sort_values()
+            ),
+            **{
+                f"{SHOWN[CONTRARY]}, {'summed' if kind == 'sum' else 'per token'}": gain(
+                    rows, CONTRARY, label, kind
+                )
+                for kind in SCORES[::-1]
+            },
+            "free answers": gain(rows, f"{CONTRARY} free", label, "holds"),
+            **{
+                f"{SHOWN[name]}, per token": gain(rows, name, label, SCORES[0])
+                for name in (AGREEING, BARE, UNRELATED)
+            },
+            "prose, %": prose(rows, label),
+        }
+        for label in dict.fromkeys(tested.configuration)
+        if label != BASE
+    }
+    attributed = rows[rows.set == "attribution"]
+    attribution = pd.DataFrame(
+        {
+            "": {
+                **{
+                    name: f"{100 * attributed[column].mean():.1f} %"
+                    for name, column in (
+                        ("positive attribution on the context's answer", "share"),
+                        ("the answer's share of the tokens of context and question", "tokens"),
+                        ("the largest attribution is on the context's answer", "top"),
+                    )
+                },
+                "steering pairs": str(len(attributed)),
+            }
+        }
+    )
+    return [
+        (f"{about}: accuracy in %, chosen strength {strengths}", main_table),
+        (f"{about}: points gained over base", pd.DataFrame(gains).T),
+        (f"{title}: where the attribution of the steering pairs lies", attribution),
+    ]
+
+
+def prose(rows: pd.DataFrame, label: str) -> str:
+    of = rows[(rows.set == PROSE) & (rows.configuration == label)]
+    return f"{100 * of.rise.mean():+.1f}" if len(of) else "-"
+
+
+if __name__ == "__main__":
+    entry.run(main)
