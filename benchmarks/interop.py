@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -292,7 +293,7 @@ def main() -> None:
                     logits_and_text = llama(address, ids, words)
                 compare(title, version, "alone", first, logits_and_text, of_server=True)
 
-    table = [
+    said = (
         f"SmolLM2-135M-Instruct in fp32, `gradient` vectors at {ALPHA} relative, a chat prompt of "
         f"{len(ids)} tokens. Steering changes the logits by at most {effect[0]:.1f}, "
         f"{effect[1]:.1f} in the mean; without the norm they differ by at most {lost[0]:.2f}, "
@@ -300,7 +301,10 @@ def main() -> None:
         "smaller of the maximal differences from vectors one layer lower and from the other way "
         "with the norm: what the comparison would show of such a mistake. llama-server's logits "
         f"are those of the next word behind {len(PREFIXES)} prefixes of the prompt, with the file "
-        "and its cache in F32, their mean taken away.",
+        "and its cache in F32, their mean taken away."
+    )
+    table = [
+        textwrap.fill(said, 120, break_on_hyphens=False),
         "",
         "| program and file | version | way | layers | max | mean | greedy text | a mistake |",
         "|---|---|---|---|---|---|---|---|",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from grains import export, models
 from grains.errors import UserError
-from grains.export import files, folders
+from grains.export import card, files, folders, plan
 from grains.export.objects import keep_norm
 from grains.export.plan import TEXT
 from grains.export.write import WRITERS
@@ -92,6 +92,39 @@ def test_the_files_hold_these_layers(make_tiny, tmp_path):
     steer = torch.load(tmp_path / "lm-eval" / "steer.pt", weights_only=True)
     assert [*steer] == ["layers.1", "layers.3"]
     assert torch.equal(steer["layers.3"]["steering_vector"][0], added[3])
+
+
+def test_the_card_says_what_was_measured(make_tiny, tmp_path):
+    lm = make_tiny("llama")
+    v = vectors(lm)
+    columns = "configuration,method,layers,alpha,alpha_units,part,questions,accuracy_token,"
+    columns += "accuracy_token_low,accuracy_token_high,perplexity_increase"
+    rows = ["base,base,,0,relative,test,80,0.4,0.3,0.5,"]
+    rows += [
+        f"x,gradient,1 3,{alpha},relative,{part},80,{accuracy},0.45,0.65,0.05"
+        for alpha, part, accuracy in [
+            (0.2, "validation", 0.9),
+            (0.2, "test", 0.55),
+            (0.3, "test", 1),
+        ]
+    ]
+    (tmp_path / "grid.csv").write_text("\n".join([columns, *rows]))
+    measured = card.measured(tmp_path / "grid.csv", plan.make(lm, v, "hf", 0.2, LAYERS))
+    assert measured == {
+        "questions": 80,
+        "accuracy per token": "55.0% [45.0%, 65.0%]",
+        "accuracy per token, base": "40.0% [30.0%, 50.0%]",
+        "rise of perplexity of prose": "+5.0%",
+    }
+    export.write(lm, v, "lm-eval", tmp_path / "out", 0.2, LAYERS, measured=measured, licence="mit")
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "| measured: accuracy per token | 55.0% [45.0%, 65.0%] |" in page
+    assert "license: mit" in page
+    with pytest.raises(UserError, match="has no row of gradient pos @ 1 x 0.2"):
+        card.measured(tmp_path / "grid.csv", plan.make(lm, v, "hf", 0.2, [1]))
+    (tmp_path / "grid.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="has no columns alpha"):
+        card.measured(tmp_path / "grid.csv", plan.make(lm, v, "hf", 0.2, [1]))
 
 
 def test_gates_go_into_a_folder_with_code_alone(make_tiny, tmp_path):

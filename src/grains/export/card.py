@@ -8,7 +8,7 @@ import pandas as pd
 
 from grains.errors import UserError
 from grains.export.plan import KEEPS_NORM, Check, Plan
-from grains.settings import EXPORTS
+from grains.settings import EXPORTS, MODELS
 
 USE = {
     "gguf": "llama-server -m MODEL.gguf --control-vector vectors.gguf",
@@ -70,7 +70,8 @@ def card(plan: Plan, to: str, check: Check, measured: dict | None, licence: str 
     """A model card in Markdown, with a header that hubs read."""
     info = plan.vectors.info
     model = info.get("model") or {}
-    base = model.get("model") or plan.lm.name
+    name = model.get("model") or plan.lm.name
+    base = MODELS.get(name, name)  # hubs link what they know by its id
     data = (info.get("data") or {}).get("name")
     header = ["---", f"base_model: {base}"]
     header += [f"license: {licence}"] if licence else []
