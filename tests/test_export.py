@@ -120,7 +120,7 @@ def test_the_card_says_what_was_measured(make_tiny, tmp_path):
     page = (tmp_path / "out" / "README.md").read_text()
     assert "| measured: accuracy per token | 55.0% [45.0%, 65.0%] |" in page
     assert "license: mit" in page
-    with pytest.raises(UserError, match="has no row of gradient pos @ 1 x 0.2"):
+    with pytest.raises(UserError, match=r"has no row of gradient pos @ 1 x 0\.2"):
         card.measured(tmp_path / "grid.csv", plan.make(lm, v, "hf", 0.2, [1]))
     (tmp_path / "grid.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="has no columns alpha"):
