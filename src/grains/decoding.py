@@ -29,12 +29,12 @@ from grains.sampling import Choice, end_tokens
 from grains.steering import Configuration, steered
 
 # Columns that are allocated beyond those that the rows will need, so that they rarely move.
-SPARE = 64
+SPARE = 32
 # The keys and values of so many tokens of a prompt are kept, for prompts of the same configuration
 # that begin alike: by so many tokens at least. Of the positions of the batch, this share is kept.
 KEPT, SHARED, KEPT_SHARE = 512, 4, 4
 # A prompt is computed with others if the batch then holds so many positions at most.
-PROMPT_POSITIONS = 2048
+PROMPT_POSITIONS = 512
 
 # Vectors and gates of a batch, as `steering.steered` takes them.
 Steering = tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]] | None]
