@@ -152,7 +152,8 @@ class Controls:
             ]
         if model.get("unk_token") in names:
             model["unk_token"] = names[model["unk_token"]]
-        renamed = copy.deepcopy(self._tokenizer)
+        renamed = copy.copy(self._tokenizer)  # but nothing of it that is changed here
+        renamed._special_tokens_map = dict(self._tokenizer._special_tokens_map)
         renamed._tokenizer = Tokenizer.from_str(json.dumps(state))
         for attribute, token in self._tokenizer.special_tokens_map.items():
             if str(token) in names:
