@@ -482,24 +482,24 @@ def differences(lm, items, settings=None) -> np.ndarray:
 
 CONTENT = replace(PUBLISHED, attribute="content")
 PEERS = {
-    "captum": Peer(f"attribution, {STEPS} points, style qa, all positions", 4, scores_of),
+    "captum": Peer(f"attribution, {STEPS} points, style qa, all positions", 2, scores_of),
     "captum-chat": Peer(
         f"attribution, {STEPS} points, chat template, the user's words",
-        4,
+        2,
         scores_of,
         "chat",
         CONTENT,
     ),
     "inseq": Peer(f"attribution, {STEPS} points", 2, scores_of),
     "steering-vectors-mean": Peer(
-        "mean-difference vectors", 50, lambda lm, items, _: differences(lm, items).mean(0)
+        "mean-difference vectors", 24, lambda lm, items, _: differences(lm, items).mean(0)
     ),
     "nnsight-mean": Peer(
-        "mean-difference vectors", 50, lambda lm, items, _: differences(lm, items).mean(0)
+        "mean-difference vectors", 24, lambda lm, items, _: differences(lm, items).mean(0)
     ),
     "repeng-pca": Peer(
         "PCA vectors",
-        50,
+        24,
         lambda lm, items, _: [pca_vector([r]) for r in differences(lm, items).swapaxes(0, 1)],
     ),
 }

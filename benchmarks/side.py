@@ -33,11 +33,11 @@ Q: Why do the leaves of many trees turn red or yellow in autumn?
 A: Because the green chlorophyll breaks down, and the other colours show."""
 # row -> model, data, style, pairs for the baseline and for ours
 ROWS: dict[str, tuple[str | None, str, str, int, int]] = {
-    "chat": (None, "misconceptions", "chat", 4, 4),
-    "shots": (None, "misconceptions", "qa", 2, 2),
-    "qa": (None, "misconceptions", "qa", 4, 4),
-    "published": (None, "misconceptions", "qa", 4, 4),
-    "vectors": (None, "misconceptions", "qa", 3, 48),
+    "chat": (None, "misconceptions", "chat", 2, 2),
+    "shots": (None, "misconceptions", "qa", 1, 1),
+    "qa": (None, "misconceptions", "qa", 3, 3),
+    "published": (None, "misconceptions", "qa", 3, 3),
+    "vectors": (None, "misconceptions", "qa", 2, 48),
     "vlm": ("shapes-vlm", "shapes", "chat", 12, 12),
 }
 
