@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import IntegratedGradients
+from helpers.families import tiny_model
 from helpers.reference import embeds, encoded, example, log_likelihood, relative, words
 from torch.autograd.graph import saved_tensors_hooks
 
-from grains import prompts
+from grains import models, prompts
 from grains import replay as replay_module
 from grains.attribution import (
     PromptFunction,
@@ -451,3 +452,18 @@ def test_a_path_from_zeros_everywhere_has_finite_scores(smollm2):
     (found,) = attribute(smollm2, item, settings, MAX_TOKENS, generator())
     assert np.isfinite(found.scores).all() and np.isfinite(found.difference)
     assert found.scores.any() and found.points <= 33
+
+
+def test_in_bfloat16_the_rule_stops_at_the_rounding_noise(tokenizer):
+    """f(x) - f(b) of the rounded model in fp32 lies within the noise, which fp32 has none of."""
+    settings = AttributionSettings(tolerance=1e-6, max_points=400)
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model("llama").to(torch.bfloat16).to(dtype)
+        lm = models.wrap("tiny-llama", model, tokenizer)
+        item = encoded(lm, PROMPT, PAIRS["different"], CONTENT)
+        (results[dtype],) = attribute(lm, item, settings, MAX_TOKENS, generator())
+    exact, rounded = results[torch.float32], results[torch.bfloat16]
+    assert exact.noise == 0 < rounded.noise
+    assert abs(rounded.difference - exact.difference) <= 2 * rounded.noise
+    assert rounded.completeness_error <= rounded.noise and rounded.points < 400

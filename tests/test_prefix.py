@@ -57,7 +57,7 @@ def test_text_families(name):
     lm = families.load(name).lm
     assert lm.keeps_prefix
     torch.manual_seed(0)
-    prompt = torch.randint(20, zoo.SIZES["vocab_size"], (20,)).tolist()
+    prompt = torch.randint(20, zoo.VOCABULARY, (20,)).tolist()
     ids = torch.tensor([prompt])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     packed = pack([[*prompt, 30, 31], [*prompt, 32]])

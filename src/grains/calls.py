@@ -158,11 +158,27 @@ def record(lm: LanguageModel, inputs: dict) -> tuple[Tensor, Calls]:
     }
     with torch.no_grad(), substituted(substitutes | {lm.head: zeros}):
         lm.model(**inputs, use_cache=False, logits_to_keep=1)
+    if any(_takes(layer, entered.get(0)) for layer in layers):
+        raise UserError(
+            f"{lm.name}: its layers also take the embeddings of the words, beside hidden states; "
+            "not supported"
+        )
     missing = [index for index in range(len(lm.layers)) if index not in entered]
     if missing:
         raise UserError(f"{lm.name}: its forward does not call decoder layers {missing}")
     added = {index: states for index, states in entered.items() if index and states.any()}
     return entered[0].detach(), Calls(layers, added)
+
+
+def _takes(layer: dict, embeds: Tensor | None) -> bool:
+    """Whether a layer was called with the embeddings beside its hidden states."""
+    return embeds is not None and any(
+        isinstance(value, Tensor)
+        and value.shape == embeds.shape
+        and value.dtype == embeds.dtype
+        and torch.equal(value, embeds)
+        for value in layer.values()
+    )
 
 
 def own_logits(lm: LanguageModel, states: Tensor) -> Tensor:

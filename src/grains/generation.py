@@ -25,7 +25,7 @@ from grains.lm import LanguageModel
 from grains.prompts import Encoded
 from grains.sampling import Choice
 from grains.scoring import batches
-from grains.selfcheck import can_decode, can_pad
+from grains.selfcheck import can_decode, can_pad, check_decoding
 from grains.settings import AblationSettings, DecodingSettings
 from grains.steering import BASE, Configuration, steered
 
@@ -177,6 +177,8 @@ def _by_the_model(
     max_positions: int,
     progress: Callable[[int], None],
 ) -> Iterator[Row]:
+    if rows:
+        check_decoding(lm)
     for kind in _kinds(lm, [item for item, _ in rows]):
         lengths = [len(rows[index][1].prompt_ids) + rows[index][1].limit for index in kind]
         for group in batches(lengths, max_positions):

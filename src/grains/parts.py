@@ -16,7 +16,7 @@ def find_parts(model: PreTrainedModel, name: str) -> tuple[nn.ModuleList, nn.Mod
     """The decoder's layers, what follows them before the head, and the items that a layer returns.
 
     The model's forward runs on four tokens. The layers are the list of modules that it calls one
-    after the other, as many as the config says, each with hidden states of the model's size. What
+    after the other, as many as the config says if there is such a list, with hidden states. What
     it calls between the last of them and the head is the norm.
     Raises UserError if there is no such list.
     """
@@ -45,25 +45,35 @@ def find_parts(model: PreTrainedModel, name: str) -> tuple[nn.ModuleList, nn.Mod
             handle.remove()
 
     order = {id(module): place for place, (module, _, _) in enumerate(calls)}
-    for layers in model.modules():
-        if not isinstance(layers, nn.ModuleList) or len(layers) != config.num_hidden_layers:
-            continue
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    # Some count what is inside a layer; of lists of any other length the outermost is taken.
+    lists.sort(key=lambda layers: len(layers) != config.num_hidden_layers)
+    for layers in lists:
         places = [order.get(id(layer), -1) for layer in layers]
-        if min(places) >= 0 and places == sorted(places) and _takes_states(calls[places[0]]):
+        if len(layers) < 2 or min(places) < 0 or places != sorted(places):
+            continue
+        dimensions = _dimensions(calls[places[0]])
+        if dimensions == 3:
             output = calls[places[0]][2]
             layer_outputs = len(output) if isinstance(output, (tuple, list)) else 0
             return layers, _between(calls, places[-1], model), layer_outputs
+        if dimensions == 4 and len(layers) == config.num_hidden_layers:
+            raise UserError(
+                f"{name}: {type(model).__name__}'s layers pass on several hidden states for each "
+                "token, side by side; this architecture is not supported"
+            )
     raise UserError(
         f"{name}: {type(model).__name__} does not call {config.num_hidden_layers} decoder layers "
         "one after the other on the hidden states of a text; this architecture is not supported"
     )
 
 
-def _takes_states(call: tuple[nn.Module, Any, Any]) -> bool:
-    """Whether a module was called with hidden states (B, T, D). call: module, arguments, output."""
+def _dimensions(call: tuple[nn.Module, Any, Any]) -> int:
+    """Of the first tensor that a module was called with, 3 for hidden states (B, T, D); 0 if it is
+    none. call: module, arguments, output."""
     _, args, _ = call
     first = args[0] if args else None
-    return isinstance(first, Tensor) and first.is_floating_point() and first.dim() >= 3
+    return first.dim() if isinstance(first, Tensor) and first.is_floating_point() else 0
 
 
 def _between(

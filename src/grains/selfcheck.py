@@ -33,6 +33,8 @@ SELF_CHECK_TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 0.3, torch.float16:
 BORDERS = re.compile("window|chunk|block|floor_scale|index")
 LONGEST_CHECK = 16384
 COMPARED = 8  # last positions of a prompt that are compared
+STEPS = 3  # tokens that are decoded to compare
+SHORT = 512  # tokens that cost little
 
 
 def check_replay(lm: LanguageModel) -> LanguageModel:
@@ -54,18 +56,25 @@ def check_replay(lm: LanguageModel) -> LanguageModel:
 def _checked(lm: LanguageModel) -> LanguageModel:
     short = _text_prompt(lm, 4)
     words = _words(lm, 32)
-    responses = [words[4:6], words[6:9]]
+    responses = [words[4:6], words[6:30]]
     expected, states = _own(lm, short, responses)
     plain_end = logits(lm, states[0][-len(expected[0]) :])
     lm = replace(lm, own_head=_distance(plain_end, expected[0]) > _limit(lm))
     lm = replace(lm, packs=not _length_matters(lm), own_embeddings=not _looks_up(lm, short))
     cases = [(short, expected, "")]
+    if lm.own_embeddings:
+        packs = lm.packs and _embeds_alone(lm, short, responses)
+        lm = replace(lm, packs=packs)
     for border in _borders(lm):
-        prompt = _text_prompt(lm, border + 3)
+        # Longer than a short border several times: what a layer drops there may show late.
+        prompt = _text_prompt(lm, border + 3 if border > SHORT else 3 * border)
         cases.append((prompt, _own(lm, prompt, responses)[0], f" on {border} tokens"))
     if lm.processor is not None:
         prompt = _picture_prompt(lm)
         cases.append((prompt, _own(lm, prompt, responses)[0], " with a picture"))
+
+    for prompt, own, where in cases:
+        _check_causal(lm, prompt, own, where)
 
     def differences(lm: LanguageModel) -> Iterator[tuple[float, str]]:
         for prompt, own, where in cases:
@@ -91,6 +100,43 @@ def _checked(lm: LanguageModel) -> LanguageModel:
             )
         lm = replace(lm, batches=_can_batch(lm, short, responses))
     return lm
+
+
+def _check_causal(lm: LanguageModel, prompt: dict, own: list[Tensor], where: str) -> None:
+    """Raise UserError if what follows a prompt changes the model's own logits of the prompt."""
+    before = min(COMPARED, prompt["input_ids"].shape[1])
+    apart = _distance(own[0][:before], own[1][:before])
+    if not apart <= _limit(lm):
+        raise UserError(
+            f"{lm.name}: its log-probabilities{where} change by {apart:.2g} with the words that "
+            "follow, so an answer has no likelihood of its own; not supported"
+        )
+
+
+def _embeds_alone(lm: LanguageModel, prompt: dict, responses: list[list[int]]) -> bool:
+    """Whether a word's embedding does not depend on its place, for a model that makes its own.
+
+    Raises UserError if it depends on the other words: a word could not be replaced alone.
+    """
+    ids = prompt["input_ids"]
+    with_pad = ids.clone()
+    with_pad[0, 0] = lm.replacement_id()
+    plain, changed = (capture(lm, prompt | {"input_ids": some}).embeds for some in (ids, with_pad))
+    if not _close(plain[:, 1:], changed[:, 1:]):
+        raise UserError(
+            f"{lm.name}: its embeddings of a word depend on the words before it, so words cannot "
+            "be replaced one by one; not supported"
+        )
+    packed = pack([ids[0].tolist() + response for response in responses])
+    together = capture(lm, extend(prompt, packed.tokens[ids.shape[1] :].tolist())).embeds
+    return all(
+        _close(together[:, path], capture(lm, extend(prompt, response)).embeds)
+        for path, response in zip(packed.paths, responses, strict=True)
+    )
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    return torch.allclose(first.float(), second.float(), rtol=1e-3, atol=1e-6)
 
 
 def _limit(lm: LanguageModel) -> float:
@@ -132,7 +178,7 @@ def _borders(lm: LanguageModel) -> list[int]:
 def _looks_up(lm: LanguageModel, prompt: dict) -> bool:
     """Whether what enters layer 0 is what the embedding module gives."""
     entering, looked_up = capture(lm, prompt).embeds, lm.embed(prompt["input_ids"])
-    return torch.allclose(entering.float(), looked_up.float(), rtol=1e-3, atol=1e-6)
+    return _close(entering, looked_up)
 
 
 def _length_matters(lm: LanguageModel) -> bool:
@@ -218,6 +264,47 @@ def _can_batch(lm: LanguageModel, prompt: dict, responses: list[list[int]]) -> b
     return max(_distance(*pair) for pair in zip(together, alone, strict=True)) <= _limit(lm)
 
 
+@torch.no_grad()
+def _decode(lm: LanguageModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row continued by the model's own decoding: ids (T,), logits (STEPS, V) in fp32."""
+    output = lm.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=STEPS,
+        min_new_tokens=STEPS,
+        do_sample=False,
+        pad_token_id=lm.replacement_id(),
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return output.sequences[0], torch.stack([step[0].float() for step in output.logits])
+
+
+@lru_cache(maxsize=4)
+@torch.no_grad()
+def check_decoding(lm: LanguageModel) -> None:
+    """Raise UserError if the model's own decoding is not what its forward says.
+
+    Asked when a model first writes: of some families in transformers it is not.
+    """
+    with refusing(f"{lm.name}: its own decoding fails on a short text", "it cannot write here"):
+        length = max([7, *(size + 3 for size in _borders(lm) if size <= SHORT)])
+        text = _text_prompt(lm, length)["input_ids"]
+        rows = torch.cat([text, text.flip(1)])
+        written, steps = _decode(lm, rows, torch.ones_like(rows))
+        own = lm.model(
+            input_ids=written[None, :-1],
+            attention_mask=torch.ones_like(written[None, :-1]),
+            use_cache=False,
+        ).logits[0, -STEPS:]
+        greedy = torch.equal(written[-STEPS:], steps.argmax(-1))
+        if not greedy or not _distance(steps, own.float()) <= _limit(lm):
+            raise UserError(
+                f"{lm.name}: its own decoding gives other log-probabilities than its forward, so "
+                "what it writes would be wrong; not supported"
+            )
+
+
 @lru_cache(maxsize=4)
 @torch.no_grad()
 def can_pad(lm: LanguageModel) -> bool:
@@ -231,24 +318,9 @@ def can_pad(lm: LanguageModel) -> bool:
     ids = torch.cat([shorter, text.flip(1).repeat(1, 2)[:, : shorter.shape[1]]])
     mask = torch.ones_like(ids)
     mask[0, : padding.shape[1]] = 0
-
-    def decode(ids: Tensor, mask: Tensor) -> Tensor:
-        """(steps, V) logits of the first row."""
-        output = lm.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=3,
-            min_new_tokens=3,
-            do_sample=False,
-            pad_token_id=lm.replacement_id(),
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        return torch.stack([step[0].float() for step in output.logits])
-
-    alone = decode(text, torch.ones_like(text))
+    _, alone = _decode(lm, text, torch.ones_like(text))
     try:
-        together = decode(ids, mask)
+        _, together = _decode(lm, ids, mask)
     except Exception:  # layers that cannot be masked
         return False
     return _distance(together, alone) <= _limit(lm)

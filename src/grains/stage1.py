@@ -206,6 +206,7 @@ def one_example(
                 "completeness_error": attributions[0].completeness_error,
                 "completeness_error_relative": attributions[0].relative_error,
                 "completeness_error_relative_worst": max(a.relative_error for a in attributions),
+                **({} if lm.dtype == torch.float32 else {"f_noise": attributions[0].noise}),
                 "gradients_computed": sum(item.points for item in attributions),
                 **image_columns(lm, encoded, attributions[0].scores),
                 "tokens": json.dumps(tokens, ensure_ascii=False),

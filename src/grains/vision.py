@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import ProcessorMixin
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     unpad_image,
@@ -126,6 +128,7 @@ def model_inputs(
     return {
         key: value.to(lm.device) if isinstance(value, Tensor) else value
         for key, value in inputs.items()
+        if key != "labels"  # of PaliGemma, whose model would compute a loss
     }
 
 
@@ -190,22 +193,16 @@ def token_boxes(
     Raises UserError if a known layout has another number of tokens.
     """
     kind = lm.model.config.model_type
-    if kind == "llava_next":
-        boxes = _llava_next_boxes(
-            lm, inputs["image_sizes"][0].tolist(), inputs["pixel_values"].shape[1]
-        )
+    layout = LAYOUTS.get(kind)
+    if layout is not None:
+        boxes = layout(lm, inputs, picture_size, count)
     elif "image_grid_thw" in inputs:  # Qwen: merged patches, row by row
         merge = lm.model.config.vision_config.spatial_merge_size
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         boxes = _grid(rows // merge, columns // merge)
-    elif (
-        math.isqrt(count) ** 2 == count
-        and inputs["pixel_values"].shape[0] == 1
-        and not getattr(lm.processor.image_processor, "do_center_crop", None)
-    ):
-        # Gemma 3 and the like: one square grid over the whole picture.
-        boxes = _grid(math.isqrt(count), math.isqrt(count))
     else:
+        return [None] * count
+    if boxes is None:
         return [None] * count
     if len(boxes) != count:
         raise UserError(f"{lm.name}: {count} image tokens where its layout gives {len(boxes)}")
@@ -223,6 +220,147 @@ def _grid(rows: int, columns: int) -> list[Box | None]:
         for r in range(rows)
         for c in range(columns)
     ]
+
+
+def _square(
+    lm: LanguageModel, inputs: dict, size: tuple[int, int], count: int
+) -> list[Box | None] | None:
+    """One square grid over the whole picture, squeezed into a square (Gemma-3, PaliGemma)."""
+    side = math.isqrt(count)
+    cut = getattr(lm.processor.image_processor, "do_center_crop", None)
+    if side**2 != count or inputs["pixel_values"].shape[0] != 1 or cut:
+        return None
+    return _grid(side, side)
+
+
+def _cropped(
+    lm: LanguageModel, inputs: dict, size: tuple[int, int], count: int
+) -> list[Box | None] | None:
+    """LLaVA-1.5: one square grid over the middle of the picture; what lies outside is not seen."""
+    side, pictures = math.isqrt(count), lm.processor.image_processor
+    if "image_sizes" in inputs:  # with Pixtral's tower
+        return _pixtral(lm, inputs, size, count)
+    crop = pictures.crop_size
+    squeezed = pictures.size.get("shortest_edge") == crop.get("height") == crop.get("width")
+    if side**2 != count or not (pictures.do_center_crop and squeezed):
+        return None
+    width, height = size
+    shown = min(width, height)
+    left, top = (width - shown) / 2, (height - shown) / 2
+    return [
+        (
+            (left + box[0] * shown) / width,
+            (top + box[1] * shown) / height,
+            (left + box[2] * shown) / width,
+            (top + box[3] * shown) / height,
+        )
+        for box in _grid(side, side)
+        if box
+    ]
+
+
+def _pixtral(
+    lm: LanguageModel, inputs: dict, size: tuple[int, int], count: int
+) -> list[Box | None] | None:
+    """Mistral-3 and Pixtral: a grid of the size to which the picture was scaled."""
+    patch = getattr(lm.processor, "patch_size", None)
+    merge = getattr(lm.processor, "spatial_merge_size", None)
+    if patch is None or merge is None:
+        return None
+    height, width = (int(edge) // (patch * merge) for edge in inputs["image_sizes"][0])
+    return _grid(height, width)
+
+
+def _rows_and_columns(
+    lm: LanguageModel, inputs: dict, size: tuple[int, int], count: int
+) -> list[Box | None] | None:
+    """Idefics3 and SmolVLM: tiles whose place stands in the prompt, then the whole picture."""
+    text = lm.tokenizer.decode(inputs["input_ids"][0])
+    places = [tuple(map(int, place)) for place in re.findall(r"<row_(\d+)_col_(\d+)>", text)]
+    rows, columns = max(places, default=(0, 0))
+    return _tiles(rows, columns, count, whole=True)
+
+
+def _got_tiles(
+    lm: LanguageModel, inputs: dict, size: tuple[int, int], count: int
+) -> list[Box | None] | None:
+    """InternVL and Aya Vision: tiles of the grid that fits the picture best, then all of it."""
+    pictures, tiles = lm.processor.image_processor, inputs["pixel_values"].shape[0]
+    if tiles == 1:
+        return _tiles(0, 0, count, whole=True)
+    side = (pictures.size["height"], pictures.size["width"])
+    columns, rows = get_optimal_tiled_canvas(
+        (size[1], size[0]), side, pictures.min_patches, pictures.max_patches
+    )
+    whole = rows * columns > 1
+    return _tiles(rows, columns, count, whole) if tiles == rows * columns + whole else None
+
+
+def _tiles(rows: int, columns: int, count: int, whole: bool) -> list[Box | None] | None:
+    """Tiles row by row, a square grid in each, and one over the whole picture at the end."""
+    tiles = rows * columns + whole
+    side = math.isqrt(count // tiles)
+    if side**2 * tiles != count:
+        return None
+    inside: list[Box | None] = []
+    for row in range(rows):
+        for column in range(columns):
+            inside += [
+                (
+                    (column + box[0]) / columns,
+                    (row + box[1]) / rows,
+                    (column + box[2]) / columns,
+                    (row + box[3]) / rows,
+                )
+                for box in _grid(side, side)
+                if box
+            ]
+    return [*inside, *_grid(side, side)] if whole else inside
+
+
+def _llava_next(
+    lm: LanguageModel, inputs: dict, size: tuple[int, int], count: int
+) -> list[Box | None] | None:
+    """LLaVA-1.6: the whole picture, then tiles."""
+    return _llava_next_boxes(lm, inputs["image_sizes"][0].tolist(), inputs["pixel_values"].shape[1])
+
+
+def _llava_onevision(
+    lm: LanguageModel, inputs: dict, size: tuple[int, int], count: int
+) -> list[Box | None] | None:
+    """LLaVA-OneVision: as LLaVA-1.6, its tiles made smaller where they would be too many."""
+    boxes = _llava_next_boxes(
+        lm, inputs["image_sizes"][0].tolist(), inputs["pixel_values"].shape[1]
+    )
+    config = lm.model.config
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    base, tiles = boxes[: side**2], boxes[side**2 :]
+    rows = tiles.count(None)
+    if inputs["pixel_values"].shape[1] == 1 or not rows:
+        return boxes
+    columns = len(tiles) // rows - 1
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(rows * columns / (most * side**2))
+    if ratio <= 1.1:
+        return boxes
+    # The features are interpolated to fewer: each stands for an equal part of what is shown.
+    left, top = tiles[0][:2]  # type: ignore[index]
+    right, bottom = tiles[-2][2:]  # type: ignore[index]
+    rows, columns = int(rows // ratio), int(columns // ratio)
+    smaller: list[Box | None] = []
+    for index, box in enumerate(_grid(rows, columns)):
+        assert box
+        smaller.append(
+            (
+                left + box[0] * (right - left),
+                top + box[1] * (bottom - top),
+                left + box[2] * (right - left),
+                top + box[3] * (bottom - top),
+            )
+        )
+        if (index + 1) % columns == 0:
+            smaller.append(None)
+    return [*base, *smaller]
 
 
 def _llava_next_boxes(lm: LanguageModel, size: list[int], views: int) -> list[Box | None]:
@@ -264,3 +402,23 @@ def _llava_next_boxes(lm: LanguageModel, size: list[int], views: int) -> list[Bo
             boxes.append(tuple(box.tolist()))
         boxes.append(None)
     return boxes
+
+
+# How the image tokens of a family lie over the picture, in the unit square; None if this picture
+# or processor is laid out in a way that is not known.
+LAYOUTS: dict[
+    str, Callable[[LanguageModel, dict, tuple[int, int], int], list[Box | None] | None]
+] = {
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "llava": _cropped,
+    "vipllava": _cropped,
+    "mistral3": _pixtral,
+    "idefics3": _rows_and_columns,
+    "smolvlm": _rows_and_columns,
+    "internvl": _got_tiles,
+    "aya_vision": _got_tiles,
+    "gemma3": _square,
+    "shieldgemma2": _square,
+    "paligemma": _square,
+}
