@@ -53,11 +53,15 @@ class Phase:
     def rate(self) -> float:
         return self.tokens / self.seconds
 
+    @property
+    def work(self) -> float:
+        return self.tokens / self.processor
+
     def row(self) -> str:
         p50, p95 = (statistics.quantiles(self.latencies, n=20)[place] for place in (9, 18))
         return (
             f"| {self.name} | {len(self.latencies)} | {self.rate:.0f} | "
-            f"{self.tokens / self.processor:.0f} | {p50:.1f} | {p95:.1f} |"
+            f"{self.work:.0f} | {p50:.1f} | {p95:.1f} |"
         )
 
 
@@ -172,7 +176,8 @@ def measure(server: psutil.Process, asker: Asker, args: argparse.Namespace) -> s
             f"{len(asked)} of their answers, {right} are to the letter what each gets alone."
         )
     lines = [
-        f"Measured {time.strftime('%Y-%m-%d')} on {machine()}.",
+        f"Measured {time.strftime('%Y-%m-%d')} on {machine()}, load average "
+        f"{os.getloadavg()[0]:.1f} at the end.",
         "",
         f"{MODEL}, fp32, {TOKENS} tokens at most, every second request steered, each at a strength "
         "of its own.",
@@ -181,8 +186,9 @@ def measure(server: psutil.Process, asker: Asker, args: argparse.Namespace) -> s
         "|---|---|---|---|---|---|",
         *(item.row() for item in phases),
         "",
-        f"{CLIENTS} clients have {together.rate / alone.rate:.1f}x the throughput of one at a "
-        f"time, and {equal} answers are the same to the letter.{lasting}",
+        f"{CLIENTS} clients have {together.rate / alone.rate:.1f}x the throughput of one at a time "
+        f"({together.work / alone.work:.1f}x per processor second), and {equal} answers are the "
+        f"same to the letter.{lasting}",
     ]
     return "\n".join(lines)
 
