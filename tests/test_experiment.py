@@ -531,11 +531,12 @@ def test_a_configuration_is_more_than_its_label():
 
 def test_random_directions_are_as_long_as_the_vectors():
     lengths = torch.tensor([[0.0], [0.5], [3.0], [7.0]])
-    vectors = SteeringVectors(lengths * torch.eye(4, 300), torch.ones(4), {}, "the gate")
+    gate = Gate(torch.ones(4, 300), torch.zeros(4))
+    vectors = SteeringVectors(lengths * torch.eye(4, 300), torch.ones(4), {}, gate)
     first, second = (learned.random_like(vectors, seed) for seed in (0, 1))
     for drawn in (first, second):
         assert drawn.vectors.norm(dim=-1).tolist() == approx(lengths[:, 0].tolist())
-        assert drawn.gate == "the gate"
+        assert drawn.gate is gate
         assert drawn.info["method"] == "trained_random"
         cosines = torch.cosine_similarity(drawn.vectors[1:], vectors.vectors[1:], dim=-1)
         assert cosines.abs().max() < 0.3
@@ -544,11 +545,12 @@ def test_random_directions_are_as_long_as_the_vectors():
 
 def test_trained_vectors_rotate_as_one():
     lengths = torch.tensor([[0.0], [0.5], [3.0], [7.0]])
+    gate = Gate(torch.ones(4, 300), torch.zeros(4))
     vectors = SteeringVectors(
         lengths * torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) + 0.1,
         torch.ones(4),
         {},
-        "the gate",
+        gate,
     )
     for seed in (0, 1):
         rotated = learned.rotated(vectors, seed)
@@ -556,7 +558,7 @@ def test_trained_vectors_rotate_as_one():
             rotated.vectors @ rotated.vectors.T, vectors.vectors @ vectors.vectors.T, rtol=1e-5
         )
         assert torch.cosine_similarity(rotated.vectors, vectors.vectors, dim=-1).abs().max() < 0.3
-        assert rotated.gate == "the gate" and rotated.info["method"] == "trained_rotated"
+        assert rotated.gate is gate and rotated.info["method"] == "trained_rotated"
     first, second = (learned.rotated(vectors, seed).vectors for seed in (0, 1))
     assert (first - second).norm() > 1
 
@@ -841,7 +843,7 @@ def test_scenes_through_a_chat_template(commands, tmp_path):
     commands.run("experiment_vlm.py", *arguments_of(flags), short_texts=True).ok()
     grid = tables(tmp_path)[0]
     validated = grid[grid.part == "validation"].set_index("configuration")
-    assert len(validated) == 2 + 2 * len(learned.SCALES)
+    assert len(validated) == 2 + 3 * len(learned.SCALES)  # trained and its two controls
     assert validated.answers_increase["base"] == 0
     assert (validated.answers_increase.drop("base").abs() > 1e-9).all()
     assert set(grid[grid.part == "test"].questions) == {4}
@@ -979,7 +981,7 @@ def test_what_is_attributed_alike_is_attributed_once(method, flags, tmp_path, mo
 def test_only_settings_that_have_files_of_their_own_are_changed(commands, tmp_path):
     for setting, says in (
         ("seed=1", "grad_method, attribution, top_k, num_samples"),
-        ("grad_method=none", "invalid choice"),
+        ("grad_method=gradient", "invalid choice"),
         ("top_k=0", "from 1 to"),
     ):
         result = commands.run("ablations.py", "--change", setting, "--output_dir", tmp_path)

@@ -109,20 +109,17 @@ def test_a_row_is_what_it_is_alone(family, settings):
                 assert [id for id in ids if id != 2] == expected
 
 
-def test_shared_beginnings_are_computed_once(make_tiny, monkeypatch):
+def test_shared_beginnings_are_computed_once(make_tiny):
     lm = make_tiny("llama")
     computed = []
-    forward = lm.model.forward
-    monkeypatch.setattr(
-        lm.model,
-        "forward",
-        lambda input_ids, **kwargs: (
-            computed.append(input_ids.shape) or forward(input_ids, **kwargs)
-        ),
+    handle = lm.model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append((args or [kwargs["input_ids"]])[0].shape),
+        with_kwargs=True,
     )
     how = sampling.choosing(lm, DecodingSettings())
     prompts_of = [W[:30], W[:20] + W[40:44], W[:20] + W[50:55]]
     written(lm, [Row(ids, BASE, Choice(lm, how, ids, 1), 1) for ids in prompts_of])
+    handle.remove()
     assert computed == [(1, 30), (2, 5)]
 
 

@@ -248,7 +248,7 @@ def test_stage_2(finished, out):
     grid = pd.read_csv(out / "results" / f"{STEM}_grid.csv", keep_default_na=False)
     questions = pd.read_csv(out / "results" / f"{STEM}_questions.csv")
     chosen = json.loads((out / "results" / f"{STEM}_chosen.json").read_text())
-    configurations = 1 + 4 * (2 + 2 + 1 + 1 + 1)  # base; mean, pca (two modes), and three others
+    configurations = 1 + 4 * (2 + 2 + 5 * 1)  # base; mean, pca (two modes), and five others
     assert len(grid) == 2 * configurations and set(grid.part) == {"validation", "test"}
     assert len(questions) == configurations * (VALIDATION + TEST)
     assert grid[grid.part == "test"].questions.unique().tolist() == [TEST]
@@ -256,7 +256,7 @@ def test_stage_2(finished, out):
     for path in (out / "vectors").iterdir():
         with safe_open(path, framework="np") as file:
             assert file.get_slice("vectors").get_shape() == [LAYERS, SIZE]
-    assert len(list((out / "vectors").iterdir())) == 7
+    assert len(list((out / "vectors").iterdir())) == 9
     values = questions.log_likelihoods.map(json.loads)
     assert all(len(pair) == 2 and max(pair) < 0 for pair in values)
 

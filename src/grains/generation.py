@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria
 
 from grains import positions, sampling, vision
 from grains.decoding import Decoder, Row, by_row, take, text_of, where_steered
@@ -252,7 +252,7 @@ def _continue(lm: LanguageModel, encoded: list[Encoded], rows: list[Row]) -> Non
     chosen = [] if all(row.choice.is_greedy for row in rows) else [_Rows(rows, start)]
     with (
         _computed(lm) as computed,
-        _nothing_else_acts(lm),
+        sampling.nothing_else_acts(lm),
         steered(lm, *by_row([row.configuration for row in rows]), where),
     ):
         output = lm.model.generate(
@@ -284,21 +284,6 @@ def _computed(lm: LanguageModel) -> Iterator[list[int]]:
         yield stop
     finally:
         handle.remove()
-
-
-@contextmanager
-def _nothing_else_acts(lm: LanguageModel) -> Iterator[None]:
-    """The model's generation config holds its special tokens alone within the block."""
-    own = lm.model.generation_config
-    kept = {
-        name: getattr(own, name)
-        for name in ("bos_token_id", "eos_token_id", "cache_implementation")
-    }
-    lm.model.generation_config = GenerationConfig(**kept)
-    try:
-        yield
-    finally:
-        lm.model.generation_config = own
 
 
 class _Rows(LogitsProcessor):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +119,21 @@ def choosing(lm: LanguageModel, settings: DecodingSettings) -> Choosing:
     config.eos_token_id = ends or None
     config._eos_token_tensor = torch.tensor(ends, device=lm.device) if ends else None
     return Choosing(dict(sorted(acting.items())), config)
+
+
+@contextmanager
+def nothing_else_acts(lm: LanguageModel) -> Iterator[None]:
+    """The model's generation config holds its special tokens alone within the block."""
+    own = lm.model.generation_config
+    kept = {
+        name: getattr(own, name)
+        for name in ("bos_token_id", "eos_token_id", "cache_implementation")
+    }
+    lm.model.generation_config = GenerationConfig(**kept)
+    try:
+        yield
+    finally:
+        lm.model.generation_config = own
 
 
 def generator(seed: int, name: str, draw: int = 0) -> torch.Generator:

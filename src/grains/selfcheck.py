@@ -267,16 +267,17 @@ def _can_batch(lm: LanguageModel, prompt: dict, responses: list[list[int]]) -> b
 @torch.no_grad()
 def _decode(lm: LanguageModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The first row continued by the model's own decoding: ids (T,), logits (STEPS, V) in fp32."""
-    output = lm.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=STEPS,
-        min_new_tokens=STEPS,
-        do_sample=False,
-        pad_token_id=lm.replacement_id(),
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    with sampling.nothing_else_acts(lm):
+        output = lm.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=STEPS,
+            min_new_tokens=STEPS,
+            do_sample=False,
+            pad_token_id=lm.replacement_id(),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
     return output.sequences[0], torch.stack([step[0].float() for step in output.logits])
 
 

@@ -95,7 +95,7 @@ def kind_of(path: Path) -> str | None:
     if ending := EVALUATION.search(path.stem):
         return ending[1]
     manifest = manifest_of(path)
-    if manifest.get("settings", {}).get("grad_method") == NO_ATTRIBUTION:
+    if (manifest.get("settings") or {}).get("grad_method") == NO_ATTRIBUTION:
         return None  # nothing was attributed
     return FOLDERS.get(path.parent.name) or STAGES.get(manifest.get("stage"))
 
