@@ -63,17 +63,35 @@ def test_the_text_demo_takes_the_files_of_its_own_stages(tmp_path):
     subprocess.run(
         ["bash", "scripts/llm/demo.sh"], cwd=SRC, env=environment, check=True, capture_output=True
     )
-    called = {words[0]: words[1:] for words in map(str.split, calls.read_text().splitlines())}
-    stage_1 = token_ablation.parser(flags.LLM).parse_args(called["token_ablation.py"])
-    stage_2 = steering_mc.parser(flags.LLM).parse_args(called["steering_mc.py"])
-    made = flags.names_of(stage_2).multiple_choice(
-        flags.grid_settings(stage_2), flags.GRID, stage_2.score, stage_2.output_dir
-    )
-    attributions = str(flags.names_of(stage_1).attributions())
-    assert called["demo/text_figure.py"][:2] == [attributions, str(made["grid"])]
-    stage_3 = steering_generation.parser(flags.LLM).parse_args(called["steering_generation.py"])
-    assert stage_3.chosen_path == str(made["chosen"])
-    assert stage_1.top_k == stage_2.top_k == 7 and stage_1.seed == 3
+    called = {}
+    for words in map(str.split, calls.read_text().splitlines()):
+        called.setdefault(words[0], []).append(words[1:])
+    first, shown = map(token_ablation.parser(flags.LLM).parse_args, called["token_ablation.py"])
+    chosen, *beside = map(steering_mc.parser(flags.LLM).parse_args, called["steering_mc.py"])
+    grids = [
+        flags.names_of(args).multiple_choice(
+            flags.grid_settings(args),
+            flags.GRID,
+            args.score,
+            args.output_dir,
+            args.max_ppl_increase,
+        )
+        for args in (chosen, *beside)
+    ]
+    figure = called["demo/text_figure.py"][0]
+    attributions = str(flags.names_of(shown).attributions())
+    assert figure[:3] == [attributions, str(grids[0]["grid"]), str(grids[0]["chosen"])]
+    names = ("faithfulness-agreeing", "faithfulness-bare", "unrelated")
+    assert figure[-3:] == [f"{n}={g['grid']}" for n, g in zip(names, grids[1:], strict=True)]
+    (generation,) = called["steering_generation.py"]
+    stage_3 = steering_generation.parser(flags.LLM).parse_args(generation)
+    assert stage_3.chosen_path == str(grids[0]["chosen"])
+    states = flags.names_of(first).states(first.top)
+    for args in beside:  # the vectors of the first, on other questions
+        assert args.hidden_states_path == str(states["pos"])
+        assert args.alphas == chosen.alphas and args.layer_idxs == chosen.layer_idxs
+    for args in (first, shown, chosen, *beside):
+        assert args.top_k == 7 and args.seed == 3 and args.prompt_style == "chat"
 
 
 def test_the_states_of_each_selection(capsys, monkeypatch):

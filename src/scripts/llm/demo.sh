@@ -1,28 +1,48 @@
 #!/usr/bin/env bash
-# The whole text pipeline on a laptop: SmolLM2-135M-Instruct and the embedded questions.
+# The whole text pipeline on a laptop: SmolLM2-135M-Instruct answers from texts that contradict what
+# it remembers. Steered towards the text and, with the sign turned, away from it; beside controls,
+# texts that agree with memory, no text at all, and unrelated questions.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-export MODEL_NAME=smollm2-135m-instruct DATASET_NAME=misconceptions NUM_SAMPLES=50
-stage=(--model_name "$MODEL_NAME" --dataset_name "$DATASET_NAME" --num_samples "$NUM_SAMPLES"
-       --top_k "${TOP_K:-10}" --attribution "${ATTRIBUTION:-contrastive}"
-       --grad_method "${GRAD_METHOD:-integrated_gradients}" --seed "${SEED:-0}")
-grid=(--methods mean gradient random --mode pos both --alphas 0.01 0.02)
+export MODEL_NAME=smollm2-135m-instruct DATASET_NAME=faithfulness NUM_SAMPLES=40
+export TOP_K="${TOP_K:-5}" GRAD_METHOD="${GRAD_METHOD:-vanilla}"
+model=(--model_name "$MODEL_NAME" --prompt_style chat --top_k "$TOP_K"
+       --attribution "${ATTRIBUTION:-contrastive}" --seed "${SEED:-0}")
+stage=("${model[@]}" --dataset_name "$DATASET_NAME" --num_samples "$NUM_SAMPLES"
+       --grad_method "$GRAD_METHOD")
+steering=(--layer_idxs 8-24 --alphas -0.006 -0.003 0.003 0.006 --num_validation 40 --num_test 80)
+grid=(--methods gradient random shared_random rotated rand_tokens --mode pos
+      "${steering[@]}" --max_ppl_increase 0.02)
 # The program says where its files are: results/ may hold others, of other settings.
-where() { "${PYTHON:-python}" -m grains.cli.where llm "$@" "${stage[@]}" "${grid[@]}"; }
-attributions=$(where attributions)
-accuracies=$(where grid)
-chosen=$(where chosen)
+where() { "${PYTHON:-python}" -m grains.cli.where llm "$@"; }
+mapfile -t states < <(where states --top pos rand "${stage[@]}")
+accuracies=$(where grid "${stage[@]}" "${grid[@]}")
+chosen=$(where chosen "${stage[@]}" "${grid[@]}")
+shown=("${model[@]}" --dataset_name "$DATASET_NAME" --num_samples 4 --grad_method integrated_gradients)
 
-echo "1/3 attribution and hidden states of 50 steering questions"
-bash scripts/llm/run_token_ablation.sh
+echo "1/4 hidden states of 40 steering questions; which words four of the answers depend on"
+bash scripts/llm/run_token_ablation.sh --prompt_style chat --top pos rand
+NUM_SAMPLES=4 GRAD_METHOD=integrated_gradients \
+  bash scripts/llm/run_token_ablation.sh --prompt_style chat --top pos
 echo
-echo "2/3 steering vectors, chosen on validation questions, reported on test questions"
-bash scripts/llm/run_steering_mc.sh "${grid[@]}"
+echo "2/4 steering vectors: the strength is chosen on validation questions, within +2 % perplexity"
+bash scripts/llm/run_steering_mc.sh --prompt_style chat "${grid[@]}"
 echo
-echo "3/3 generation, base and steered"
-bash scripts/llm/run_steering_generation.sh --chosen_path "$chosen" \
-  --num_prompts 6 --max_new_tokens 40
-PYTHONPATH=. "${PYTHON:-python}" demo/text_figure.py "$attributions" "$accuracies" \
-  results/llm/demo.png
+echo "3/4 the same vectors: texts that agree with memory, no text, unrelated questions"
+beside=()
+for data in faithfulness-agreeing faithfulness-bare unrelated; do
+  others=("${model[@]}" --dataset_name "$data" --grad_method "$GRAD_METHOD" --num_samples "$NUM_SAMPLES"
+          --hidden_states_path "${states[0]}" --methods gradient "${steering[@]}")
+  [ "$data" != unrelated ] || others+=(--dataset_path data/unrelated.jsonl --num_validation 4 --num_test 100)
+  "${PYTHON:-python}" steering_mc.py "${others[@]}" > /dev/null
+  beside+=("$data=$(where grid "${others[@]}")")
+done
+echo
+echo "4/4 free answers, base and steered"
+bash scripts/llm/run_steering_generation.sh --prompt_style chat --chosen_path "$chosen" \
+  --num_test 80 --num_validation 40 --num_prompts 24 --max_new_tokens 24 --output_dir results/llm/demo
+answers=$(where generations "${stage[@]}" --output_dir results/llm/demo | xargs -r ls -t | head -n 1)
+PYTHONPATH=. "${PYTHON:-python}" demo/text_figure.py "$(where attributions "${shown[@]}")" \
+  "$accuracies" "$chosen" "$answers" results/llm/demo.png --beside "${beside[@]}"
 "${PYTHON:-python}" report.py results/llm --output results/llm/report.html
