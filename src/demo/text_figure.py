@@ -145,7 +145,7 @@ def picture(
         words, contrary, further = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
         figures.draw_accuracy(contrary, grid, "token")
         contrary.set_title("Answers from texts that contradict memory")
-        contrary.legend(fontsize=7)
+        contrary.legend(fontsize=7, loc="upper left")
         for (name, rows), (colour, marker) in zip(
             beside.items(), figures.PALETTE[2:], strict=False
         ):
@@ -158,7 +158,7 @@ def picture(
             )
         further.set_title("The same vectors on further questions")
         further.yaxis.set_major_formatter(contrary.yaxis.get_major_formatter())
-        further.legend(fontsize=7)
+        further.legend(fontsize=7, loc="upper left")
         for axes in (contrary, further):
             axes.set_ylim(0, 1.02)
             axes.axvline(0, color="#808080", lw=0.6)
