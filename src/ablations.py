@@ -112,6 +112,7 @@ def main(kind: Kind = LLM) -> None:
         for text in tried
     }
     check_document(args.document)
+    protocol.check_table(names[GIVEN].ablations(), (*protocol.FRONT_COLUMNS, "setting"))
     lm = entry.load_model(args)
     check_limit(lm, args.max_new_tokens)
     entry.say_prompt(lm, settings.ablation.prompt)

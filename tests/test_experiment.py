@@ -863,6 +863,26 @@ def test_an_answer_alone_is_refused_before_anything_is_computed(commands, flags,
     assert "single answer" in result.error() and not folder.exists()
 
 
+@pytest.mark.parametrize("script", ["experiment.py", "ablations.py"])
+def test_a_file_of_the_users_own_is_no_table(commands, flags, tmp_path, script):
+    flags = flags | {"seeds": 0, "gated": None, "lora": "none", "output_dir": tmp_path}
+    more = ["--change", "top_k=1"] if script == "ablations.py" else []
+    arguments = [*arguments_of(flags), *more]
+    module = ablations if more else experiment
+    parsed = module.parser(LLM).parse_args([str(word) for word in arguments])
+    names = ExperimentNames(
+        "llm", str(parsed.model_name), experiment.study_settings(parsed), tmp_path, None
+    )
+    for path in (names.ablations(),) if more else names.tables().values():
+        for own in (b"a,b\n1,2\n", b"\xff\x00"):
+            path.write_bytes(own)
+            result = commands.run(script, *arguments, "--overwrite")
+            assert "is no table of an experiment" in result.error()
+            assert path.name in result.error() and path.read_bytes() == own
+        path.unlink()
+    assert not list(tmp_path.glob("*_parts"))
+
+
 def test_ablations_are_experiments_with_one_setting_changed(commands, flags, tmp_path):
     """Each setting's tables are those of an experiment with that flag."""
     changes = {"seeds": 0, "methods": ["mean", "gradient"], "gated": None, "lora": "none"}

@@ -53,7 +53,22 @@ def change_config(model):
     )
 
 
-CHANGES = {"weights": change_one_weight, "chat_template": change_template, "config": change_config}
+def change_tokenizer(model):
+    """Two words change places: no size differs."""
+    path = model / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content))
+
+
+CHANGES = {
+    "weights": change_one_weight,
+    "chat_template": change_template,
+    "config": change_config,
+    "tokenizer": change_tokenizer,
+}
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -131,6 +146,12 @@ def test_a_folder_of_the_users_own_is_kept(stage1, tmp_path):
     for more in ((), ("--overwrite",)):
         assert "no folder of unfinished results" in stage1(*more).error()
         assert (own / "mine.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(stage1):
+    """Such a folder is no sign of another run."""
+    message = stage1("--output_path_meta", "/proc/x.csv").error()
+    assert "'/proc' cannot be written" in message
 
 
 @pytest.mark.parametrize("damage", ["cut short", "another unit's"])

@@ -220,6 +220,18 @@ def test_a_row_without_a_picture_is_a_users_error(tmp_path):
         data.examples(rows, source, 0)
 
 
+def test_a_picture_that_changed_in_its_file_is_another(tmp_path):
+    """A run's manifest holds the contents of pictures, not their paths alone."""
+    file = tmp_path / "a.png"
+    for form in (str(file), {"bytes": None, "path": str(file)}):
+        digests = []
+        for seed in (0, 1, 0):
+            picture(31, 20, seed).save(file)
+            example = data.Example("a", "What?", ("This", "That"), 0, image=form)
+            digests.append(data.pictures_digest([example]))
+        assert digests[0] == digests[2] != digests[1]
+
+
 def test_the_same_words_with_another_picture_are_another_example(tmp_path):
     """Ids and keys tell pictures apart, however they are stored."""
     from datasets import Dataset, Features, Value

@@ -7,13 +7,16 @@ configuration within each budget on validation; its gain on test, also on the ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import csv
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from grains import runs, stage1
+from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.names import ExperimentNames
 from grains.settings import TRAINED_METHODS, StudySettings
@@ -22,6 +25,14 @@ from grains.study import costs, learned, pareto, strengths, study
 from grains.study.evaluate import evaluate, free_answers, scores_of
 from grains.study.lora import LoraDirection
 from grains.study.study import Study
+
+# Columns by which a file is known as a table that may be replaced.
+FRONT_COLUMNS = ("dataset", "evaluated_on", "limit", "score")
+COLUMNS = {
+    "grid": ("dataset", "evaluated_on", "configuration", "part"),
+    "front": FRONT_COLUMNS,
+    "generations": ("configuration", "text"),
+}
 
 
 def run(
@@ -38,6 +49,8 @@ def run(
     Returns the tables by their names: grid (every configuration), front (the gain by budget and
     constraint) and generations (free answers).
     """
+    for name, path in names.tables().items():
+        check_table(path, COLUMNS[name])
     attributed = {} if attributed is None else attributed  # examples that several seeds steer by
     grids, chosen_and_tested, generations = [], [], []
     for seed in settings.seeds:
@@ -77,6 +90,26 @@ def run(
         "front": pareto.front(chosen_and_tested),
         "generations": pd.concat(generations),
     }
+
+
+def check_table(path: Path, columns: Iterable[str]) -> None:
+    """Raise UserError if a file that is no table of ours is where a table will be written.
+
+    columns: some that ours has. Better said now than after the computing.
+    """
+    runs.check_output(path)
+    if not path.exists():
+        return
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            header = next(csv.reader(file), [])
+    except (csv.Error, UnicodeDecodeError):
+        header = []
+    if not {*columns} <= {*header}:
+        raise UserError(
+            f"'{path}' is no table of an experiment and would be replaced: move it away, or give "
+            "another output folder"
+        )
 
 
 def write(tables: dict[str, pd.DataFrame], names: ExperimentNames) -> None:
