@@ -11,16 +11,14 @@ from pathlib import Path
 
 from grains.cli import entry, flags
 from grains.cli.flags import LLM
-from grains.settings import EXPORTS, UNITS
+from grains.settings import EXPORTS
 
 
 def parser() -> argparse.ArgumentParser:
     parser = flags.parser(__doc__, LLM)
     flags.add_model(parser)
     group = parser.add_argument_group("export")
-    group.add_argument(
-        "--vectors", required=True, help="steering vectors, as steering_mc.py and others write them"
-    )
+    flags.add_vectors(group)
     group.add_argument(
         "--to",
         required=True,
@@ -28,12 +26,6 @@ def parser() -> argparse.ArgumentParser:
         help="; ".join(f"{name}: {meaning}" for name, meaning in EXPORTS.items()),
     )
     group.add_argument("--alpha", type=flags.finite, required=True, help="strength")
-    group.add_argument(
-        "--alpha_units", choices=UNITS, default="relative", help="as in steering_mc.py"
-    )
-    group.add_argument(
-        "--layers", nargs="+", help="decoder layers: numbers, ranges (10-29), all (default: all)"
-    )
     group.add_argument("--gguf", type=flags.file, help="for gguf-bias: the model's GGUF file")
     group.add_argument(
         "--measured",

@@ -12,22 +12,15 @@ from pathlib import Path
 from grains.cli import entry, flags
 from grains.cli.flags import LLM
 from grains.errors import UserError
-from grains.settings import UNITS
 
 
 def parser() -> argparse.ArgumentParser:
     parser = flags.parser(__doc__, LLM)
     flags.add_model(parser)
     group = parser.add_argument_group("steering")
-    group.add_argument("--vectors", required=True, help="steering vectors of this model")
+    flags.add_vectors(group)
     group.add_argument(
         "--alphas", nargs="+", type=flags.finite, required=True, help="strengths to try"
-    )
-    group.add_argument(
-        "--alpha_units", choices=UNITS, default="relative", help="as in steering_mc.py"
-    )
-    group.add_argument(
-        "--layers", nargs="+", help="decoder layers: numbers, ranges (10-29), all (default: all)"
     )
     group = parser.add_argument_group("tasks")
     group.add_argument("--tasks", nargs="+", required=True, help="lm-eval's names, such as mmlu")
@@ -56,7 +49,7 @@ def main() -> None:
     entry.import_libraries()
     from grains import names
     from grains.export import harness, plan
-    from grains.steering import SteeringVectors
+    from grains.steering import BASE, SteeringVectors
 
     vectors = SteeringVectors.load(args.vectors)
     harness.tasks(args.tasks, args.include_path)
@@ -86,7 +79,7 @@ def main() -> None:
     for row in table.itertuples():
         change = (
             ""
-            if row.configuration == harness.BASE
+            if row.configuration == BASE.label
             else (f"{row.change:+.3f} [{row.change_low:+.3f}, {row.change_high:+.3f}]")
         )
         name = f"{row.task} {row.metric} ({row.filter})"

@@ -43,8 +43,7 @@ def main() -> None:
         vectors = export.read_gguf(lm, source)
     else:
         vectors = export.read_arrays(lm, source, args.layer)
-    tensors = {"vectors": vectors.vectors, "norms": vectors.norms}
-    runs.write_shared(Path(args.output), tensors, vectors.info, args.overwrite)
+    runs.write_shared(Path(args.output), *vectors.content(), args.overwrite)
     layers = [layer for layer, vector in enumerate(vectors.vectors) if vector.any()]
     print(f"vectors of layers {','.join(layer_ranges(layers))}: {args.output}")
     print("strength 1 adds them as they are, in both units")

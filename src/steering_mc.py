@@ -136,9 +136,8 @@ def main(kind: Kind = LLM) -> None:
             ]
         )
         if budget is not None:
-            perplexity = costs.perplexity_of(passages, read)
             labels = [configuration.label for configuration in every]
-            increase = dict(zip(labels, perplexity / perplexity[0] - 1, strict=True))
+            increase = dict(zip(labels, costs.perplexity_rise(passages, read), strict=True))
             table["perplexity_increase"] = table.configuration.map(increase)
         runs.write_table(outputs["questions"], questions)
         runs.write_table(outputs["grid"], table)

@@ -67,6 +67,7 @@ VISION = {
     "image_size": SIDE,
     "patch_size": PATCH,
 }
+ROPE = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 100.0}
 
 
 def tokenizer_of(tokens: dict[str, str], *more: str):
@@ -237,7 +238,6 @@ def glm4v(local: bool):
         *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
     )
     token = tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 100.0}
     config = Glm4vConfig(
         vision_config={
             "depth": 0 if local else 2,
@@ -249,7 +249,7 @@ def glm4v(local: bool):
             "spatial_merge_size": 2,
             "out_hidden_size": SIZES["hidden_size"],
         },
-        text_config=decoder(tokenizer, "glm4v_text", rope_parameters=rope),
+        text_config=decoder(tokenizer, "glm4v_text", rope_parameters=ROPE),
         image_token_id=token("<|image|>"),
         video_token_id=token("<|video|>"),
         image_start_token_id=token("<|begin_of_image|>"),
@@ -264,11 +264,18 @@ def glm4v(local: bool):
     return Glm4vForConditionalGeneration(config), processor
 
 
+def qwen_tokenizer():
+    """A tokenizer with Qwen's marks of pictures, and their ids as a config names them."""
+    names = ("vision_start", "vision_end", "image_pad", "video_pad")
+    tokenizer = tokenizer_of({}, *(f"<|{name}|>" for name in names))
+    return tokenizer, {
+        f"{name.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in names
+    }
+
+
 def qwen2_vl(local: bool):
-    tokens = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    tokenizer = tokenizer_of({}, *tokens)
-    ids = tokenizer.convert_tokens_to_ids(list(tokens))
-    rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 100.0}
+    tokenizer, ids = qwen_tokenizer()
     config = Qwen2VLConfig(
         vision_config={
             "depth": 0 if local else 2,
@@ -278,11 +285,8 @@ def qwen2_vl(local: bool):
             "patch_size": 14,
             "spatial_merge_size": 2,
         },
-        text_config=decoder(tokenizer, "qwen2_vl_text", rope_parameters=rope),
-        vision_start_token_id=ids[0],
-        vision_end_token_id=ids[1],
-        image_token_id=ids[2],
-        video_token_id=ids[3],
+        text_config=decoder(tokenizer, "qwen2_vl_text", rope_parameters=ROPE),
+        **ids,
     )
     pictures = Qwen2VLImageProcessorPil(min_pixels=4 * 28**2, max_pixels=20 * 28**2)
     processor = models.without_videos(Qwen2VLProcessor)(pictures, tokenizer)
@@ -290,10 +294,7 @@ def qwen2_vl(local: bool):
 
 
 def qwen3_vl(local: bool):
-    tokens = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    tokenizer = tokenizer_of({}, *tokens)
-    ids = tokenizer.convert_tokens_to_ids(list(tokens))
-    rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 100.0}
+    tokenizer, ids = qwen_tokenizer()
     config = Qwen3VLConfig(
         vision_config={
             "depth": 0 if local else 2,
@@ -305,11 +306,8 @@ def qwen3_vl(local: bool):
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [] if local else [0, 1],
         },
-        text_config=decoder(tokenizer, "qwen3_vl_text", rope_parameters=rope, head_dim=12),
-        vision_start_token_id=ids[0],
-        vision_end_token_id=ids[1],
-        image_token_id=ids[2],
-        video_token_id=ids[3],
+        text_config=decoder(tokenizer, "qwen3_vl_text", rope_parameters=ROPE, head_dim=12),
+        **ids,
     )
     pictures = Qwen2VLImageProcessorPil(patch_size=14, min_pixels=4 * 28**2, max_pixels=20 * 28**2)
     processor = models.without_videos(Qwen3VLProcessor)(pictures, tokenizer)

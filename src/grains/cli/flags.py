@@ -254,6 +254,19 @@ def add_seed(flags: argparse._ActionsContainer) -> None:
     flags.add_argument("--seed", type=seed, default=0, help="seeds everything random")
 
 
+def add_vectors(group: argparse._ActionsContainer) -> None:
+    """A file of steering vectors, and where and in which units it steers."""
+    group.add_argument(
+        "--vectors", required=True, help="steering vectors, as steering_mc.py and others write them"
+    )
+    group.add_argument(
+        "--alpha_units", choices=UNITS, default="relative", help="as in steering_mc.py"
+    )
+    group.add_argument(
+        "--layers", nargs="+", help="decoder layers: numbers, ranges (10-29), all (default: all)"
+    )
+
+
 def add_attribution(flags: argparse.ArgumentParser, top: bool = False) -> None:
     """The settings of stage 1; later stages find its files by the same flags.
 

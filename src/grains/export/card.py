@@ -9,6 +9,7 @@ import pandas as pd
 from grains.errors import UserError
 from grains.export.plan import KEEPS_NORM, Check, Plan
 from grains.settings import EXPORTS, MODELS
+from grains.steering import BASE
 
 USE = {
     "gguf": "llama-server -m MODEL.gguf --control-vector vectors.gguf",
@@ -39,7 +40,7 @@ def measured(path: Path, plan: Plan) -> dict:
         & (table.alpha.astype(float) == plan.alpha)
         & table.part.isin(["test", "all"])
     ]
-    base = table[(table.method == "base") & table.part.isin(["test", "all"])]
+    base = table[(table.method == BASE.method) & table.part.isin(["test", "all"])]
     if "alpha_units" in table.columns:
         rows = rows[rows.alpha_units == plan.units]
     if rows.empty or base.empty:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from grains.errors import UserError
 from grains.export.plan import Plan, adding, logits
 from grains.lm import LanguageModel
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, GGUFWriter
 
 GGUF, LM_EVAL = "vectors.gguf", "steer.pt"
 
@@ -30,10 +34,26 @@ def write_gguf(plan: Plan, folder: Path) -> None:
     for layer in range(1, len(plan.lm.layers)):
         vector = plan.added.get(layer, torch.zeros(plan.lm.hidden_size))
         writer.add_tensor(f"direction.{layer}", vector.numpy())
+    write_all(writer)
+
+
+def write_all(writer: GGUFWriter) -> None:
+    """Write what was added to a GGUF file, and close it."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def open_gguf(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
+    """A GGUF file, and its metadata by name. Raises UserError for another file."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        return reader, {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:
+        raise UserError(f"'{path}' cannot be read as GGUF ({error}): is it whole?") from error
 
 
 def gguf_directions(path: Path) -> dict[int, Tensor]:
@@ -41,12 +61,8 @@ def gguf_directions(path: Path) -> dict[int, Tensor]:
 
     Raises UserError for a file that is no control vector in GGUF.
     """
-    from gguf import GGUFReader
-
-    try:
-        tensors = {str(item.name): item for item in GGUFReader(path).tensors}
-    except Exception as error:
-        raise UserError(f"'{path}' cannot be read as GGUF ({error}): is it whole?") from error
+    reader, _ = open_gguf(path)
+    tensors = {str(item.name): item for item in reader.tensors}
     blocks = {
         int(name.removeprefix("direction.")): item
         for name, item in tensors.items()

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from grains.errors import UserError
-from grains.export.files import down_projection
+from grains.export.files import down_projection, open_gguf, write_all
 from grains.export.plan import Plan, adding, logits
 from grains.lm import LanguageModel
 
@@ -149,13 +149,9 @@ def copy_gguf(
     full: bool = False,
 ) -> None:
     """Copy a GGUF file of this model. more: tensors added in F32. full: all tensors in F32."""
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, dequantize
+    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, dequantize
 
-    try:
-        reader = GGUFReader(source)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:
-        raise UserError(f"'{source}' cannot be read as GGUF ({error}): is it whole?") from error
+    reader, fields = open_gguf(source)
     architecture = fields.get("general.architecture")
     sizes = [fields.get(f"{architecture}.{key}") for key in ("block_count", "embedding_length")]
     if architecture != "llama" or sizes != [len(lm.layers), lm.hidden_size]:
@@ -185,10 +181,7 @@ def copy_gguf(
             writer.add_tensor(item.name, item.data, raw_dtype=item.tensor_type)
     for name, tensor in (more or {}).items():
         writer.add_tensor(name, tensor.float().cpu().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
 
 
 def gguf_bias_logits(lm: LanguageModel, folder: Path, ids: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ from grains import manifests, runs, stats
 from grains.errors import UserError
 from grains.export.plan import Plan
 from grains.lm import LanguageModel
-
-BASE = "base"
+from grains.steering import BASE
 
 
 def tasks(names: Sequence[str], include_path: str | None = None) -> Any:
@@ -132,7 +131,7 @@ def run(
         task, plan = steps[unit]
         with plan.steer() if plan else nullcontext():
             rows, seconds = evaluate(lm, manager, task, **options)
-        label = plan.label if plan else BASE
+        label = plan.label if plan else BASE.label
         return {}, [{"configuration": label, **row, "seconds": seconds} for row in rows]
 
     samples = output.with_name(f"{output.stem}_samples.csv")
@@ -165,7 +164,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         values = part.pivot(index="doc", columns="configuration", values="value")
         for label in part.configuration.unique():
             own = values[label].to_numpy()
-            change = own - values[BASE].to_numpy()
+            change = own - values[BASE.label].to_numpy()
             low, high = stats.bootstrap_interval(change)
             rows.append(
                 {

@@ -74,6 +74,12 @@ def perplexity_of(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarra
     return np.exp(-total[:, 0] / sum(len(item.responses[0]) for item in encoded))
 
 
+def perplexity_rise(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:
+    """(1 + C,) rises of the perplexity of texts over the base model's, 0.05 for +5 %."""
+    perplexity = perplexity_of(encoded, scores)
+    return perplexity / perplexity[0] - 1
+
+
 def perplexity_bound(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:
     """(1 + C,) upper bound of the rise of perplexity over the base model's, 0.05 for +5 %.
 

@@ -68,18 +68,16 @@ def costs_of(
         return scores_of(lm, study, items, configurations, f"{split}_{name}")
 
     def increase(items: list[Encoded], name: str) -> np.ndarray:
-        perplexity = costs.perplexity_of(items, scored(items, name))
-        return perplexity / perplexity[0] - 1
+        return costs.perplexity_rise(items, scored(items, name))
 
     neutral, unrelated = costs.passages(lm, split), costs.unrelated_questions(lm, split)
     neutral_scores = scored(neutral, "texts")
-    perplexity = costs.perplexity_of(neutral, neutral_scores)
     leads = margins(unrelated, scored(unrelated, "unrelated"))
     accuracy = costs.accuracy_of(leads)
     answers = encode_answers(lm, own_answers(lm, study, split), study.ablation.prompt)
     columns = {
-        "perplexity": perplexity,
-        "perplexity_increase": perplexity / perplexity[0] - 1,
+        "perplexity": costs.perplexity_of(neutral, neutral_scores),
+        "perplexity_increase": costs.perplexity_rise(neutral, neutral_scores),
         "perplexity_bound": costs.perplexity_bound(neutral, neutral_scores),
         "answers_increase": increase(answers, "answers"),
         "unrelated_accuracy": accuracy["token"],

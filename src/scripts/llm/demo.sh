@@ -11,7 +11,8 @@ model=(--model_name "$MODEL_NAME" --prompt_style chat --top_k "$TOP_K"
        --attribution "${ATTRIBUTION:-contrastive}" --seed "${SEED:-0}")
 stage=("${model[@]}" --dataset_name "$DATASET_NAME" --num_samples "$NUM_SAMPLES"
        --grad_method "$GRAD_METHOD")
-steering=(--layer_idxs 8-24 --alphas -0.006 -0.003 0.003 0.006 --num_validation 24 --num_test 60)
+questions=(--num_validation 24 --num_test 60)
+steering=(--layer_idxs 8-24 --alphas -0.006 -0.003 0.003 0.006 "${questions[@]}")
 grid=(--methods gradient random rotated rand_tokens --mode pos
       "${steering[@]}" --max_ppl_increase 0.02)
 # The program says where its files are: results/ may hold others, of other settings.
@@ -41,7 +42,7 @@ done
 echo
 echo "4/4 free answers, base and steered"
 bash scripts/llm/run_steering_generation.sh --prompt_style chat --chosen_path "$chosen" \
-  --num_test 60 --num_validation 24 --num_prompts 24 --max_new_tokens 24 --output_dir results/llm/demo
+  "${questions[@]}" --num_prompts 24 --max_new_tokens 24 --output_dir results/llm/demo
 answers=$(where generations "${stage[@]}" --output_dir results/llm/demo | xargs -r ls -t | head -n 1)
 PYTHONPATH=. "${PYTHON:-python}" demo/text_figure.py "$(where attributions "${shown[@]}")" \
   "$accuracies" "$chosen" "$answers" results/llm/demo.png --beside "${beside[@]}"
