@@ -203,7 +203,8 @@ def test_examples_together_are_each_alone(tiny, max_tokens):
             total = (1 - 2 * column) * value / len(response)
             by_layer = torch.autograd.grad(total, outputs)
             gradients += torch.stack([g[0, : len(prompt)].sum(0) for g in by_layer])
-        assert relative(states.gradients, gradients) <= 1e-5
+        # Both are sums in float32; on some processors Gemma's two agree to 1.3e-5 only.
+        assert relative(states.gradients, gradients) <= 5e-5
         alone = hidden_states(tiny, item, [], 50)
         assert relative(states.norms, alone.norms) <= 1e-6
 

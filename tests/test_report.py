@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from demo import text_figure
+from grains import runs
 from grains.errors import UserError
 from grains.judge import generations
 from grains.report import figures
@@ -764,12 +765,27 @@ def test_missing_stages_are_named(tmp_path):
     assert "No manifest lies beside" in text
 
 
-def test_the_picture_of_the_text_demo_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    write_evaluation(tmp_path, {"base": some(16), "mean pos@0.2": some(30)})
+def test_the_picture_of_the_text_demo_appears_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    right = {"base": 16, "gradient@0.2": 30, "gradient@-0.2": 4, "random@0.2": 17}
+    write_evaluation(tmp_path, {name: some(count) for name, count in right.items()})
     attributions = write_attributions(tmp_path, attribution_rows())
     grid, output = tmp_path / "steering" / f"{STEM}_grid.csv", tmp_path / "new" / "demo.png"
-    monkeypatch.setattr(sys, "argv", ["text_figure", *map(str, (attributions, grid, output))])
+    rows = pd.read_csv(grid).assign(perplexity_increase=0.015)
+    rows.to_csv(grid, index=False)
+    (steered,) = rows[(rows.method == "gradient") & (rows.alpha == 0.2)].configuration.unique()
+    chosen = tmp_path / "chosen.json"
+    runs.write_json(
+        chosen,
+        {"configuration": steered, "method": "gradient", "alpha": 0.2, "controls": ["random"]},
+    )
+    answers = tmp_path / "answers.csv"
+    answers.write_text(f"id,reference,base,steered,configuration\nq0,Lyon,Paris,Lyon.,{steered}\n")
+    given = (attributions, grid, chosen, answers, output)
+    monkeypatch.setattr(sys, "argv", ["text_figure", *map(str, given)])
     text_figure.main()
+    table = capsys.readouterr().out
+    assert "| 40.0 % [" in table and "| 0 of 1 | +1.5 % |" in table
+    assert "| control `random`, 0.2 | 42.5 % [" in table
     picture = output.read_bytes()
     assert Image.open(output).format == "PNG" and Image.open(output).width > 600
 
