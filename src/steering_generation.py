@@ -173,8 +173,8 @@ def main(kind: Kind = LLM) -> None:
 
     def write(units: runs.Units) -> None:
         table = pd.DataFrame([row for _, rows in units() for row in rows])
-        if thoughts:
-            split_thoughts(table, thoughts)
+        if thoughts and (note := split_thoughts(table, thoughts)):
+            entry.say(f"warning: {note}")
         runs.write_table(output, table.sort_values(["prompt", "configuration", "draw"]))
 
     manifest = manifests.evaluation(
@@ -339,12 +339,20 @@ def row(
     }
 
 
-def split_thoughts(table: pd.DataFrame, thoughts: Thoughts) -> None:
-    """Put the thoughts in texts, base and steered, into columns of their own."""
+def split_thoughts(table: pd.DataFrame, thoughts: Thoughts) -> str:
+    """Put the thoughts in texts, base and steered, into columns of their own.
+
+    Returns what `thinking.cut_off` says of these texts.
+    """
+    from grains import thinking
+
+    every = []
     for name in ("base", "steered"):
         split = [thoughts.split(text) for text in table[name]]
+        every += split
         table.insert(table.columns.get_loc(name), f"{name}_thinking", [item for item, _ in split])
         table[name] = [answer for _, answer in split]
+    return thinking.cut_off(every)
 
 
 TEXTS = ("question", "base", "steered")  # also where they look like numbers

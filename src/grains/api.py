@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from grains import attribution, generation, manifests, prompts, scoring, stage1, vectors
+from grains import attribution, generation, manifests, prompts, scoring, stage1, thinking, vectors
 from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
@@ -195,6 +195,7 @@ def generate(
     generation_config: str = ...,
     seed: int = ...,
     steering: Configuration | None = ...,
+    keep_thoughts: bool = ...,
 ) -> str: ...
 @overload
 def generate(
@@ -211,6 +212,7 @@ def generate(
     generation_config: str = ...,
     seed: int = ...,
     steering: Configuration | None = ...,
+    keep_thoughts: bool = ...,
 ) -> list[str]: ...
 @overload
 def generate(
@@ -218,7 +220,7 @@ def generate(
     prompt: str | Sequence[str],
     *,
     image: Any = ...,
-    style: str | None = ...,
+    style: str | PromptSettings | None = ...,
     max_new_tokens: int = ...,
     temperature: float | None = ...,
     top_p: float | None = ...,
@@ -227,6 +229,7 @@ def generate(
     generation_config: str = ...,
     seed: int = ...,
     steering: Configuration | None = ...,
+    keep_thoughts: bool = ...,
 ) -> list: ...
 def generate(
     lm: LanguageModel,
@@ -242,6 +245,7 @@ def generate(
     generation_config: str = "greedy",
     seed: int = 0,
     steering: Configuration | None = None,
+    keep_thoughts: bool = False,
 ) -> str | list:
     """The model's answer to a prompt, or a list of its answers to several.
 
@@ -251,6 +255,8 @@ def generate(
     temperature, top_p, generation_config, stop, seed: see `grains.settings.DecodingSettings`; by
         default the likeliest token is taken and nothing else acts.
     num_return: draw so many answers to each prompt; they take the place of its answer, as a list.
+    keep_thoughts: give the whole text where the chat template has thoughts (see
+        `grains.thinking.thoughts`), and not the answer after them alone.
     steering: see `score`.
     Raises UserError as `attribute` for texts and pictures, and for settings that cannot be.
     """
@@ -263,10 +269,11 @@ def generate(
         seed,
     )
     style = style or ("chat" if lm.tokenizer.chat_template else "qa")
+    asked = PromptSettings(style) if isinstance(style, str) else style
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     encoded: list[Encoded] = [
         prompts.encode(
-            lm, replace(_example(number, (text, "", ""), image), choices=()), style, free=True
+            lm, replace(_example(number, (text, "", ""), image), choices=()), asked, free=True
         )
         for number, text in enumerate(texts)
     ]
@@ -275,6 +282,11 @@ def generate(
     _warn(prompts.tally(encoded))
     configurations = [steering] if steering else []
     answers: list = generation.generate(lm, encoded, configurations, max_new_tokens, settings)[-1]
+    if not keep_thoughts and (marks := thinking.thoughts(lm, asked)):
+        split = [marks.split(text) for text in answers]
+        answers = [answer for _, answer in split]
+        if note := thinking.cut_off(split):
+            warnings.warn(note, stacklevel=2)
     if num_return is not None:
         starts = range(0, len(answers), num_return)
         answers = [answers[start : start + num_return] for start in starts]

@@ -118,7 +118,8 @@ def encode(
 
     prompt: the settings, or the name of a style (see `grains.rendering.render`).
     picture: used instead of the example's own, for example a blank one.
-    finished: in the style chat, whether the token that ends the turn follows each response.
+    finished: in the style chat, whether the token that ends the turn follows each response. False
+        for what the model itself wrote: it may be cut off, and is never a choice's letter.
     free: for what the model itself writes: the prompt ends where its turn begins, and not where a
         chat template puts the final answer.
     Raises UserError for an empty prompt or response, a text longer than the model's context, and a
@@ -136,7 +137,8 @@ def encode(
     text_ids = _ids(lm, controls, text, rendered.words if guarded else [])
     if not text_ids:
         raise UserError(f"example {example.id}: its prompt tokenizes to nothing")
-    texts = example.choices if free else rendering.answers(example, settings)
+    written = free or not finished
+    texts = example.choices if written else rendering.answers(example, settings)
     answers = [rendered.space + text for text in texts]
     responses, spans_border = _responses(
         lm, controls, rendered, text_ids, answers, example, guarded

@@ -7,6 +7,7 @@ message, or opens a block of them for the model to fill.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -38,6 +39,21 @@ class Thoughts:
         if self.without and text.startswith(self.without):
             text = text.removeprefix(self.without).strip()
         return "", text
+
+
+def cut_off(texts: Sequence[tuple[str, str]]) -> str:
+    """What users should know of texts that ended within their thoughts, '' if none did.
+
+    texts: thoughts and answers, as `Thoughts.split` gives them.
+    """
+    count = sum(bool(thought) and not answer for thought, answer in texts)
+    if not count:
+        return ""
+    return (
+        f"{count} of {len(texts)} texts end within the model's thoughts, so they have no "
+        "answer; give a larger max_new_tokens, or template_args that turn thoughts off (such as "
+        "enable_thinking=false)"
+    )
 
 
 def thoughts(lm: LanguageModel, prompt: PromptSettings) -> Thoughts | None:

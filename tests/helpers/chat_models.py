@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
+from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
 from grains.lm import LanguageModel
@@ -135,3 +137,23 @@ def sentencepiece_like(kind: str, template: str = BRACKETS) -> PreTrainedTokeniz
 def model(tokenizer, name: str = "tiny-chat") -> LanguageModel:
     """A random Llama with a tokenizer."""
     return wrap(name, tiny_model("llama", vocab_size=len(tokenizer)), tokenizer, self_check=False)
+
+
+def reciter(tokenizer, text: str, start: str) -> LanguageModel:
+    """A model that writes `text` behind `start`, each of its tokens after the one before it.
+
+    No token may occur twice in both. All it reads is the last token, as its layers add little.
+    """
+    network = tiny.llama(len(tokenizer), layers=2)
+    ids = tokenizer(start, add_special_tokens=False).input_ids[-1:]
+    ids += tokenizer(text, add_special_tokens=False).input_ids
+    assert len(set(ids)) == len(ids), tokenizer.convert_ids_to_tokens(ids)
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight *= 1e-3
+            layer.mlp.down_proj.weight *= 1e-3
+        network.model.norm.weight.fill_(1.0)
+        rows = normalize(network.model.embed_tokens.weight, dim=1)
+        network.lm_head.weight.zero_()
+        network.lm_head.weight[ids[1:]] = 20 * rows[ids[:-1]]  # drawn tokens are the same
+    return wrap("reciter", network, tokenizer)

@@ -3,18 +3,20 @@ OpenAI-compatible interface."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from grains import prompts
+from grains import prompts, thinking
 from grains.data import Example
 from grains.errors import UserError
 from grains.generation import generate
 from grains.lm import LanguageModel
 from grains.scoring import batches
+from grains.settings import PromptSettings
 
 if TYPE_CHECKING:  # it takes a second to import, which scores without a judge need not wait for
     from openai import APIStatusError
@@ -108,9 +110,11 @@ class LocalJudge:
                 "follow instructions"
             )
         self.lm, self.max_tokens, self.batch_tokens = lm, max_tokens, batch_tokens
+        self.thoughts = thinking.thoughts(lm, PromptSettings("chat"))
         self.identity = lm.identity() | {
             "dtype": str(lm.dtype).removeprefix("torch."),
             "max_tokens": max_tokens,
+            **({"thoughts": dataclasses.astuple(self.thoughts)} if self.thoughts else {}),
         }
 
     def groups(self, asked: list[str]) -> list[list[int]]:
@@ -119,7 +123,9 @@ class LocalJudge:
         )
 
     def ask(self, asked: list[str]) -> list[str]:
-        return generate(self.lm, self._encode(asked), [], self.max_tokens)[0]
+        """The answers, without thoughts before them: numbers in these are no ratings."""
+        (texts,) = generate(self.lm, self._encode(asked), [], self.max_tokens)
+        return [self.thoughts.split(text)[1] for text in texts] if self.thoughts else texts
 
     def _encode(self, asked: list[str]) -> list[prompts.Encoded]:
         return [

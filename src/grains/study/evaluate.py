@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from grains import data, prompts, runs, stats, tables
+from grains import data, prompts, runs, stats, tables, thinking
 from grains.data import Example
 from grains.errors import UserError
 from grains.generation import decoding_batches, draw_together, generate
@@ -300,6 +300,9 @@ def free_answers(
         "items": data.fingerprint(examples * repeated),
         "max_new_tokens": settings.max_new_tokens,
     }
+    marks = thinking.thoughts(lm, ablation.prompt)
+    if marks:  # older files have them in their texts
+        manifest |= {"thoughts": dataclasses.astuple(marks)}
     path = study.names.answers(split, runs.digest(manifest))
     encoded = [prompts.encode(lm, example, ablation.prompt, free=True) for example in examples]
     encoded *= repeated
@@ -323,20 +326,25 @@ def free_answers(
                 for answers in at_each_scale(generate, batch, [], settings.max_new_tokens):
                     texts += answers
         return {}, [
-            {
-                "dataset": study.source.name,
-                "seed": study.seed,
-                "number": number,
-                "id": encoded[number].example.id,
-                "question": encoded[number].example.question,
-                "configuration": label,
-                "text": text,
-                "repetition": stats.repetition(text),
-                "words": len(text.split()),
-            }
+            row(number, label, text)
             for label, answers in zip(labels, texts, strict=True)
             for number, text in zip(groups[unit], answers, strict=True)
         ]
+
+    def row(number: int, label: str, text: str) -> dict:
+        thought, answer = marks.split(text) if marks else ("", text)
+        return {
+            "dataset": study.source.name,
+            "seed": study.seed,
+            "number": number,
+            "id": encoded[number].example.id,
+            "question": encoded[number].example.question,
+            "configuration": label,
+            **({"thinking": thought} if marks else {}),
+            "text": answer,
+            "repetition": stats.repetition(answer),
+            "words": len(answer.split()),
+        }
 
     runs.resume(
         [path],
@@ -347,7 +355,11 @@ def free_answers(
         f"{study.name} {split} free answers",
         study.overwrite,
     )
-    return pd.read_csv(path, keep_default_na=False, dtype={"id": str, "text": str})
+    texts = dict.fromkeys(("id", "thinking", "text"), str)
+    table = pd.read_csv(path, keep_default_na=False, dtype=texts)
+    if marks and (note := thinking.cut_off([*zip(table.thinking, table.text, strict=True)])):
+        warnings.warn(f"{study.name} {split}: {note}", stacklevel=2)
+    return table
 
 
 def own_answers(lm: LanguageModel, study: Study, split: str) -> list[Example]:
@@ -358,7 +370,7 @@ def own_answers(lm: LanguageModel, study: Study, split: str) -> list[Example]:
     answers = free_answers(lm, study, split, []).sort_values("number")
     examples = study.splits[split]
     return [
-        replace(asked, choices=(row.text,), label=0, options=asked.choices)
+        dataclasses.replace(asked, choices=(row.text,), label=0, options=asked.choices)
         for row in answers.itertuples()
         if row.text and (asked := examples[row.number % len(examples)])
     ]
@@ -369,17 +381,23 @@ def encode_answers(
 ) -> list[Encoded]:
     """Answers of the model, which may be cut off; without those that cannot be encoded again.
 
-    Raises UserError if none is left.
+    Of a model that thinks they stand where the chat template puts a final answer, as those of the
+    data do. Raises UserError if none is left.
     """
+    thinks = thinking.thoughts(lm, prompt) is not None
     encoded = []
     for example in answered:
         try:
-            encoded.append(prompts.encode(lm, example, prompt, finished=False, free=True))
+            encoded.append(prompts.encode(lm, example, prompt, finished=False, free=not thinks))
         except UserError as error:
             warnings.warn(f"left out an answer of {lm.name}: {error}", stacklevel=2)
     if not encoded:
+        todo = (
+            "a larger max_new_tokens, as its thoughts take these up, or template_args that turn "
+            "them off (such as enable_thinking=false)"
+        )
         raise UserError(
             f"{lm.name} answers no question in words, so the cost of steering on its free answers "
-            "cannot be measured: give another prompt_style"
+            f"cannot be measured: give {todo if thinks else 'another prompt_style'}"
         )
     return encoded
