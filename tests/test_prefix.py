@@ -7,18 +7,28 @@ import pytest
 import torch
 import zoo
 from helpers.families import randomise, tiny_config
-from helpers.reference import embeds, encoded, log_likelihood, own_logits, relative, words
+from helpers.reference import (
+    embeds,
+    encoded,
+    log_likelihood,
+    own_logits,
+    own_loss_log_likelihood,
+    relative,
+    words,
+)
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from grains import models
+from grains import models, scoring
 from grains.ablation import hidden_states
 from grains.attribution import PromptFunction, attribute
 from grains.logprobs import logits
 from grains.packing import pack
 from grains.replay import capture_pack, replay, without_prefix
+from grains.scoring import score
 from grains.settings import AttributionSettings
+from grains.steering import Configuration, Gate, steered
 
 W = words(60, seed=4)
 PROMPT = W[:20]  # longer than the sliding window
@@ -189,3 +199,94 @@ def test_layers_that_keep_nothing_are_replayed_whole(tokenizer, layer):
     prompts = moved(lm, PROMPT)
     expected = log_likelihood(lm, prompts, RESPONSES[0]) - log_likelihood(lm, prompts, RESPONSES[1])
     assert relative(function.values(prompts), expected.detach()) <= 1e-5
+
+
+# --- scoring: what all prompts of a batch begin with is computed once for each configuration ---
+
+ALIKE = 11
+QUESTIONS = [
+    (W[:ALIKE] + W[20:26], [W[30:33], W[33:38]]),
+    (W[:ALIKE] + W[26:29], [W[30:33], W[30:32] + W[40:41]]),
+    (W[:ALIKE] + W[41:50], [W[50:52], W[53:54]]),
+]
+
+
+def configurations_of(lm, gate=None, positions="all"):
+    """Every layer, some, the last alone: two configurations of each kind."""
+    generator = torch.Generator().manual_seed(1)
+    count = len(lm.layers)
+    size = 2 * lm.embed.weight.norm(dim=-1).median() / lm.hidden_size**0.5
+    made = []
+    for layers in (tuple(range(count)), (1, count - 1), (count - 1,)) * 2:
+        vectors = {
+            layer: size * torch.randn(lm.hidden_size, generator=generator) for layer in layers
+        }
+        made.append(Configuration("some", "", layers, 1.0, vectors, gate, positions))
+    return made
+
+
+def widths(monkeypatch, compute):
+    """What `compute` returns, and how many positions it replays of each row, in order."""
+    seen = []
+
+    def noted(lm, states, *args, own=scoring.replay, **kwargs):
+        seen.append(tuple(states.shape[:2]))
+        return own(lm, states, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "replay", noted)
+        return compute(), seen
+
+
+def test_scores_behind_a_shared_beginning_are_those_of_hooked_forwards(tiny, monkeypatch):
+    items = [encoded(tiny, *question) for question in QUESTIONS]
+    configurations = configurations_of(tiny)
+    found, seen = widths(monkeypatch, lambda: score(tiny, items, configurations, 10_000))
+    longest = max(item.packed_length for item in items)
+    assert {length for _, length in seen} == {longest - ALIKE}
+    for (prompt, responses), values in zip(QUESTIONS, found, strict=True):
+        for column, response in enumerate(responses):
+            expected = [own_loss_log_likelihood(tiny, prompt, response)]
+            for item in configurations:
+                with steered(tiny, item.vectors):
+                    expected.append(own_loss_log_likelihood(tiny, prompt, response))
+            assert values[:, column] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("positions", "shared"), [("prompt", ALIKE), ("last", ALIKE), ("-12:", 0), ("2:", ALIKE)]
+)
+def test_steered_positions_and_gates_behind_a_shared_beginning(
+    tiny, monkeypatch, positions, shared
+):
+    """Counted from the end, other positions of the beginning are steered in each prompt."""
+    items = [encoded(tiny, *question) for question in QUESTIONS]
+    generator = torch.Generator().manual_seed(2)
+    gate = Gate(
+        torch.randn(len(tiny.layers), tiny.hidden_size, generator=generator),
+        torch.randn(len(tiny.layers), generator=generator),
+    )
+    configurations = configurations_of(tiny, gate, positions)
+    found, seen = widths(monkeypatch, lambda: score(tiny, items, configurations, 10_000))
+    assert seen[0][1] == max(item.packed_length for item in items) - shared
+    for item, values in zip(items, found, strict=True):
+        (alone,) = score(tiny, [item], configurations, 10_000)
+        assert relative(values, alone) <= 1e-5
+        assert not relative(values[1:], values[:1]) <= 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KEEP)
+def test_scores_of_text_families(name):
+    lm = families.load(name).lm
+
+    def known(ids):
+        return [20 + token % (zoo.VOCABULARY - 20) for token in ids]
+
+    items = [
+        encoded(lm, known(prompt), [*map(known, responses)]) for prompt, responses in QUESTIONS
+    ]
+    configurations = configurations_of(lm)
+    for item, values in zip(items, score(lm, items, configurations, 10_000), strict=True):
+        (alone,) = score(lm, [item], configurations, 10_000)
+        assert relative(values, alone) <= 1e-5

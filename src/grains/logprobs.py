@@ -5,6 +5,7 @@ The logits of the whole vocabulary are never held at once: the head is applied t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -163,6 +164,12 @@ class ResponseScorer:
         self.rows, self.nodes = rows, torch.cat([term.nodes for term in terms])
         self.tokens = torch.cat([term.tokens for term in terms])
         self.member = torch.block_diag(*[term.member for term in terms])
+
+    def behind(self, first: int) -> ResponseScorer:
+        """The same for states that begin at position `first` of every question."""
+        shifted = copy.copy(self)
+        shifted.nodes = self.nodes - first
+        return shifted
 
     def __call__(self, states: Tensor, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The summed log-likelihoods, (c, choices of all Q questions), for c configurations.

@@ -172,8 +172,8 @@ class _Noted:
 class _Kept:
     """Stands for a layer's cache that holds what comes before; it never changes.
 
-    The rows of a batch share the keys and values (1, heads, m, d), and a layer may be replayed any
-    number of times.
+    The rows of a batch share the keys and values (c, heads, m, d): the first R / c rows those of
+    the first, and so on. A layer may be replayed any number of times.
     """
 
     def __init__(self, keys: Tensor, values: Tensor):
@@ -181,10 +181,15 @@ class _Kept:
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         joined_keys, joined_values = (
-            torch.cat([kept.expand(len(new), -1, -1, -1), new], dim=-2)
+            torch.cat([_for_rows(kept, len(new)), new], dim=-2)
             for kept, new in zip(self.before, (keys, values), strict=True)
         )
         return joined_keys, joined_values
+
+
+def _for_rows(kept: Tensor, rows: int) -> Tensor:
+    """(c, ...) -> (rows, ...), each item for rows / c rows; not copied if there is a single one."""
+    return kept[:, None].expand(-1, rows // len(kept), -1, -1, -1).flatten(0, 1)
 
 
 def without_prefix(lm: LanguageModel, captured: Capture, first: int) -> Capture:
@@ -196,24 +201,65 @@ def without_prefix(lm: LanguageModel, captured: Capture, first: int) -> Capture:
 
     captured: B = 1, T positions. Returns a `Capture` of T - `start` positions.
     """
-    first = _closed(captured.calls, first) if lm.keeps_prefix else 0
+    first = closed(captured.calls, first) if lm.keeps_prefix else 0
     if not first:
         return captured
+    before, behind = divided(lm, captured, first)
+    with torch.no_grad():
+        caches = keys_and_values(lm, before.embeds, before.calls)
+    return replace(behind, calls=with_caches(lm, behind.calls, caches))
+
+
+def divided(lm: LanguageModel, captured: Capture, first: int) -> tuple[Capture, Capture]:
+    """A capture as those of its first `first` positions and of the rest.
+
+    captured: T positions of B rows, whose first ones are alike, and none of these sees a later one
+    (see `closed`). The first have a single row. The rest needs their keys and values (see
+    `keys_and_values`, `with_caches`).
+    """
     length = captured.embeds.shape[1]
     causal = _causal(length, captured.embeds.device)
     filled = replace(captured.calls, layers=_fill_masks(captured.calls.layers, causal))
+    row = filled.rows(torch.zeros(1, dtype=torch.long))
+    before = Capture(
+        captured.embeds[:1, :first], _between(lm, row, 0, first, length), torch.tensor([first])
+    )
+    calls = _between(lm, filled, first, length, length)
+    return before, Capture(captured.embeds[:, first:], calls, captured.lengths - first, first)
+
+
+def keys_and_values(
+    lm: LanguageModel,
+    states: Tensor,
+    calls: Calls,
+    start: int = 0,
+    after: Callable[[int, Tensor], Tensor | None] | None = None,
+) -> list:
+    """Caches for each layer from `start` on of positions that come first; None below.
+
+    states, calls, start, after: as `replay` takes them, of c rows. The caches serve any number of
+    rows for each of the c (see `with_caches`).
+    Raises UserError if a layer does not give its cache its keys and values.
+    """
     noted = [_Noted() for _ in lm.layers]
-    before = _between(lm, filled, 0, first, length, noted)
-    with torch.no_grad():
-        replay(lm, captured.embeds[:, :first], before)
-    if any(len(note.given) != 1 for note in noted):
+    replay(lm, states, with_caches(lm, calls, noted), start=start, after=after)
+    if any(len(note.given) != 1 for note in noted[start:]):
         raise UserError(f"{lm.name}: its layers do not keep keys and values in their cache")
-    kept = [_Kept(*note.given[0]) for note in noted]
-    calls = _between(lm, filled, first, length, length, kept)
-    return Capture(captured.embeds[:, first:], calls, captured.lengths - first, first)
+    return [None] * start + [_Kept(*note.given[0]) for note in noted[start:]]
 
 
-def _closed(calls: Calls, first: int) -> int:
+def with_caches(lm: LanguageModel, calls: Calls, caches: list) -> Calls:
+    """The calls with a cache for each layer."""
+    layers = []
+    for layer, cache in zip(calls.layers, caches, strict=True):
+        name = next((key for key in CACHE_KEYS if key in layer), None)
+        if name is None:
+            raise UserError(f"{lm.name}: its layers take no cache of keys and values")
+        layers.append(layer | {name: cache})
+    return replace(calls, layers=layers)
+
+
+def closed(calls: Calls, first: int) -> int:
     """The largest number of positions, at most `first`, of which none sees a later one."""
     masks = {
         id(mask): mask
@@ -234,10 +280,8 @@ def _closed(calls: Calls, first: int) -> int:
     return first
 
 
-def _between(
-    lm: LanguageModel, calls: Calls, start: int, stop: int, length: int, caches: list
-) -> Calls:
-    """The calls (B = 1) for positions start to stop-1 of `length`, with a cache for each layer."""
+def _between(lm: LanguageModel, calls: Calls, start: int, stop: int, length: int) -> Calls:
+    """The calls for positions start to stop-1 of `length`."""
 
     def change(key: str, value: Tensor) -> Tensor:
         if key == "attention_mask":
@@ -245,14 +289,8 @@ def _between(
         positions = torch.arange(start, stop, device=value.device)
         return _at_positions(key, value, positions, length, lm.name)
 
-    layers = []
-    for layer, cache in zip(map_tensors(calls.layers, change), caches, strict=True):
-        name = next((key for key in CACHE_KEYS if key in layer), None)
-        if name is None:
-            raise UserError(f"{lm.name}: its layers take no cache of keys and values")
-        layers.append(layer | {name: cache})
     added = {layer: states[:, start:stop] for layer, states in calls.added.items()}
-    return Calls(layers, added)
+    return Calls(map_tensors(calls.layers, change), added)
 
 
 def extend(prompt: dict, tokens: list[int]) -> dict:

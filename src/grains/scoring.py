@@ -2,24 +2,37 @@
 
 All choices of a question are packed behind its prompt, and several questions make a batch. The
 base model's hidden states are kept at each layer where a configuration begins to steer, so that the
-configuration computes only the layers above it.
+configuration computes only the layers above it. The positions that all prompts of a batch begin
+with (a system prompt, shots) are computed once for each configuration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grains import positions
+from grains.calls import Calls
 from grains.columns import Targets
 from grains.lm import LanguageModel
 from grains.logprobs import ResponseScorer, targets
 from grains.packing import pack
 from grains.prompts import Encoded
-from grains.replay import Capture, capture_pack, collate, replay
+from grains.replay import (
+    Capture,
+    capture_pack,
+    closed,
+    collate,
+    divided,
+    keys_and_values,
+    replay,
+    with_caches,
+)
 from grains.settings import SCORES
 from grains.steering import Configuration, Gate, steer
 
@@ -44,6 +57,9 @@ def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
 # this share must raise the version.
 QUESTIONS_SHARE = 4
 
+# If all prompts of a batch begin with so many positions, these are computed once for all.
+SHARED = 8
+
 
 def question_batches(encoded: list[Encoded], max_tokens: int) -> list[list[int]]:
     """Indices of questions that are scored together (see `batches` and QUESTIONS_SHARE)."""
@@ -67,28 +83,24 @@ def score(
         alike = layers, configuration.gate, configuration.positions
         groups.setdefault(alike, []).append(index)
 
-    kept: dict[int, Tensor] = {}
     starts = {layers[0] for layers, _, _ in groups}
-
-    def keep(layer: int, states: Tensor) -> None:
-        if layer in starts:
-            kept[layer] = states
-
-    final = replay(lm, batch.embeds, batch.calls, after=keep)
+    where = {words: _where(words, batch, encoded) for _, _, words in groups}
+    parts = _parts(lm, batch, encoded, [*where.values()])
+    final = _base(lm, parts, starts)
+    read = read.behind(parts[-1].captured.start)
     scores: list[Tensor] = [torch.empty(0)] * (1 + len(configurations))
     scores[0] = read(final[None])[0]
 
-    questions, length = batch.embeds.shape[:2]
+    questions, length = parts[-1].captured.embeds.shape[:2]
     at_a_time = max(1, max_tokens // (questions * length))
     for (layers, gate, words), members in groups.items():
-        where = positions.of_batch(words, encoded, length)
         passes = -(-len(members) // at_a_time)
         for share in (members[start::passes] for start in range(passes)):
             vectors = {
                 layer: torch.stack([configurations[i].vectors[layer] for i in share])
                 for layer in layers
             }
-            values = _steered(lm, batch, kept[layers[0]], vectors, gate, where, read)
+            values = _steered(lm, parts, vectors, gate, where[words], read)
             for index, value in zip(share, values, strict=True):
                 scores[1 + index] = value
     stacked = torch.stack(scores)
@@ -123,10 +135,72 @@ def packed_batch(lm: LanguageModel, encoded: list[Encoded]) -> tuple[Capture, Re
     )
 
 
+# --- the layers, for positions that all questions have in common and for the others ---
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Positions of a batch that are computed together, each part before the next.
+
+    captured: Q questions, or one row for all where they are alike.
+    kept: layer -> (Q, T, D) the base model's output where a configuration begins to steer.
+    """
+
+    captured: Capture
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> slice:
+        start, length = self.captured.start, self.captured.embeds.shape[1]
+        return slice(start, start + length)
+
+
+def _where(words: str, batch: Capture, encoded: list[Encoded]) -> Tensor | None:
+    """(Q, T) bool, the steered positions; None: all (see `positions.of_batch`)."""
+    where = positions.of_batch(words, encoded, batch.embeds.shape[1])
+    return None if where is None else where.to(batch.embeds.device)
+
+
+def _parts(
+    lm: LanguageModel, batch: Capture, encoded: list[Encoded], where: list[Tensor | None]
+) -> list[_Part]:
+    """The batch; or what all its prompts begin with, if that is long enough, and the rest.
+
+    where: the steered positions of each kind of configuration.
+    """
+    # The last position of a prompt predicts, so it is in the rest.
+    most = min(len(item.prompt_ids) for item in encoded) - 1
+    first = 0
+    if lm.keeps_prefix and len(encoded) > 1 and most >= SHARED:
+        by_position = [batch.embeds, *batch.calls.added.values()]
+        by_position += [part[..., None] for part in where if part is not None]
+        alike = torch.stack(
+            [(values == values[:1]).all(-1).all(0)[:most] for values in by_position]
+        ).all(0)
+        first = closed(batch.calls, int(alike.long().cumprod(0).sum()))
+    if first < SHARED:
+        return [_Part(batch)]
+    return [_Part(part) for part in divided(lm, batch, first)]
+
+
+def _base(lm: LanguageModel, parts: list[_Part], starts: set[int]) -> Tensor:
+    """The base model's last hidden states (Q, T, D) of the last part; keeps those at `starts`."""
+
+    def keep(part: _Part, layer: int, states: Tensor) -> None:
+        if layer in starts:
+            part.kept[layer] = states
+
+    calls = parts[-1].captured.calls
+    for part in parts[:-1]:
+        own = part.captured
+        caches = keys_and_values(lm, own.embeds, own.calls, after=partial(keep, part))
+        calls = with_caches(lm, calls, caches)
+    return replay(lm, parts[-1].captured.embeds, calls, after=partial(keep, parts[-1]))
+
+
 def _steered(
     lm: LanguageModel,
-    batch: Capture,
-    states: Tensor,
+    parts: list[_Part],
     vectors: dict[int, Tensor],
     gate: Gate | None,
     where: Tensor | None,
@@ -134,31 +208,42 @@ def _steered(
 ) -> Tensor:
     """Scores (c, choices of all Q questions) of c configurations that steer the same layers.
 
-    states: (Q, T, D) the base model's output of the first steered layer.
     vectors: layer -> (c, D), layers in ascending order.
     where: (Q, T) bool, the steered positions; None: all.
     """
     first, *later = vectors
     gates = {layer: gate.at(layer) if gate else None for layer in vectors}
-    count, (questions, length, size) = len(vectors[first]), states.shape
+    count = len(vectors[first])
     if first == len(lm.layers) - 1:
-        scored = None if where is None else where[read.rows, read.nodes]
+        part = parts[-1]
+        scored = None if where is None else where[:, part.positions][read.rows, read.nodes]
         vector = vectors[first][:, None]
-        return read(states, lambda picked: steer(picked, vector, gates[first], scored))
-    states = steer(states, vectors[first][:, None, None], gates[first], where).flatten(0, 1)
-    by_row_where = None if where is None else where.repeat(count, 1)
-    by_row = {layer: vectors[layer].repeat_interleave(questions, 0)[:, None] for layer in later}
-    calls = batch.calls.rows(torch.arange(questions, device=states.device).repeat(count))
-    final = replay(
-        lm,
-        states,
-        calls,
-        start=first + 1,
-        after=lambda layer, h: (
-            steer(h, by_row[layer], gates[layer], by_row_where) if layer in by_row else None
-        ),
-    )
-    return read(final.view(count, questions, length, size))
+        return read(part.kept[first], lambda picked: steer(picked, vector, gates[first], scored))
+
+    def above(part: _Part) -> tuple[Tensor, Calls, Callable[[int, Tensor], Tensor | None]]:
+        """What enters the layer above the first steered one, (c Q, T, D), and its replay."""
+        states = part.kept[first]
+        questions = len(states)
+        own = None if where is None else where[:questions, part.positions]
+        by_row_where = None if own is None else own.repeat(count, 1)
+        by_row = {layer: vectors[layer].repeat_interleave(questions, 0)[:, None] for layer in later}
+        entering = steer(states, vectors[first][:, None, None], gates[first], own).flatten(0, 1)
+        rows = torch.arange(questions, device=states.device).repeat(count)
+        return (
+            entering,
+            part.captured.calls.rows(rows),
+            lambda layer, h: (
+                steer(h, by_row[layer], gates[layer], by_row_where) if layer in by_row else None
+            ),
+        )
+
+    states, calls, after = above(parts[-1])
+    for part in parts[:-1]:
+        before, its_calls, steers = above(part)
+        caches = keys_and_values(lm, before, its_calls, first + 1, steers)
+        calls = with_caches(lm, calls, caches)
+    final = replay(lm, states, calls, start=first + 1, after=after)
+    return read(final.unflatten(0, (count, -1)))
 
 
 def margins(encoded: list[Encoded], scores: list[np.ndarray]) -> dict[str, np.ndarray]:
