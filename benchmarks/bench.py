@@ -36,6 +36,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
+import llava  # noqa: E402
 import plain  # noqa: E402
 import side  # noqa: E402
 
@@ -395,6 +396,11 @@ AGAINST = {
     "published": ("token_ablation, style qa, 20 points, all positions", "half the memory"),
     "vectors": ("states for gradient, caa and repe alone", "15x"),
     "vlm": ("token_ablation of the small image-text model, default attribution", "1.5x"),
+    "llava": (
+        "token_ablation of a small LLaVA-NeXT with random weights, 627 image tokens behind 64 "
+        "words, default attribution",
+        "1.5x",
+    ),
 }
 
 
@@ -403,11 +409,15 @@ def against(row: str, baseline: Path, folder: Path) -> dict:
     sides = {"ours": ROOT / "src", "baseline": baseline.resolve() / "src"}
     counts = dict(zip(("baseline", "ours"), side.ROWS[row][3:], strict=True))
     measured: dict[str, list[dict]] = {name: [] for name in sides}
+    model: list[str] = []
+    if row == "llava":
+        llava.save_small(folder / row)
+        model = ["--model", str(folder / row)]
     for repeat in range(REPEATS):
         for name, src in sides.items():
             command = [sys.executable, str(ROOT / "benchmarks" / "side.py"), row]
             command += ["--src", str(src), "--count", str(counts[name])]
-            command += ["--output", str(folder / f"{name}.pt")]
+            command += ["--output", str(folder / f"{name}.pt"), *model]
             done = subprocess.run(
                 command, cwd=src, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )

@@ -23,26 +23,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextProcessor,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.llava_next.image_processing_pil_llava_next import (
-    LlavaNextImageProcessorPil,
-)
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
+import llava  # noqa: E402
 import plain  # noqa: E402
 from bench import directions, head_flops, layer_flops  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -98,7 +84,6 @@ CLIP = {
     "image_size": 336,
     "patch_size": 14,
 }
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 TINY = {
     "vocab_size": 600,
     "hidden_size": 64,
@@ -115,13 +100,6 @@ TINY_CLIP = {
     "image_size": 28,
     "patch_size": 7,
 }
-CHAT = (
-    "{% for message in messages %}{{ message['role'] + ' ' }}"
-    "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -146,25 +124,6 @@ FULL = Size(32, 6, 90, 12, (640, 480), 16384, 15.0)
 SMALL = Size(3, 2, 12, 4, (56, 42), 256, 1.0)
 
 
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Made-up words, as many as the model has embeddings, with a BOS before every text."""
-    special = ["<s>", "</s>", "<pad>", "<unk>", "<image>", "user", "assistant", "Q:", "A:"]
-    words = [*special, *(f"w{number}" for number in range(vocabulary - len(special)))]
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    made.chat_template = CHAT
-    return made
-
-
 def text_model(size: Size, device: str, dtype: torch.dtype) -> LanguageModel:
     """Llama-3.1-8B's shape, or a tiny Llama, with random weights."""
     config = LlamaConfig(
@@ -172,41 +131,15 @@ def text_model(size: Size, device: str, dtype: torch.dtype) -> LanguageModel:
     )
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return models.wrap("random Llama", model, tokenizer(config.vocab_size))
+    return models.wrap("random Llama", model, llava.tokenizer(config.vocab_size))
 
 
 def image_model(size: Size, device: str, dtype: torch.dtype) -> LanguageModel:
     """LLaVA-1.6-Vicuna-7B's shape, or a tiny one, with random weights."""
-    text, clip = (VICUNA, CLIP) if size is FULL else (TINY, TINY_CLIP)
-    tile, patch = clip["image_size"], clip["patch_size"]
-    scale = tile / CLIP["image_size"]
-    pinpoints = [[round(side * scale) for side in pinpoint] for pinpoint in PINPOINTS]
-    words = tokenizer(text["vocab_size"])
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**clip),
-        text_config=LlamaConfig(**text, bos_token_id=0, eos_token_id=1, pad_token_id=2),
-        image_token_index=words.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=pinpoints,
-        image_seq_length=(tile // patch) ** 2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-    pictures = LlavaNextImageProcessorPil(
-        size={"shortest_edge": tile},
-        crop_size={"height": tile, "width": tile},
-        image_grid_pinpoints=pinpoints,
-    )
-    processor = LlavaNextProcessor(
-        pictures,
-        words,
-        patch_size=patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT,
-    )
+    config, processor = llava.parts(*((VICUNA, CLIP) if size is FULL else (TINY, TINY_CLIP)))
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    return models.wrap("random LLaVA-NeXT", model, words, processor)
+    return models.wrap("random LLaVA-NeXT", model, processor.tokenizer, processor)
 
 
 def pairs(lm: LanguageModel, size: Size) -> list[Encoded]:

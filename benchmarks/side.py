@@ -39,6 +39,7 @@ ROWS: dict[str, tuple[str | None, str, str, int, int]] = {
     "published": (None, "misconceptions", "qa", 3, 3),
     "vectors": (None, "misconceptions", "qa", 2, 48),
     "vlm": ("shapes-vlm", "shapes", "chat", 12, 12),
+    "llava": (None, "", "chat", 4, 4),  # the model is given, the data are made up
 }
 
 
@@ -53,12 +54,31 @@ def examples(dataset: str, count: int) -> list:
     return [example.pair() for example in data.examples(rows, source, 0, count)]
 
 
+def made_up(lm: Any, count: int) -> list:
+    """Examples of random words about pictures of coloured noise."""
+    import numpy as np
+    from PIL import Image
+
+    from grains import data
+
+    draw = np.random.default_rng(0)
+    made = []
+    for number in range(count):
+        noise = draw.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        picture = Image.fromarray(noise).resize((320, 320), Image.Resampling.BICUBIC)
+        question, *answers = (
+            " ".join(f"w{word}" for word in draw.integers(0, 500, length)) for length in (12, 8, 8)
+        )
+        made.append(data.Example(str(number), question, tuple(answers), 0, image=picture))
+    return made
+
+
 def encoded(lm: Any, row: str, count: int) -> list:
     from grains import prompts
 
     _, dataset, style, *_ = ROWS[row]
     items = []
-    for example in examples(dataset, count):
+    for example in examples(dataset, count) if dataset else made_up(lm, count):
         item = prompts.encode(lm, example, style)
         if row == "shots":  # a preamble that does not move, in the place of a context
             longer = prompts.encode(lm, replace(example, context=SHOTS), style)
@@ -127,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("row", choices=ROWS)
     parser.add_argument("--src", required=True, help="the folder src of a checkout")
+    parser.add_argument("--model", help="a folder, for a row that names no model")
     parser.add_argument("--count", type=int, required=True, help="pairs")
     parser.add_argument("--output", required=True, help="where the numbers go")
     args = parser.parse_args()
@@ -139,7 +160,7 @@ def main() -> None:
         import demo.registered  # noqa: F401
 
     cpu.keep_freed_memory()  # as the stages do
-    lm = models.load(ROWS[args.row][0] or models.EMBEDDED)
+    lm = models.load(args.model or ROWS[args.row][0] or models.EMBEDDED)
     items = encoded(lm, args.row, args.count)
     loaded = memory()[0]
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
