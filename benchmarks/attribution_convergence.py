@@ -6,6 +6,7 @@ cosine between the steering vectors (mean shifts of the top tokens' ablation, av
 layers) and the reference's. Writes the table between the markers of docs/attribution.md.
 
     python benchmarks/attribution_convergence.py --num_samples 6
+    python benchmarks/attribution_convergence.py --held_out    # the default rule on 30 other pairs
 """
 
 from __future__ import annotations
@@ -37,15 +38,29 @@ RULES: dict[str, dict] = {
     "reference (400)": {"ig_steps": 400},
 }
 REFERENCE = "reference (400)"
+DEFAULT = "auto, 5 %"
 TOP = 5
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+# Of the first 50 pairs of misconceptions, those on which the adaptive rule's constants were chosen.
+CHOSEN_ON = {0, 1, 3, 5, 7, 9, 10, 13, 14, 17, 18, 21, 22, 24, 26, 28, 30, 35, 42, 49}
+STYLES = ("qa", "chat")  # of the other pairs, in turn
+
+
+def begin_end(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
 def measure(args) -> pd.DataFrame:
     rows, source = data.load(
-        args.dataset_name, data.default_split(args.dataset_name, 0), args.dataset_path
+        args.dataset_name, data.default_split(args.dataset_name, "steering"), args.dataset_path
     )
-    examples = [e.pair() for e in data.examples(rows, source, args.seed, args.num_samples)]
+    count = 50 if args.held_out else args.num_samples
+    examples = [e.pair() for e in data.examples(rows, source, args.seed, count)]
+    styles = ["qa"] * count
+    paths, rules = PATHS, RULES
+    if args.held_out:
+        examples = [e for i, e in enumerate(examples) if i not in CHOSEN_ON]
+        styles = [STYLES[i % 2] for i in range(len(examples))]
+        paths, rules = PATHS[:1], {rule: RULES[rule] for rule in (DEFAULT, REFERENCE)}
     lm = models.load(args.model_name)
     kept = Path(args.work) / "points.jsonl"
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -53,11 +68,11 @@ def measure(args) -> pd.DataFrame:
     if kept.is_file():
         done = {tuple(row["key"]): row for row in map(json.loads, kept.read_text().splitlines())}
     with open(kept, "a") as file:
-        for example in examples:
-            encoded = prompts.encode(lm, example)
-            for baseline, scope in PATHS:
-                for rule, settings in RULES.items():
-                    key = (example.id, baseline, scope, rule)
+        for example, style in zip(examples, styles, strict=True):
+            encoded = prompts.encode(lm, example, style)
+            for baseline, scope in paths:
+                for rule, settings in rules.items():
+                    key = (example.id, style, baseline, scope, rule)
                     if key in done:
                         continue
                     row = measured_point(lm, encoded, baseline, scope, settings) | {
@@ -67,12 +82,12 @@ def measure(args) -> pd.DataFrame:
                     file.write(json.dumps(row) + "\n")
                     file.flush()
                     print(*key, f"{row['error']:.3f}", f"{row['seconds']:.0f} s", flush=True)
-    ids = {example.id for example in examples}
+    wanted = {(example.id, style) for example, style in zip(examples, styles, strict=True)}
     return pd.DataFrame(
         [
-            row | dict(zip(("id", "baseline", "scope", "rule"), key, strict=True))
+            row | dict(zip(("id", "style", "baseline", "scope", "rule"), key, strict=True))
             for key, row in done.items()
-            if key[0] in ids
+            if key[:2] in wanted and key[2:4] in paths and key[4] in rules
         ]
     )
 
@@ -101,10 +116,20 @@ def measured_point(lm, encoded, baseline: str, scope: str, settings: dict) -> di
     }
 
 
+def held_out_table(measured: pd.DataFrame) -> pd.DataFrame:
+    parts = [(style, measured[measured["style"] == style]) for style in STYLES]
+    lines = []
+    for style, part in [*parts, ("all", measured)]:
+        made = table(part)
+        made.insert(0, "pairs", str(part.id.nunique()))
+        made.insert(0, "style", style)
+        lines.append(made)
+    return pd.concat(lines).drop(columns=["path starts at", "moves"])
+
+
 def table(measured: pd.DataFrame) -> pd.DataFrame:
     lines = []
-    for baseline, scope in PATHS:
-        of_path = measured[(measured.baseline == baseline) & (measured.scope == scope)]
+    for (baseline, scope), of_path in measured.groupby(["baseline", "scope"], sort=False):
         reference = of_path[of_path.rule == REFERENCE].set_index("id")
         vector = np.mean(reference["shift"].tolist(), axis=0)
         for rule, of_rule in of_path.groupby("rule", sort=False):
@@ -148,6 +173,11 @@ def main() -> None:
     parser.add_argument("--dataset_name", default="misconceptions")
     parser.add_argument("--dataset_path")
     parser.add_argument("--num_samples", type=int, default=6)
+    parser.add_argument(
+        "--held_out",
+        action="store_true",
+        help="the default rule on 30 pairs on which it was not chosen, styles qa and chat in turn",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--work",
@@ -155,18 +185,20 @@ def main() -> None:
         help="folder where finished measurements are kept",
     )
     args = parser.parse_args()
-    lines = table(measure(args))
+    measured = measure(args)
+    lines = held_out_table(measured) if args.held_out else table(measured)
     text = markdown(lines)
     print(text)
     doc = ROOT / "docs" / "attribution.md"
-    before, _, rest = doc.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
+    begin, end = begin_end("held out" if args.held_out else "measured")
+    before, _, rest = doc.read_text().partition(begin)
+    _, _, after = rest.partition(end)
     note = (
-        f"{args.model_name}, {args.num_samples} pairs of {args.dataset_name}, float32, "
+        f"{args.model_name}, {measured.id.nunique()} pairs of {args.dataset_name}, float32, "
         f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, transformers "
         f"{runs.versions()['transformers']}."
     )
-    doc.write_text(f"{before}{BEGIN}\n{note}\n\n{text}\n{END}{after}")
+    doc.write_text(f"{before}{begin}\n{note}\n\n{text}\n{end}{after}")
     print(f"\nwritten to {doc}")
 
 
