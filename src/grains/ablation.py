@@ -15,6 +15,9 @@ from grains.prompts import Encoded
 from grains.replay import Capture, capture_pack, collate, gradient_rows, replay, without_prefix
 from grains.settings import TOPS
 
+# Positions before the first that is ablated: computing fewer alone takes longer than with each row.
+WORTH_KEEPING = 8
+
 
 def select(
     scores: Tensor, candidates: Tensor, k: int, top: str, generator: torch.Generator
@@ -81,7 +84,7 @@ def hidden_states(
     last, log_likelihoods = [plain.last], [plain.log_likelihoods]
     if ablated:
         first = min((min(positions) for positions in ablated if positions), default=0)
-        moving = without_prefix(lm, captured, first)
+        moving = without_prefix(lm, captured, first if first >= WORTH_KEEPING else 0)
         rows = captured.embeds.repeat(len(ablated), 1, 1)
         for row, positions in enumerate(ablated):
             rows[row, positions] = replacement[positions]
