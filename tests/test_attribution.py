@@ -206,10 +206,10 @@ def test_a_gradients_batch_is_a_share_of_the_positions(tiny, monkeypatch):
     """Of a model that keeps little, all of them."""
     item = encoded(tiny, PROMPT, PAIRS["different"])
     length = PromptFunction(tiny, item, [1.0, -1.0], 1).captured.embeds.shape[1]
-    rows = [PromptFunction(tiny, item, [1.0, -1.0], 24 * length).rows]
+    rows = [PromptFunction(tiny, item, [1.0, -1.0], 25 * length).rows]
     monkeypatch.setattr(replay_module, "GRADIENT_BYTES", 0)
-    rows.append(PromptFunction(tiny, item, [1.0, -1.0], 24 * length).rows)
-    assert rows == [24, 6]
+    rows.append(PromptFunction(tiny, item, [1.0, -1.0], 25 * length).rows)
+    assert rows == [25, 5]
 
 
 def direct_gradient(lm, item, prompts, weights=(1.0, -1.0)):
@@ -321,7 +321,7 @@ def test_adaptive_refines_until_complete_and_no_point_is_computed_twice(toleranc
     assert found.difference == pytest.approx(known.expected().sum())
     assert len(known.asked) == len(set(known.asked)) == found.points
     if tolerance <= 0.02:
-        assert found.points > 9
+        assert found.points > 5
     if tolerance == 1e-4:
         assert found.scores == pytest.approx(known.expected(), abs=5e-3)
 
@@ -340,20 +340,20 @@ def test_adaptive_is_exact_at_once_for_a_cubic():
 
     known = Cubic()
     found = adaptive_simpson(known.path(), 1e-6, 200)
-    assert found.points == 9
+    assert found.points == 5
     assert found.scores == pytest.approx(known.expected())
 
 
-@pytest.mark.parametrize("max_points", [9, 10, 11, 20, 57])
+@pytest.mark.parametrize("max_points", [5, 6, 7, 8, 9, 20, 57])
 def test_adaptive_never_spends_more_than_its_points(max_points):
     known = Known()
     found = adaptive_simpson(known.path(), 1e-12, max_points)
     assert found.points == len(known.asked) <= max_points
-    if max_points >= 20:
-        assert found.points > 9
+    if max_points >= 11:
+        assert found.points >= max_points - 6
 
 
-@pytest.mark.parametrize("max_points", [1, 5, 8])
+@pytest.mark.parametrize("max_points", [1, 2, 4])
 def test_a_budget_below_the_first_cells_is_kept_or_refused(max_points):
     known = Known()
     try:
@@ -442,7 +442,7 @@ def test_smollm2_adaptive_converges_to_many_points(smollm2, question):
 def test_smollm2_attribute_keeps_its_budget(smollm2, question):
     settings = AttributionSettings("normal", tolerance=1e-6, max_points=12)
     found = attribute(smollm2, question, settings, 512, generator())
-    assert [9 <= item.points <= 12 for item in found] == [True, True]
+    assert [5 <= item.points <= 12 for item in found] == [True, True]
 
 
 def test_a_path_from_zeros_everywhere_has_finite_scores(smollm2):

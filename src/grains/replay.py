@@ -446,7 +446,7 @@ def _layer(lm: LanguageModel, index: int, calls: Calls, states: Tensor) -> Tenso
 # What a gradient keeps of every layer is many times what a forward holds, and products of a few
 # hundred positions are as fast as those of thousands: its batches are this much smaller, except
 # those of small models, which keep less than so many bytes.
-GRADIENT_SHARE, GRADIENT_BYTES = 4, 2**28
+GRADIENT_SHARE, GRADIENT_BYTES = 5, 2**28
 
 
 def gradient_rows(
