@@ -6,7 +6,7 @@ cosine between the steering vectors (mean shifts of the top tokens' ablation, av
 layers) and the reference's. Writes the table between the markers of docs/attribution.md.
 
     python benchmarks/attribution_convergence.py --num_samples 6
-    python benchmarks/attribution_convergence.py --held_out    # the default rule on 30 other pairs
+    python benchmarks/attribution_convergence.py --held_out 30   # the default rule on other pairs
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def measure(args) -> pd.DataFrame:
     paths, rules = PATHS, RULES
     if args.held_out:
         examples = [e for i, e in enumerate(examples) if i not in CHOSEN_ON]
+        examples = examples[: args.held_out]
         styles = [STYLES[i % 2] for i in range(len(examples))]
         paths, rules = PATHS[:1], {rule: RULES[rule] for rule in (DEFAULT, REFERENCE)}
     lm = models.load(args.model_name)
@@ -175,8 +176,10 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=6)
     parser.add_argument(
         "--held_out",
-        action="store_true",
-        help="the default rule on 30 pairs on which it was not chosen, styles qa and chat in turn",
+        type=int,
+        metavar="PAIRS",
+        help="the default rule on so many pairs (at most 30) on which it was not chosen, styles qa "
+        "and chat in turn",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
