@@ -108,25 +108,35 @@ def main(kind: Kind = LLM) -> None:
             args.output_dir,
             args.steering_vectors_dir,
             "ablations",
+            experiment.study_settings(parser(kind).parse_args([])),
         )
         for text in tried
     }
     check_document(args.document)
-    protocol.check_table(names[GIVEN].ablations(), (*protocol.FRONT_COLUMNS, "setting"))
     lm = entry.load_model(args)
     check_limit(lm, args.max_new_tokens)
     entry.say_prompt(lm, settings.ablation.prompt)
+    by_default = args.change == parser(kind).get_default("change")
+    path = names[GIVEN].ablations(() if by_default else args.change)
+    manifest = {
+        "stage": "ablations",
+        "parts": names[GIVEN].parts.name,
+        "experiments": {text: protocol.manifest(lm, tried[text], names[text]) for text in tried},
+    }
+    inputs = [source.path for source in settings.sources]
+    opened = runs.Run([path], manifest, args.overwrite, inputs=inputs)
     attributed: Known = {}  # an example is attributed once for all settings that agree on it
-    front_tables = []
+    fronts = []
     for text in tried:
         entry.say(f"\n{text}")
-        tables = protocol.run(lm, tried[text], names[text], args.overwrite, attributed, entry.say)
-        protocol.write(tables, names[text])
-        front_tables.append(tables["front"].assign(setting=text))
+        front = protocol.run(lm, tried[text], names[text], args.overwrite, attributed, entry.say)
+        fronts.append(front.assign(setting=text))
+    table = pd.concat(fronts)
+    if not opened.finished:
+        if opened.all_done():
+            runs.write_table(path, table)
+        opened.finish()
     if runs.processes().is_main_process:
-        table, path = pd.concat(front_tables), names[GIVEN].ablations()
-        runs.remove_leftovers(path)
-        runs.write_table(path, table)
         print_tables(args.document, path.stem, summaries(table), {"all settings": path})
 
 

@@ -161,11 +161,10 @@ def main(kind: Kind = LLM) -> None:
     lm = entry.load_model(args)
     check_limit(lm, args.max_new_tokens)
     entry.say_prompt(lm, settings.ablation.prompt)
-    tables = protocol.run(lm, settings, names, args.overwrite, say=entry.say)
-    protocol.write(tables, names)
+    front = protocol.run(lm, settings, names, args.overwrite, say=entry.say)
     if runs.processes().is_main_process:
         files = {CONTENTS[name]: path for name, path in names.tables().items()}
-        print_tables(args.document, names.stem, pareto.summaries(tables["front"]), files)
+        print_tables(args.document, names.stem, pareto.summaries(front), files)
 
 
 if __name__ == "__main__":

@@ -98,14 +98,15 @@ def made(commands, flags, tmp_path_factory):
     return Made(flags, result, folder, flags["model_name"])
 
 
-Again = namedtuple("Again", "result before middle after text")
+Again = namedtuple("Again", "changed result before middle after text")
 
 
 @pytest.fixture(scope="module")
 def again(made, commands):
     """An experiment with another method and other budgets in the same folder, then `made` again.
 
-    before, middle, after: time of the last change and content of every file, and between them.
+    changed: the result of the first. before, middle, after: time of the last change and content of
+    every file, and between them.
     text: of the document at first.
     """
     document = made.flags["document"]
@@ -125,11 +126,11 @@ def again(made, commands):
         "seeds": [0],
         "document": made.folder / "changed.md",
     }
-    commands.run("experiment.py", *arguments_of(made.flags | changes)).ok()
+    changed = commands.run("experiment.py", *arguments_of(made.flags | changes)).ok()
     middle = files()
     document.write_text("before\n" + text + "after\n")
     result = commands.run("experiment.py", *arguments_of(made.flags)).ok()
-    return Again(result, before, middle, files(), text)
+    return Again(changed, result, before, middle, files(), text)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,11 @@ def whole(commands, small, tmp_path_factory):
 
 
 def tables(folder):
-    (grid,), (front,) = (list(folder.glob(f"*_{name}.csv")) for name in ("grid", "front"))
+    """The grid and the front of the one experiment in a folder, beside that of `again`."""
+    (grid,), (front,) = (
+        [path for path in folder.glob(f"*_{name}.csv") if "caa" not in path.name]
+        for name in ("grid", "front")
+    )
     return (
         pd.read_csv(grid, keep_default_na=False, na_values=["nan", ""]),
         pd.read_csv(front, keep_default_na=False),
@@ -490,7 +495,7 @@ def test_a_gated_method_is_one_of_the_methods(commands, tmp_path):
 
 
 def test_what_was_scored_is_read_and_what_is_new_is_added(made, again):
-    """The same folder, another method and budget, then as before."""
+    """The same folder, another method and budget: other tables. Then as before."""
     scores = {path for path in again.before if "_scores_" in path.name}
     assert scores and all(again.before[path] == again.after[path] for path in scores)
     added = [
@@ -505,9 +510,13 @@ def test_what_was_scored_is_read_and_what_is_new_is_added(made, again):
         ]
     assert added
     for name in ("grid", "front", "generations"):
-        (path,) = made.folder.glob(f"*_{name}.csv")
-        contents = [files[path][1] for files in (again.before, again.middle, again.after)]
-        assert contents[0] == contents[2] != contents[1]
+        path, other = sorted(made.folder.glob(f"*_{name}.csv"), key=lambda path: "caa" in path.name)
+        assert again.before[path] == again.middle[path] == again.after[path]
+        assert other not in again.before and again.middle[other] == again.after[other]
+        assert again.middle[other][1] != again.before[path][1]
+    assert "nothing to do" in again.result.out and "nothing to do" not in again.changed.out
+    (manifest,) = made.folder.glob("*caa*_grid.manifest.json")
+    assert json.loads(manifest.read_text())["experiment"]["budgets"] == [0.005, 1000]
 
 
 def test_a_configuration_is_more_than_its_label():
@@ -696,6 +705,8 @@ def test_what_is_done_is_not_done_again(made, again):
     assert all(again.after[path] == again.before[path] for path in kept)
     for name in ("training vectors", "LoRA (dpo)", "gates", "_test_", "free answers"):
         assert name in made.result.err and name not in again.result.err
+    for name in ("training vectors", "LoRA (dpo)", "gates"):
+        assert name not in again.changed.err
     assert made.result.out.splitlines()[-2:] == again.result.out.splitlines()[-2:]
 
 
@@ -871,14 +882,19 @@ def test_a_file_of_the_users_own_is_no_table(commands, flags, tmp_path, script):
     module = ablations if more else experiment
     parsed = module.parser(LLM).parse_args([str(word) for word in arguments])
     names = ExperimentNames(
-        "llm", str(parsed.model_name), experiment.study_settings(parsed), tmp_path, None
+        "llm",
+        str(parsed.model_name),
+        experiment.study_settings(parsed),
+        tmp_path,
+        default=experiment.study_settings(module.parser(LLM).parse_args([])),
     )
-    for path in (names.ablations(),) if more else names.tables().values():
-        for own in (b"a,b\n1,2\n", b"\xff\x00"):
-            path.write_bytes(own)
-            result = commands.run(script, *arguments, "--overwrite")
-            assert "is no table of an experiment" in result.error()
-            assert path.name in result.error() and path.read_bytes() == own
+    for path in (names.ablations(["top_k=1"]),) if more else names.tables().values():
+        own = b"\xff\x00"
+        path.write_bytes(own)
+        for more, says in (([], "no manifest"), (["--overwrite"], "not written by these scripts")):
+            result = commands.run(script, *arguments, *more)
+            assert says in result.error() and path.name in result.error()
+            assert path.read_bytes() == own
         path.unlink()
     assert not list(tmp_path.glob("*_parts"))
 

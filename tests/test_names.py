@@ -1,12 +1,22 @@
 """Names of files: every setting that makes other results makes another name."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from grains.cli.flags import GRID
-from grains.names import LONGEST_NAME, Names, stem
-from grains.settings import AblationSettings, AttributionSettings, DataSettings, PromptSettings
+import ablations
+import experiment
+from grains.cli.flags import GRID, LLM
+from grains.names import LONGEST_NAME, ExperimentNames, Names, stem
+from grains.settings import (
+    STUDY_DEFAULT,
+    STUDY_GRID,
+    AblationSettings,
+    AttributionSettings,
+    DataSettings,
+    PromptSettings,
+)
 
 NAMES = Names(
     "llm", "meta/tiny llama", DataSettings("x", "/data/x.jsonl"), AblationSettings(), "train"
@@ -79,6 +89,51 @@ def test_every_setting_of_the_grid_makes_another_name():
     ]
     assert len(set(named)) == len(named)
     assert len({NAMES.generations(GRID, GRID, parts) for parts in ((), ("tokens-5",))}) == 2
+
+
+STUDY = replace(STUDY_DEFAULT, sources=(DataSettings("x"),))
+
+
+def test_experiments_that_try_something_else_share_parts_and_have_other_tables():
+    studies = [
+        STUDY,
+        replace(STUDY, seeds=(0,)),
+        replace(STUDY, budgets=(0.1,)),
+        replace(STUDY, strengths_at=(0.1,)),
+        replace(STUDY, max_unrelated_loss=0.1),
+        replace(STUDY, gated=("mean",)),
+        replace(STUDY, train_vectors=False),
+        replace(STUDY, lora="dpo"),
+        replace(STUDY, num_generations=3),
+        *(
+            replace(STUDY, grid=replace(STUDY_GRID, **change))
+            for change in (
+                {"methods": ("mean",)},
+                {"modes": ("pos", "both")},
+                {"alphas": (0.1,)},
+                {"units": "absolute"},
+                {"positions": "-5:"},
+            )
+        ),
+    ]
+    names = [ExperimentNames("llm", "m", study) for study in studies]
+    assert len({item.parts for item in names}) == 1
+    tables = [path for item in names for path in (*item.tables().values(), item.ablations())]
+    assert len({*tables}) == len(tables) == 4 * len(studies)
+    assert len({names[0].ablations(change) for change in ((), ["top_k=1"], ["top_k=2"])}) == 3
+    shared = "x_m_n50_qa_contrastive_integrated_gradients_k10_joint_all"
+    assert names[0].tables()["front"] == Path(f"results/llm/experiment/{shared}_front.csv")
+    every = replace(STUDY, seeds=tuple(range(99)), budgets=tuple(n / 99 for n in range(1, 99)))
+    assert len(ExperimentNames("llm", "m", every).tables()["generations"].name) < 240
+
+
+def test_the_flags_own_defaults_are_not_in_the_names_of_tables():
+    for module in (experiment, ablations):
+        settings = experiment.study_settings(module.parser(LLM).parse_args([]))
+        names = ExperimentNames("llm", "m", settings, default=settings)
+        if module is experiment:
+            names = ExperimentNames("llm", "m", settings)
+        assert names.tables()["grid"].name == f"{names.stem}_grid.csv"
 
 
 def test_what_is_found_again_is_of_these_settings_alone(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from typing import Any
 
 from grains.settings import (
     LAYER_MODES,
+    STUDY_DEFAULT,
     AblationSettings,
     DataSettings,
     GridSettings,
@@ -278,12 +279,13 @@ def grid_parts(grid: GridSettings, default: GridSettings) -> list[str]:
 class ExperimentNames:
     """The files of an experiment.
 
-    Methods, strengths, budgets and seeds are not among the names: experiments that differ in these
-    share what they attribute, train and score, and the tables are those of the last command.
+    Methods, strengths, budgets and seeds are in the names of the tables alone: experiments that
+    differ in these share what they attribute, train and score.
 
     kind: llm or vlm. model: its name as given. folder: of the tables, and of `parts`.
     vectors_folder: of the vectors that methods make (None: `parts`).
     stage: experiment, or ablations for those that an ablation study compares.
+    default: what the script tries by default, which the names of tables do not say.
     """
 
     kind: str
@@ -292,6 +294,7 @@ class ExperimentNames:
     folder: str | None = None
     vectors_folder: str | None = None
     stage: str = "experiment"
+    default: StudySettings = STUDY_DEFAULT
 
     @property
     def stem(self) -> str:
@@ -308,11 +311,19 @@ class ExperimentNames:
 
     def tables(self) -> dict[str, Path]:
         """The tables of an experiment."""
-        return {name: self._beside(f"_{name}.csv") for name in ("grid", "front", "generations")}
+        return {name: self._table(name) for name in ("grid", "front", "generations")}
 
-    def ablations(self) -> Path:
-        """The table that compares experiments, named after the one with no setting changed."""
-        return self._beside("_ablations.csv")
+    def ablations(self, changes: Sequence[str] = ()) -> Path:
+        """The table that compares experiments, named after the one with no setting changed.
+
+        changes: what is changed, if that is not what is changed by default.
+        """
+        return self._table("ablations", f"change-{_short([*changes])}" if changes else None)
+
+    def _table(self, name: str, more: str | None = None) -> Path:
+        tried = [*tried_parts(self.settings, self.default), more]
+        whole = stem([self.stem, *tried])
+        return self._beside("").with_name(f"{whole}_{name}.csv")
 
     def study(self, dataset: str, seed: int) -> StudyNames:
         """The files of one data set and seed."""
@@ -369,6 +380,25 @@ class StudyNames:
         return self.folder / f"{self.stem}_{split}_answers_{digest}.csv"
 
 
+def tried_parts(settings: StudySettings, default: StudySettings) -> list[str]:
+    """What an experiment tries and chooses by, where that differs from the default."""
+    grid = {"methods": "methods", "modes": "mode", "alphas": "alphas", "units": "units"}
+    study = {
+        "seeds": "seeds",
+        "budgets": "budgets",
+        "strengths_at": "strengths-at",
+        "max_unrelated_loss": "unrelated-loss",
+        "gated": "gated",
+        "train_vectors": "train-vectors",
+        "lora": "lora",
+        "num_generations": "generations",
+    }
+    return [
+        *differing(settings.grid, default.grid, grid | {"positions": "positions"}),
+        *differing(settings, default, study),
+    ]
+
+
 def experiment_stem(model: str, settings: StudySettings) -> str:
     """What the names of an experiment's files begin with."""
     first = settings.sources[0]
@@ -382,11 +412,7 @@ def experiment_stem(model: str, settings: StudySettings) -> str:
             *_attribution(settings.ablation),
             settings.grid.layer_mode,
             "+".join(settings.grid.layers),
-            *differing(
-                settings,
-                StudySettings((), (), AblationSettings(), GridSettings(())),
-                {"max_new_tokens": "new-tokens"},
-            ),
+            *differing(settings, STUDY_DEFAULT, {"max_new_tokens": "new-tokens"}),
             *_splits(first),
         ]
     )

@@ -406,3 +406,7 @@ class StudySettings:
                 f"gated: {', '.join(missing)} is not among the methods "
                 f"({', '.join(self.grid.methods)}): add it to them"
             )
+
+
+# What an experiment tries by default.
+STUDY_DEFAULT = StudySettings((), STUDY_SEEDS, AblationSettings(), STUDY_GRID)

@@ -61,8 +61,11 @@ def find(folders: list[Path]) -> list[Section]:
                 continue
             seen.add(path.resolve())
             stem = stem_of(path)
-            model, name = subject(manifest_of(path))
+            manifest = manifest_of(path)
+            model, name = subject(manifest)
             key = (model or "", name or stem.name)
+            if manifest.get("parts"):  # of an experiment, which lie in that folder
+                key = ("", manifest["parts"].removesuffix("_parts"))
             if path.parent.name.endswith("_parts"):  # of an experiment, many times alike
                 key = ("", path.parent.name.removesuffix("_parts"))
                 if (key, name) in shown:
@@ -112,6 +115,7 @@ def chosen_path(stem: Path) -> Path:
 # What a manifest holds, as far as the report reads it; anything may be missing or null.
 MANIFEST = {
     "stage": str,
+    "parts": str,
     "model": (dict, str),
     "data": (dict, str),
     "settings": dict,

@@ -7,16 +7,14 @@ configuration within each budget on validation; its gain on test, also on the ot
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from grains import runs, stage1
-from grains.errors import UserError
+from grains import manifests, runs, stage1
 from grains.lm import LanguageModel
 from grains.names import ExperimentNames
 from grains.settings import TRAINED_METHODS, StudySettings
@@ -26,13 +24,27 @@ from grains.study.evaluate import evaluate, free_answers, scores_of
 from grains.study.lora import LoraDirection
 from grains.study.study import Study
 
-# Columns by which a file is known as a table that may be replaced.
-FRONT_COLUMNS = ("dataset", "evaluated_on", "limit", "score")
-COLUMNS = {
-    "grid": ("dataset", "evaluated_on", "configuration", "part"),
-    "front": FRONT_COLUMNS,
-    "generations": ("configuration", "text"),
-}
+# The columns of a front that are text, whatever it looks like.
+TEXTS = ("dataset", "evaluated_on", "method", "mode", "score", "limit", "configuration")
+
+
+def manifest(lm: LanguageModel, settings: StudySettings, names: ExperimentNames) -> dict:
+    """All that the tables of an experiment depend on. Raises as `study.draw`.
+
+    parts: the folder of what it makes on the way, which other experiments may share.
+    """
+    return {
+        "stage": "experiment",
+        "parts": names.parts.name,
+        "model": manifests.model(lm),
+        "examples": {
+            f"{source.name}, seed {seed}": study.draw(settings, source, seed).fingerprints()
+            for seed in settings.seeds
+            for source in settings.sources
+        },
+        "experiment": asdict(settings),
+        "versions": runs.versions(),
+    }
 
 
 def run(
@@ -42,15 +54,49 @@ def run(
     overwrite: bool = False,
     attributed: stage1.Known | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, pd.DataFrame]:
-    """Do the experiment; what is finished is kept in the folder of parts.
+) -> pd.DataFrame:
+    """Do the experiment and write its tables; what is finished is kept in the folder of parts.
 
     attributed, say: see `study.begin`.
-    Returns the tables by their names: grid (every configuration), front (the gain by budget and
-    constraint) and generations (free answers).
+    Returns the front. Raises UserError as `runs.Run` does for the tables, and as `study.begin`.
     """
-    for name, path in names.tables().items():
-        check_table(path, COLUMNS[name])
+    paths = names.tables()
+    inputs = [source.path for source in settings.sources]
+    own = manifest(lm, settings, names)
+    opened = runs.Run([*paths.values()], own, overwrite, inputs=inputs)
+    if opened.finished:
+        say("nothing to do: these tables are already there")
+        return read_front(paths["front"])
+    tables = computed(lm, settings, names, overwrite, attributed, say)
+    if opened.all_done():
+        for name, path in paths.items():
+            runs.write_table(path, tables[name])
+    opened.finish()
+    return tables["front"]
+
+
+def read_front(path: Path) -> pd.DataFrame:
+    """A front as it was before it was written."""
+    columns = pd.read_csv(path, nrows=0).columns
+    return pd.read_csv(
+        path,
+        dtype=dict.fromkeys(TEXTS, str),
+        keep_default_na=False,
+        na_values={name: [""] for name in columns if name not in TEXTS},
+        float_precision="round_trip",
+    )
+
+
+def computed(
+    lm: LanguageModel,
+    settings: StudySettings,
+    names: ExperimentNames,
+    overwrite: bool,
+    attributed: stage1.Known | None,
+    say: Callable[[str], None],
+) -> dict[str, pd.DataFrame]:
+    """The tables by their names: grid (every configuration), front (the gain by budget and
+    constraint) and generations (free answers). See `run`."""
     attributed = {} if attributed is None else attributed  # examples that several seeds steer by
     grids, chosen_and_tested, generations = [], [], []
     for seed in settings.seeds:
@@ -90,34 +136,6 @@ def run(
         "front": pareto.front(chosen_and_tested),
         "generations": pd.concat(generations),
     }
-
-
-def check_table(path: Path, columns: Iterable[str]) -> None:
-    """Raise UserError if a file that is no table of ours is where a table will be written.
-
-    columns: some that ours has. Better said now than after the computing.
-    """
-    runs.check_output(path)
-    if not path.exists():
-        return
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            header = next(csv.reader(file), [])
-    except (csv.Error, UnicodeDecodeError):
-        header = []
-    if not {*columns} <= {*header}:
-        raise UserError(
-            f"'{path}' is no table of an experiment and would be replaced: move it away, or give "
-            "another output folder"
-        )
-
-
-def write(tables: dict[str, pd.DataFrame], names: ExperimentNames) -> None:
-    """Write the tables of an experiment, on one of the processes of a run."""
-    if runs.processes().is_main_process:
-        for name, path in names.tables().items():
-            runs.remove_leftovers(path)
-            runs.write_table(path, tables[name])
 
 
 def with_strengths(lm: LanguageModel, current: Study) -> list[Configuration]:

@@ -54,6 +54,50 @@ class Study:
         return [example for example in examples if data.question_key(example) not in used]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """The examples of one data set and seed, and the settings with the shots drawn for them.
+
+    pairs: those that steer. evaluated: split -> its questions.
+    """
+
+    settings: StudySettings
+    pairs: list[Example]
+    evaluated: dict[str, list[Example]]
+
+    def fingerprints(self) -> dict[str, str]:
+        """By split, and of all pictures: what tells these examples from others."""
+        splits = {"training": self.pairs, **self.evaluated}
+        every = [example for examples in splits.values() for example in examples]
+        return {
+            **{split: data.fingerprint(examples) for split, examples in splits.items()},
+            "pictures": data.pictures_digest(every),
+            "shots": runs.digest([shot.key for shot in self.settings.ablation.prompt.shots]),
+        }
+
+
+def draw(settings: StudySettings, source: DataSettings, seed: int) -> Drawn:
+    """Draw the examples of a data set by a seed.
+
+    Raises UserError for questions with a single answer, and where none are left to evaluate on.
+    """
+    ablation = replace(settings.ablation, seed=seed)
+    pairs = [example.pair() for example in splits.steering_examples(source, seed)]
+    steering = {
+        "ids": [example.id for example in pairs],
+        "questions": [data.question_key(example) for example in pairs],
+    }
+    prompt = splits.with_shots(ablation.prompt, source, seed, steering["questions"])
+    shots = [shot.key for shot in prompt.shots]
+    evaluated = splits.evaluation_examples(source, seed, steering, shots)
+    for example in (example for examples in evaluated.values() for example in examples):
+        if len(example.choices) < 2:
+            raise UserError(
+                f"example {example.id} has a single answer: the experiment compares answers"
+            )
+    return Drawn(replace(settings, ablation=replace(ablation, prompt=prompt)), pairs, evaluated)
+
+
 def begin(
     lm: LanguageModel,
     settings: StudySettings,
@@ -68,26 +112,13 @@ def begin(
 
     attributed: attributions that studies have in common, to which this one's are added.
     say: takes a line that says what is being done.
-    Raises UserError for questions with a single answer, and where none are left to evaluate on.
+    Raises as `draw`.
     """
-    ablation = replace(settings.ablation, seed=seed)
-    pairs = [example.pair() for example in splits.steering_examples(source, seed)]
+    drawn = draw(settings, source, seed)
+    settings, pairs, evaluated = drawn.settings, drawn.pairs, drawn.evaluated
+    ablation = settings.ablation
     if len(pairs) < source.num_samples:
         say(f"note: {source.num_samples} steering examples asked for, {len(pairs)} available")
-    steering = {
-        "ids": [example.id for example in pairs],
-        "questions": [data.question_key(example) for example in pairs],
-    }
-    prompt = splits.with_shots(ablation.prompt, source, seed, steering["questions"])
-    settings = replace(settings, ablation=replace(settings.ablation, prompt=prompt))
-    ablation = replace(ablation, prompt=prompt)
-    shots = [shot.key for shot in prompt.shots]
-    evaluated = splits.evaluation_examples(source, seed, steering, shots)
-    for example in (example for examples in evaluated.values() for example in examples):
-        if len(example.choices) < 2:  # better said now than after the training
-            raise UserError(
-                f"example {example.id} has a single answer: the experiment compares answers"
-            )
     say(f"\n{source.name}, seed {seed}: attribution and hidden states")
     files = names.states(ablation.tops)
     stage1.run(lm, pairs, source, ablation, names.attributions(), files, overwrite, attributed, say)
