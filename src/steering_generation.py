@@ -115,7 +115,6 @@ def main(kind: Kind = LLM) -> None:
     decoding = decoding_settings(args)
 
     entry.import_libraries()
-    import pandas as pd
     from tqdm import tqdm
 
     from grains import generation, manifests, prompts, rendering, runs, sampling, thinking
@@ -172,6 +171,8 @@ def main(kind: Kind = LLM) -> None:
                     yield unit, ({}, rows(unit, questions[unit], configurations, style, done))
 
     def write(units: runs.Units) -> None:
+        import pandas as pd  # takes long, and only the end of a run needs it
+
         table = pd.DataFrame([row for _, rows in units() for row in rows])
         if thoughts and (note := split_thoughts(table, thoughts)):
             entry.say(f"warning: {note}")
@@ -205,7 +206,7 @@ def main(kind: Kind = LLM) -> None:
     ):
         entry.say("nothing to do: these results are already there")
     if runs.processes().is_main_process:
-        show(pd.read_csv(output, keep_default_na=False, dtype=dict.fromkeys(TEXTS, str)))
+        show(output)
         if chosen:
             print(f"configuration: as chosen in {chosen}")
         print(f"generations: {output}")
@@ -358,8 +359,11 @@ def split_thoughts(table: pd.DataFrame, thoughts: Thoughts) -> str:
 TEXTS = ("question", "base", "steered")  # also where they look like numbers
 
 
-def show(table: pd.DataFrame) -> None:
-    """Print the first prompts with what the base and the steered models answer."""
+def show(path: Path) -> None:
+    """Print the first prompts of a table with what the base and the steered models answer."""
+    import pandas as pd
+
+    table = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys(TEXTS, str))
     print()
     for _, answers in list(table[table.draw == 0].groupby("prompt"))[:SHOWN]:
         print(f"question: {answers.question.iloc[0]}")

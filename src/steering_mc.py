@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grains.cli import entry, flags
@@ -53,7 +54,6 @@ def main(kind: Kind = LLM) -> None:
     grid = flags.grid_settings(args)
 
     entry.import_libraries()
-    import pandas as pd
     import torch
 
     from grains import manifests, prompts, runs, tables
@@ -116,6 +116,8 @@ def main(kind: Kind = LLM) -> None:
         }, []
 
     def write(units: runs.Units) -> None:
+        import pandas as pd  # takes long, and only the end of a run needs it
+
         scores = {int(i): s.numpy() for tensors, _ in units() for i, s in tensors.items()}
         scored = [scores[index] for index in range(len(encoded))]
         read = [scores[len(encoded) + index] for index in range(len(passages))]
@@ -162,8 +164,7 @@ def main(kind: Kind = LLM) -> None:
     ):
         entry.say("nothing to do: these results are already there")
     if runs.processes().is_main_process:
-        table = pd.read_csv(outputs["grid"], keep_default_na=False)
-        report(table, grid, args.score, budget, args.scores)
+        report(outputs["grid"], grid, args.score, budget, args.scores)
         print(f"all configurations: {outputs['grid']}")
         print(f"every question:     {outputs['questions']}")
         print(f"chosen:             {outputs['chosen']}")
@@ -211,7 +212,7 @@ def chosen(
 
 
 def report(
-    table: pd.DataFrame,
+    path: Path,
     grid: GridSettings,
     score: str,
     budget: float | None = None,
@@ -219,10 +220,14 @@ def report(
 ) -> None:
     """Print base, the chosen configuration and the control on the questions that count.
 
-    score: the one that chooses. scores: those that are printed; None: all that the table has.
+    path: of the grid. score: the one that chooses. scores: those that are printed; None: all that
+    the table has.
     """
+    import pandas as pd
+
     from grains.steering import BASE
 
+    table = pd.read_csv(path, keep_default_na=False)
     best = chosen(table, grid, score, budget)
     split = "all" if best["chosen_on"] == "all" else "test"
     rows = table[table.part == split]

@@ -212,3 +212,15 @@ def test_a_clean_package_passes(write):
 )
 def test_an_offence_is_found(write, path, text, complaint):
     assert any(line.startswith(complaint) for line in complaints(write({path: text})))
+
+
+def test_no_merge_was_left_unfinished():
+    marks = tuple(mark * 7 + " " for mark in "<>")
+    left = [
+        path.relative_to(ROOT)
+        for folder in ("src", "tests", "docs", "benchmarks", "findings")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".sh", ".md", ".j2") and "results" not in path.parts
+        if any(line.startswith(marks) for line in path.read_text("utf-8").splitlines())
+    ]
+    assert not left

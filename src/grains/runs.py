@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import psutil
 import torch
 from accelerate import PartialState
@@ -37,6 +36,9 @@ from tqdm import tqdm
 
 from grains.errors import UserError
 from grains.version import __version__
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Unit = tuple[dict[str, Tensor], list[dict]]  # what a unit gives: tensors, and rows of tables
 Units = Callable[[], Iterator[Unit]]  # all units of a run, in order
@@ -215,6 +217,7 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def write_rows(path: Path, chunks: Iterable[list[dict]]) -> None:
     """Write a CSV from chunks of rows, all with the same columns, with one chunk in memory."""
+    import pandas as pd  # takes long, and only the end of a run needs it
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="", encoding="utf-8") as file:

@@ -8,7 +8,7 @@ layers at the last position are kept, plain and ablated (paper, section 3.1).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +86,9 @@ def run(
     size = arrays * (len(lm.layers) + 1) * lm.hidden_size * 4 * len(examples) * len(settings.tops)
     groups = ablation.batches_in_order([read[unit].length for unit in own], settings.batch_tokens)
     group_of = {own[index]: [own[i] for i in group] for group in groups for index in group}
-    ready: dict[int, tuple[dict[str, Tensor], list[dict]]] = {}
+    ready: dict[int, runs.Unit] = {}
 
-    def make(unit: int) -> tuple[dict[str, Tensor], list[dict]]:
+    def make(unit: int) -> runs.Unit:
         if attributes:
             return one_example(lm, encoded(unit), settings, unit, {} if known is None else known)
         if unit not in ready:  # the units come in order, and so do the groups
@@ -97,7 +97,7 @@ def run(
             ready.update(zip(group_of[unit], plain(lm, items, settings), strict=True))
         return ready[unit]
 
-    def write(units: Callable[[], Iterator[tuple[dict[str, Tensor], list[dict]]]]) -> None:
+    def write(units: runs.Units) -> None:
         for top, path in states.items():
             runs.write_stacked(
                 path,
@@ -126,7 +126,7 @@ def run(
 
 def one_example(
     lm: LanguageModel, encoded: Encoded, settings: AblationSettings, unit: int, known: Known
-) -> tuple[dict[str, Tensor], list[dict]]:
+) -> runs.Unit:
     """Attribute and ablate one example, and read its hidden states.
 
     unit: the number of the example, from which its randomness is seeded.
@@ -218,9 +218,7 @@ def one_example(
     return tensors, rows
 
 
-def plain(
-    lm: LanguageModel, encoded: list[Encoded], settings: AblationSettings
-) -> list[tuple[dict[str, Tensor], list[dict]]]:
+def plain(lm: LanguageModel, encoded: list[Encoded], settings: AblationSettings) -> list[runs.Unit]:
     """Examples without attribution or ablation: enough for methods that need neither.
 
     Returns for each its tensors and a row of the CSV, as `one_example` does.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap, permutation_test
+import scipy  # it imports scipy.stats, which takes long, where that is used
 
 
 def accuracy_interval(correct: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
     """Accuracy, lower and upper end of its Wilson interval, of (n,) booleans; NaNs for n = 0."""
     if not len(correct):
         return float("nan"), float("nan"), float("nan")
-    test = binomtest(int(correct.sum()), len(correct))
+    test = scipy.stats.binomtest(int(correct.sum()), len(correct))
     interval = test.proportion_ci(confidence, method="wilson")
     return float(correct.mean()), float(interval.low), float(interval.high)
 
@@ -21,7 +21,7 @@ def paired_p_value(correct: np.ndarray, base: np.ndarray) -> float:
     correct, base: (n,) booleans, whether each answer is right. Returns 1.0 if they are the same.
     """
     gained, lost = int((correct & ~base).sum()), int((~correct & base).sum())
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
@@ -30,7 +30,7 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[fl
         return float("nan"), float("nan")
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    result = bootstrap(
+    result = scipy.stats.bootstrap(
         (values,),
         np.mean,
         confidence_level=confidence,
@@ -51,7 +51,7 @@ def sign_flip_p_value(gains: np.ndarray) -> float:
     gains = gains[gains != 0]
     if len(gains) < 2:
         return 1.0
-    result = permutation_test(
+    result = scipy.stats.permutation_test(
         (gains,),
         np.mean,
         permutation_type="samples",

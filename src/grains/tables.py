@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from grains import stats
 from grains.data import Example
@@ -14,6 +14,9 @@ from grains.prompts import Encoded
 from grains.scoring import correct, mc1, mc2
 from grains.settings import SCORES
 from grains.steering import Configuration
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def question_table(
@@ -27,6 +30,8 @@ def question_table(
     splits: the split of each question. configurations: the base first.
     log_likelihoods: for each question (configurations, choices), in nats, summed over tokens.
     """
+    import pandas as pd  # takes long, and only the end of a run needs it
+
     rows = []
     for split, item, scored in zip(splits, encoded, log_likelihoods, strict=True):
         lengths = np.array([len(response) for response in item.responses])
@@ -73,6 +78,8 @@ def accuracy_table(
     The columns p_value_* hold exact McNemar tests against the base. worse_* is the share of the
     questions answered right by the base that this configuration answers wrong.
     """
+    import pandas as pd
+
     rows = []
     for index, configuration in enumerate(configurations):
         row = {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -75,10 +77,12 @@ def import_libraries() -> None:
     """
     import warnings
 
-    import huggingface_hub
-    import torch  # noqa: F401
-    import transformers
+    with _without_collections():
+        import huggingface_hub
+        import torch  # noqa: F401
+        import transformers
 
+        _import_models()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
@@ -89,6 +93,39 @@ def import_libraries() -> None:
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # it is shrunk
     if signal.getsignal(signal.SIGINT) is _end:  # Ctrl-C is a KeyboardInterrupt again
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage collection in the block, which makes a great many objects that all stay."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()  # nor later of these
+
+
+def _import_models() -> None:
+    """Import transformers' model code as where SciPy and scikit-learn are not installed.
+
+    It uses them only for object detection and assisted generation, but imports them always, which
+    takes a second. Whether they are installed is asked anew before and afterwards.
+    """
+    from transformers.utils.import_utils import is_scipy_available, is_sklearn_available
+
+    hidden = {"scipy", "sklearn"} - {*sys.modules}
+    for is_available in (is_scipy_available, is_sklearn_available):
+        is_available.cache_clear()
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # none of them is found
+    try:
+        import transformers.generation.utils
+        import transformers.modeling_utils  # noqa: F401
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+        for is_available in (is_scipy_available, is_sklearn_available):
+            is_available.cache_clear()
 
 
 def say(text: str) -> None:
@@ -116,14 +153,15 @@ def load_model(args: argparse.Namespace) -> LanguageModel:
     from grains import cpu, models, runs
 
     runs.processes()  # gives each of several processes a device of its own
-    lm = models.load(
-        args.model_name,
-        args.dtype,
-        args.device,
-        args.device_map,
-        args.trust_remote_code,
-        max_memory=args.max_memory,
-    )
+    with _without_collections():
+        lm = models.load(
+            args.model_name,
+            args.dtype,
+            args.device,
+            args.device_map,
+            args.trust_remote_code,
+            max_memory=args.max_memory,
+        )
     if lm.device.type == "cpu":
         cpu.keep_freed_memory()
     return lm

@@ -91,11 +91,9 @@ def source_of(
         known = {}
     recorded = {key: value for key, value in known.items() if isinstance(value, str)}
     place = place or recorded.get("path")
-    if split is None or split == recorded.get("split"):
-        splits_of = {key: recorded.get(key) for key in SPLITS}
-    else:
-        splits_of = dict.fromkeys(SPLITS, split)
-    return DataSettings(name, place, **splits_of)
+    as_recorded = split is None or split == recorded.get("split")
+    test, validation, steering = (recorded.get(key) if as_recorded else split for key in SPLITS)
+    return DataSettings(name, place, split=steering, validation_split=validation, test_split=test)
 
 
 def find_examples(

@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from grains import prompts, thinking
 from grains.data import Example
@@ -167,7 +167,7 @@ class Endpoint:
             )
         self.completions = self._completions()
 
-    def _completions(self):
+    def _completions(self) -> Any:
         import openai
         from httpx2 import InvalidURL
 
@@ -214,11 +214,12 @@ class Endpoint:
             ) from None  # the cause quotes the server, which may send the key back
         return self._without_key(content)
 
-    def _post(self, prompt: str):
+    def _post(self, prompt: str) -> Any:
         """The response to a prompt, after as many tries as it takes."""
         import openai
 
-        left, waits = self.LONGEST_WAIT, iter(self.WAITS)
+        left: float = self.LONGEST_WAIT
+        waits = iter(self.WAITS)
         while True:
             try:
                 return self.completions.create(
@@ -230,7 +231,7 @@ class Endpoint:
                 )
             except openai.APIStatusError as error:
                 busy = error.status_code == 429 or error.status_code >= 500
-                wait = next(waits, None) if busy else None
+                wait: float | None = next(waits, None) if busy else None
                 wait = wait and (_retry_after(error) or wait)
                 if wait is None or wait > left:
                     # The cause quotes the server, which may send the key back.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -36,7 +38,7 @@ def score_texts(
     for row in texts.itertuples():
         example = examples[row.id]
         f1, margin = overlap(example, row.text)
-        scores = {"f1": f1}
+        scores: dict[str, Any] = {"f1": f1}
         if len(example.choices) > 1:
             scores["f1_margin"] = margin
         if example.objects is not None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from PIL import Image
 
 from grains import data, vision
@@ -118,7 +121,9 @@ def example_lines(path: Path, rows: pd.DataFrame) -> list[Line]:
     return lines
 
 
-def cell(path: Path, column: str, row: pd.Series, fits, expected: str):
+def cell(
+    path: Path, column: str, row: pd.Series, fits: Callable[[Any], bool], expected: str
+) -> Any:
     """The JSON in a cell of an example (see `from_json`)."""
     return from_json(f"'{path}', column {column}, example {row.id}", row[column], fits, expected)
 
@@ -166,7 +171,7 @@ def line_view(line: Line, image: set[int], largest: float) -> list[dict]:
     largest: what has full colour at least (the picture's largest attribution).
     """
     largest = max([largest, *(abs(word.score) for word in line.words)]) or 1.0
-    items = []
+    items: list[dict] = []
     for in_picture, group in groupby(line.words, lambda word: word.positions[0] in image):
         if in_picture:
             items.append({"picture": sum(len(word.positions) for word in group)})
@@ -187,7 +192,15 @@ def line_view(line: Line, image: set[int], largest: float) -> list[dict]:
     return items
 
 
-def heat_view(path, row, line, positions, example, images, name) -> dict:
+def heat_view(
+    path: Path,
+    row: pd.Series,
+    line: Line,
+    positions: list[int],
+    example: data.Example,
+    images: Images,
+    name: str,
+) -> dict:
     """The picture beside its heat-map."""
     boxes = cell(
         path,
@@ -208,7 +221,7 @@ def heat_view(path, row, line, positions, example, images, name) -> dict:
         *(abs(word.score) for word in line.words if word.positions[0] not in positions),
         1e-12,
     )
-    cut = {
+    cut: dict[str, list] = {
         top: [
             box
             for position, box in zip(positions, boxes, strict=True)
@@ -218,7 +231,7 @@ def heat_view(path, row, line, positions, example, images, name) -> dict:
         if top in line.ablated
     }
 
-    def draw(figure):
+    def draw(figure: Figure) -> None:
         plain, mapped = figure.subplots(1, 2)
         plain.imshow(picture)
         plain.set_axis_off()
@@ -281,10 +294,9 @@ def generation_view(path: Path, count: int) -> dict:
 def word_difference(base: str, steered: str) -> tuple[list, list]:
     """Both texts in pieces: (text, whether the other text lacks it)."""
     words = [re.findall(r"\s*\S+", text) for text in (base, steered)]
-    matcher = difflib.SequenceMatcher(
-        None, *([word.strip() for word in side] for side in words), autojunk=False
-    )
-    pieces = ([], [])
+    first_words, second_words = ([word.strip() for word in side] for side in words)
+    matcher = difflib.SequenceMatcher(None, first_words, second_words, autojunk=False)
+    pieces: tuple[list, list] = ([], [])
     for tag, *ends in matcher.get_opcodes():
         for side, all_words, first, end in zip(pieces, words, ends[::2], ends[1::2], strict=True):
             text = "".join(all_words[first:end])

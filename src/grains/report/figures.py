@@ -14,8 +14,10 @@ Blue is for the preferred answer, orange against it: which colour-blind readers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,8 +25,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.scale import SymmetricalLogScale
+from matplotlib.text import Text
 from matplotlib.ticker import (
     FixedLocator,
     LogLocator,
@@ -60,7 +64,7 @@ MAX_PIECES = 6
 MAX_TICKS = 5  # strengths that are all written at the axis
 
 
-def style(theme: str = "light"):
+def style(theme: str = "light") -> AbstractContextManager[None]:
     """A context in which figures are drawn dark on light, or light on dark."""
     ink, faint, ground = {
         "light": ("#1b1b1b", "#d8d8d8", "#ffffff"),
@@ -136,12 +140,14 @@ def draw_words(axes: Axes, lines: Sequence[tuple[Sequence[Word], str]]) -> None:
     the figure's layout is settled here: draw what else it holds before.
     """
     axes.set_axis_off()
-    axes.figure.draw_without_rendering()
-    axes.figure.set_layout_engine("none")
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     to_axes = axes.transAxes.inverted()
-    line_height = 1.75 * 9 / 72 * axes.figure.dpi / axes.bbox.height
+    line_height = 1.75 * 9 / 72 * figure.dpi / axes.bbox.height
 
-    def write(x, y, text, **options):
+    def write(x: float, y: float, text: str, **options: Any) -> tuple[Text, np.ndarray]:
         """Write text with its top left corner there. Returns it and its box."""
         shown = axes.text(
             x, y, text, va="top", transform=axes.transAxes, parse_math=False, **options
@@ -201,7 +207,7 @@ def draw_heat(
     picture: Image.Image,
     heat: np.ndarray,
     largest: float,
-    outlined: dict[str, Sequence] | None = None,
+    outlined: Mapping[str, Sequence] | None = None,
 ) -> None:
     """The heat-map over the picture in pale grey: clear where there is no attribution.
 
@@ -358,7 +364,7 @@ def _over_strength(axes: Axes, grid: pd.DataFrame, column: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def draw_layers(axes: Axes, grid: pd.DataFrame, score: str, largest: float):
+def draw_layers(axes: Axes, grid: pd.DataFrame, score: str, largest: float) -> AxesImage:
     """Gain in accuracy over base for every single layer and strength.
 
     grid: rows of one split, of base and of configurations of one method at one layer each. Layers

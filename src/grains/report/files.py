@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from grains import data, runs
 from grains.errors import UserError
@@ -100,7 +101,7 @@ def kind_of(path: Path) -> str | None:
     manifest = manifest_of(path)
     if (manifest.get("settings") or {}).get("grad_method") == NO_ATTRIBUTION:
         return None  # nothing was attributed
-    return FOLDERS.get(path.parent.name) or STAGES.get(manifest.get("stage"))
+    return FOLDERS.get(path.parent.name) or STAGES.get(manifest.get("stage") or "")
 
 
 def stem_of(path: Path) -> Path:
@@ -157,8 +158,9 @@ def _check(file: Path, content: dict, types: dict, place: str = "") -> None:
         value = content.get(key)
         if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
             kinds = expected if isinstance(expected, tuple) else (expected,)
+            expected_kinds = " or ".join(JSON_NAMES[kind] for kind in kinds)
             raise UserError(
-                f"'{file}', {place}{key}: expected {' or '.join(map(JSON_NAMES.get, kinds))}, "
+                f"'{file}', {place}{key}: expected {expected_kinds}, "
                 f"found {str(value)[:40]}; was it changed?"
             )
 
@@ -233,7 +235,7 @@ def what_was_run(manifests: list[dict], examples: str, seeds: list) -> list[tupl
     for key, term in TERMS.items():
         for manifest in manifests:
             given = manifest.get(key) or {}
-            values = {"model": None, "name": None, "split": None}  # come first
+            values: dict[str, Any] = {"model": None, "name": None, "split": None}  # come first
             values |= given if isinstance(given, dict) else {key: given}
             if "num_samples" in values and not values.get("split"):
                 values["split"] = data.default_split(values["name"], "steering")

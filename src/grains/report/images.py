@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable
 from itertools import chain, count
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -22,7 +23,7 @@ class Images:
     pngs: file name -> content.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.pngs: dict[str, bytes] = {}
 
     def add(self, name: str, draw: Callable[[Figure], None], height: float, alt: str) -> dict:
@@ -48,20 +49,20 @@ class Images:
 
 def as_item(alt: str, height: float, light: bytes, dark: bytes | None = None) -> dict:
     """What the template needs for one figure, from its PNGs. height: inches, of `WIDTH` ones."""
-    light, dark = (
+    links = [
         png and "data:image/png;base64," + base64.b64encode(png).decode() for png in (light, dark)
-    )
+    ]
     # CSS pixels of the figure as drawn: 96 an inch.
     return {
-        "light": light,
-        "dark": dark,
+        "light": links[0],
+        "dark": links[1],
         "alt": alt,
         "width": round(96 * WIDTH),
         "height": round(96 * height),
     }
 
 
-def rendered(draw: Callable[[Figure], None], height: float, theme: str, **options) -> bytes:
+def rendered(draw: Callable[[Figure], None], height: float, theme: str, **options: Any) -> bytes:
     """A figure as a PNG. options: of Figure.savefig."""
     with figures.style(theme), warnings.catch_warnings():
         # Scripts that the font lacks are drawn as boxes; the page has them as text.

@@ -177,10 +177,10 @@ def read_table(path: Path, kind: str) -> pd.DataFrame:
                 table = table.assign(**{column: read(table[column])})
             except ValueError as error:
                 raise UserError(f"'{path}', column {column}, {error}; {again}") from error
-    key = [column for column in key if column in table]
-    repeated = table.duplicated(key) if key else pd.Series(False)
+    own = [column for column in key if column in table]
+    repeated = table.duplicated(own) if own else pd.Series(False)
     if repeated.any():
-        row = ", ".join(map(str, table.loc[repeated.idxmax(), key]))
+        row = ", ".join(map(str, table.loc[repeated.idxmax(), own]))
         raise UserError(f"'{path}' holds {row} more than once: give the table of one run")
     return table
 

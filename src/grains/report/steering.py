@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,7 +42,7 @@ def evaluation_views(
     views = []
     for title, block in blocks.items():
         name = prefix if len(blocks) == 1 else f"{prefix}_{title}"
-        item = {
+        item: dict[str, Any] = {
             "title": title if [*blocks] != [named] else "",
             "stem": stem.name,
             "counts": {},
@@ -98,7 +99,14 @@ def front_view(
 # --- every configuration ---
 
 
-def grid_view(stem, files, grid, questions, images, name) -> dict:
+def grid_view(
+    stem: Path,
+    files: dict[str, Path],
+    grid: pd.DataFrame,
+    questions: pd.DataFrame | None,
+    images: Images,
+    name: str,
+) -> dict:
     """What a grid says of the split on which most configurations were tried."""
     sizes = grid.groupby("part").size()  # of equally large ones test comes before validation
     split = sizes.idxmax()
@@ -208,7 +216,7 @@ def ranges(layers: str) -> str:
     return ", ".join(layer_ranges([int(layer) for layer in layers.split()]))
 
 
-def strength_figure(images, name, grid, where: str, label: str) -> dict:
+def strength_figure(images: Images, name: str, grid: pd.DataFrame, where: str, label: str) -> dict:
     steered, base = grid[grid.method != BASE.method], grid[grid.method == BASE.method].iloc[0]
     parts = []
     for score, title in TITLES.items():
@@ -233,7 +241,7 @@ def strength_figure(images, name, grid, where: str, label: str) -> dict:
     ) | {"where": where}
 
 
-def layers_figure(images, name, grid, score: str) -> dict:
+def layers_figure(images: Images, name: str, grid: pd.DataFrame, score: str) -> dict:
     steered, value = grid[grid.method != BASE.method], f"accuracy_{score}"
     gains = steered[value] - grid[grid.method == BASE.method][value].iloc[0]
     layers = steered.layers.astype(int)

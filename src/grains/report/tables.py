@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from grains import stats
@@ -105,7 +107,7 @@ def gains(front: pd.DataFrame, limit: str) -> list[dict]:
     tables = []
     for score, rows in front.groupby("score", sort=False):
         cells = {(row.title, row.max_ppl_increase): cell(row) for _, row in rows.iterrows()}
-        empty = dict.fromkeys(cell(rows.iloc[0]), "") | {"costs": []}
+        empty: dict[str, Any] = dict.fromkeys(cell(rows.iloc[0]), "") | {"costs": []}
         tables.append(
             {
                 "title": f"{TITLES[score]}, {limit}",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
+import pandas as pd
 
 MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 
@@ -36,12 +39,12 @@ def p_is(p: float) -> str:
     return f"p {p_text(p)}" if p < 0.0001 else f"p = {p_text(p)}"
 
 
-def interval(row, name: str) -> str:
+def interval(row: pd.Series, name: str) -> str:
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     return "" if np.isnan(low) else f"[{100 * low:.1f}, {100 * high:.1f}]".replace("-", MINUS)
 
 
-def joined(items) -> str:
+def joined(items: Iterable[object]) -> str:
     """'a', 'a and b', 'a, b and c'."""
     *first, last = map(str, items)
     return f"{', '.join(first)} and {last}" if first else last

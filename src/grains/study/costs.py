@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student_t
+import scipy
 
 from grains import data
 from grains.data import Example
@@ -92,7 +92,7 @@ def perplexity_bound(encoded: list[Encoded], scores: list[np.ndarray]) -> np.nda
     residuals = losses - losses[:, :1] - rises * tokens[:, None]
     count = len(tokens)
     error = np.sqrt((residuals**2).sum(axis=0) * count / (count - 1)) / tokens.sum()
-    return np.expm1(rises + student_t.ppf(0.95, count - 1) * error)
+    return np.expm1(rises + scipy.stats.t.ppf(0.95, count - 1) * error)
 
 
 def accuracy_of(leads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

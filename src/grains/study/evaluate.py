@@ -220,14 +220,14 @@ def write_scores(
     """
     groups = question_batches(items, study.ablation.batch_tokens)
 
-    def make(unit: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    def make(unit: int) -> runs.Unit:
         scores = compute([items[index] for index in groups[unit]])
         return {
             str(index): torch.from_numpy(values)
             for index, values in zip(groups[unit], scores, strict=True)
         }, []
 
-    def write(units: Callable[[], Iterator[tuple[dict[str, torch.Tensor], list[dict]]]]) -> None:
+    def write(units: runs.Units) -> None:
         arrays = {key: value for tensors, _ in units() for key, value in tensors.items()}
         runs.write_tensors(path, arrays, manifest)
 
@@ -313,7 +313,7 @@ def free_answers(
     steered = [item for item in configurations if not isinstance(item, LoraConfiguration)]
     labels = [item.label for item in (BASE, *steered, *adapted)]
 
-    def make(unit: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    def make(unit: int) -> runs.Unit:
         batch = [encoded[index] for index in groups[unit]]
         seed = 1000 * study.seed + unit
         if split == "training":
