@@ -1,5 +1,7 @@
 """The Python door against the stages' own functions, and what it refuses."""
 
+from functools import cache
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -43,19 +45,31 @@ def test_attributions_are_those_of_stage_1(lm):
     assert not found.image.any()
 
 
+@pytest.fixture(scope="module")
+def states_of(lm, tmp_path_factory):
+    """Selections -> the files of a stage 1 with these, which is run once."""
+
+    @cache
+    def run(*tops):
+        folder = tmp_path_factory.mktemp("states")
+        settings = AblationSettings(STEPS.attribution, tops, top_k=2, seed=3)
+        files = {top: folder / f"{top}.safetensors" for top in tops}
+        examples = [example(number) for number in range(len(PAIRS))]
+        source = grains.settings.DataSettings("x")
+        assert stage1.run(lm, examples, source, settings, folder / "a.csv", files)
+        return {top: StatesFile(path) for top, path in files.items()}
+
+    return run
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_vectors_are_those_of_stage_1s_file(lm, method, tmp_path):
+def test_vectors_are_those_of_stage_1s_file(lm, states_of, method):
     mode = "both" if method in ("mean", "pca") else "pos"
-    settings = AblationSettings(STEPS.attribution, ("pos", "neg", "rand"), top_k=2, seed=3)
+    settings = AblationSettings(STEPS.attribution, top_k=2, seed=3)
     found = grains.fit(lm, PAIRS, method, mode=mode, settings=settings)
-    if method == "rand_tokens":  # alone, its random tokens are drawn first
-        settings = AblationSettings(STEPS.attribution, ("rand", "pos"), top_k=2, seed=3)
-    files = {top: tmp_path / f"{top}.safetensors" for top in settings.tops}
-    examples = [example(number) for number in range(len(PAIRS))]
-    source = grains.settings.DataSettings("x")
-    assert stage1.run(lm, examples, source, settings, tmp_path / "a.csv", files)
-    states = {top: StatesFile(path) for top, path in files.items()}
-    expected = vectors.make(states, method, mode, settings.seed)
+    # Alone, its random tokens are drawn first.
+    tops = ("rand", "pos") if method == "rand_tokens" else ("pos", "neg", "rand")
+    expected = vectors.make(states_of(*tops), method, mode, settings.seed)
     # Replayed in batches of other sizes, states differ by rounding.
     assert torch.allclose(found.vectors, expected.vectors, rtol=1e-4, atol=1e-5)
     assert torch.allclose(found.norms, expected.norms, rtol=1e-5)
