@@ -191,6 +191,20 @@ CHANNEL = (
             "<|end|>",
             "<|im_start|><|user|>Is it so?<|bot|><think>\n",
         ),
+        (
+            chat_models.CLOSES,
+            "<|user|>Is it so?<|bot|></think>",
+            "",
+            "<|end|>",
+            "<|user|>Is it so?<|bot|><think>",
+        ),
+        (
+            chat_models.EMPTY,
+            "<|user|>Is it so?<|bot|><think></think>",
+            "",
+            "<|end|>",
+            "<|user|>Is it so?<|bot|>",
+        ),
         (chat_models.CHANNELS, CHANNEL + "<|channel|>final<|message|>", "", "<|return|>", CHANNEL),
         (
             chat_models.BRACKETS,
@@ -207,7 +221,7 @@ CHANNEL = (
             "<|im_start|>" + USER + "<|im_start|>model\n",
         ),
     ],
-    ids=["thinks", "opens", "channels", "brackets", "refuses"],
+    ids=["thinks", "opens", "closes", "empty", "channels", "brackets", "refuses"],
 )
 def test_answers_stand_where_the_template_puts_them(
     chat_model, template, prompt, before, end, free
@@ -940,6 +954,12 @@ def test_scripts_take_shots_and_letters(scripts):
         (chat_models.THINKS, "Yes.", ("", "Yes.")),
         (chat_models.OPENS, "Is it?\n</think>\n\nYes.", ("Is it?", "Yes.")),
         (chat_models.OPENS, "Is it", ("Is it", "")),
+        (chat_models.CLOSES, "Is it?</think>Yes.", ("Is it?", "Yes.")),
+        (chat_models.CLOSES, "Is it", ("Is it", "")),
+        (chat_models.EMPTY, "<think>Is it?</think>Yes.", ("Is it?", "Yes.")),
+        (chat_models.EMPTY, "<think></think>Yes.", ("", "Yes.")),
+        (chat_models.EMPTY, "<think>Is it", ("Is it", "")),
+        (chat_models.EMPTY, "Yes.", ("", "Yes.")),
         (chat_models.CHANNELS, "analysisIs it?assistantfinalYes.", ("Is it?", "Yes.")),
         (chat_models.CHANNELS, "analysisIs it", ("Is it", "")),
         (chat_models.CHANNELS, "finalYes.", ("", "Yes.")),

@@ -28,6 +28,8 @@ from grains.lm import LanguageModel
 from grains.settings import LETTERED, STYLES, PromptSettings
 
 LETTERS = string.ascii_uppercase
+# Marks with which a prompt opens a block of thoughts, and may close it again.
+THOUGHTS = re.compile(r"(\s*<[^<>]*(think|thought|reason)[^<>]*>\s*)+\Z", re.IGNORECASE)
 INSTRUCTION, RESPONSE = "### Instruction:\n", "### Response:\n"
 # A text of the data, and whether it is the user's own (not from the settings) -> what stands in its
 # place while the prompt is rendered: a mark, or the text itself.
@@ -369,7 +371,8 @@ class _Writer:
             ) from error
         before, stands, after = whole.rpartition(self.answer)
         end = _first_special(lm, after) or lm.tokenizer.eos_token or ""
-        if not stands or not (before.startswith(begun) or begun.startswith(before)):
+        start = THOUGHTS.sub("", begun)  # an answer may have other marks of thoughts before it
+        if not stands or not (before.startswith(start) or begun.startswith(before)):
             return _Layout(begun, "", end)  # the template says nothing of where answers stand
         if before.strip() == begun.strip():  # only white space before the answer
             return _Layout(begun, before[len(begun) :], end)
@@ -469,13 +472,13 @@ def answered(
 ) -> str:
     """A question and an answer with its thoughts in the chat template, '' if it refuses them.
 
-    Templates read thoughts from a field of the message by one of two names, or pass them over.
+    Templates read thoughts from a field of the message by one of three names, or pass them over.
     """
     image = f"m{uuid4().hex}"
     messages = [
         _message(lm, "user", question, image),
         _message(lm, "assistant", answer, image)
-        | {"reasoning_content": thought, "thinking": thought},
+        | dict.fromkeys(("reasoning_content", "reasoning", "thinking"), thought),
     ]
     try:
         return apply_template(lm, messages, prompt, False)

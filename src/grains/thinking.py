@@ -80,6 +80,9 @@ def thoughts(lm: LanguageModel, prompt: PromptSettings) -> Thoughts | None:
         if begun.rstrip() == before.rstrip() != "" and begun.rstrip().endswith(end):
             return None  # the prompt has closed them already
         return Thoughts(words(opens.removeprefix(begun)), end, without)
-    # It writes no thoughts of earlier messages, but opens a block of them.
-    opened = re.search(r"<(\w+)>\s*\Z", begun.removeprefix(before) if begun != before else "")
-    return Thoughts("", f"</{opened[1]}>") if opened else None
+    # It writes no thoughts of messages, but opens a block of them, or writes an empty one.
+    if opened := re.search(r"<([\w:]+)>\s*\Z", begun.removeprefix(before)):
+        return Thoughts("", f"</{opened[1]}>")
+    if empty := re.fullmatch(r"\s*(<([\w:]+)>\s*(</\2>))\s*", before.removeprefix(begun)):
+        return Thoughts(f"<{empty[2]}>", empty[3], words(empty[1]))
+    return None

@@ -38,6 +38,20 @@ OPENS = (
     "{{ m.content.split('</think>')[-1] }}<|end|>{% else %}<|user|>{{ m.content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|bot|><think>\n{% endif %}"
 )
+# The generation prompt opens a block of thoughts, answers have its end alone (the shape of
+# GLM-4.7's).
+CLOSES = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|bot|>"
+    "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}{% endif %}</think>"
+    "{{ m.content }}<|end|>{% else %}<|user|>{{ m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|bot|><think>{% endif %}"
+)
+# Answers have an empty block before them, and no message has thoughts (the shape of Kimi-K2's).
+EMPTY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|bot|><think></think>{{ m.content }}"
+    "<|end|>{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|bot|>{% endif %}"
+)
 # Channels: thoughts in one, the answer in another, a system turn of its own before the user's
 # (the shape of GPT-OSS').
 CHANNELS = (

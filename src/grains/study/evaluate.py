@@ -198,8 +198,9 @@ def kept_scores(study: Study, name: str, manifest: dict) -> dict[str, Place]:
     """Where earlier runs kept scores of this manifest, by the configurations' identity."""
     kept: dict[str, Place] = {}
     for path in study.names.all_scores(name):
-        if study.overwrite or not path.with_suffix(".manifest.json").is_file():
-            continue  # without a manifest: killed just before its end
+        whole = path.with_suffix(".manifest.json").is_file()
+        if study.overwrite or not whole or path.with_suffix(".parts").exists():
+            continue  # killed just before its end, which the run of this file comes to
         info = runs.read_header(path)
         keys = info.pop("configurations")
         if runs.digest(info) == runs.digest(manifest):
