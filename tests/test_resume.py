@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 from helpers import tiny
-from helpers.command_line import SRC
+from helpers.command_line import SRC, arguments_of, stage1_flags
 
 from grains import runs
 from grains.errors import UserError
@@ -40,85 +40,41 @@ def questions(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def common(model, questions):
-    return [
-        "--model_name",
-        model,
-        "--dataset_name",
-        "questions",
-        "--dataset_path",
-        questions,
-        "--num_samples",
-        SAMPLES,
-        "--top_k",
-        3,
-    ]
-
-
-@pytest.fixture(scope="module")
-def script(common, stage1):
+def script(model, questions, stage1):
     """name of a script, folder of its outputs -> the script and its arguments."""
 
     def arguments(name: str, folder: Path) -> list:
         if name == "token_ablation":
-            more = [
-                "--ig_steps",
-                6,
-                "--output_path_meta",
-                folder / "tokens.csv",
-                "--output_path_hidden",
-                folder / "states.safetensors",
-            ]
-        else:
-            more = [
-                "--num_validation",
-                6,
-                "--methods",
-                "gradient",
-                "random",
-                "--alphas",
-                0.1,
-                "--hidden_states_path",
-                stage1 / "states_pos.safetensors",
-                "--steering_vectors_dir",
-                folder / "vectors",
-                "--output_dir",
-                folder,
-                "--batch_tokens",
-                800,
-            ]  # several batches
+            return stage1_script(model, questions, folder)
+        kept = ("model_name", "dataset_name", "dataset_path", "num_samples", "top_k")
+        given = stage1_flags(model, questions, folder)
+        given = {flag: given[flag] for flag in kept} | {
+            "num_validation": 6,
+            "methods": ["gradient", "random"],
+            "alphas": 0.1,
+            "hidden_states_path": stage1 / "states_pos.safetensors",
+            "steering_vectors_dir": folder / "vectors",
+            "output_dir": folder,
+            "batch_tokens": 800,  # several batches
+        }
         if name == "steering_generation":
-            more += [
-                "--layer_idxs",
-                1,
-                "--num_prompts",
-                6,
-                "--max_new_tokens",
-                60,
-                "--temperature",
-                0.8,
-                "--batch_tokens",
-                80,
-            ]
-        return [f"{name}.py", *common, *more]
+            given |= {"layer_idxs": 1, "num_prompts": 6, "max_new_tokens": 60}
+            given |= {"temperature": 0.8, "batch_tokens": 80}
+        return [f"{name}.py", *arguments_of(given)]
 
     return arguments
 
 
+def stage1_script(model: Path, questions: Path, folder: Path) -> list:
+    flags = stage1_flags(model, questions, folder, num_samples=SAMPLES, ig_steps=6)
+    return ["token_ablation.py", *arguments_of(flags)]
+
+
 @pytest.fixture(scope="module")
-def stage1(commands, common, tmp_path_factory):
+def stage1(commands, model, questions, tmp_path_factory):
     """The folder of a stage 1 that was not interrupted."""
     folder = tmp_path_factory.mktemp("stage1")
-    commands.run(
-        "token_ablation.py",
-        *common,
-        "--ig_steps",
-        6,
-        "--output_path_meta",
-        folder / "tokens.csv",
-        "--output_path_hidden",
-        folder / "states.safetensors",
-    ).ok()
+    commands.run(*stage1_script(model, questions, folder)).ok()
     return folder
 
 
