@@ -18,9 +18,11 @@ from helpers import tiny
 from helpers.report_page import Page, page_of, plain
 from helpers.results import (
     BUDGETS,
+    MODEL,
     NASTY,
     SCRIPTS,
     STEM,
+    VERSIONS,
     attribution_rows,
     picture_results,
     some,
@@ -736,8 +738,10 @@ def test_an_experiment_has_its_stage_1_beside_it(tmp_path):
     write_front(
         tmp_path,
         [{"method": "mean", "mode": "pos", "gains": (0.0, 0.1, 0.1), "p": 1.0}],
-        stem="both",
+        stem="both_lora-dpo",
     )
+    manifest = {"stage": "experiment", "parts": "both_parts", "model": MODEL, "versions": VERSIONS}
+    (tmp_path / "steering" / "both_lora-dpo_grid.manifest.json").write_text(json.dumps(manifest))
     for name, seed in (("things", 0), ("things", 1), ("others", 0)):
         path = write_attributions(tmp_path, attribution_rows(), {"name": name}, f"{name}_{seed}")
         for file in (path, path.with_suffix(".manifest.json")):
