@@ -741,7 +741,7 @@ def test_an_experiment_has_its_stage_1_beside_it(tmp_path):
         stem="both_lora-dpo",
     )
     manifest = {"stage": "experiment", "parts": "both_parts", "model": MODEL, "versions": VERSIONS}
-    (tmp_path / "steering" / "both_lora-dpo_grid.manifest.json").write_text(json.dumps(manifest))
+    runs.write_json(tmp_path / "steering" / "both_lora-dpo_grid.manifest.json", manifest)
     for name, seed in (("things", 0), ("things", 1), ("others", 0)):
         path = write_attributions(tmp_path, attribution_rows(), {"name": name}, f"{name}_{seed}")
         for file in (path, path.with_suffix(".manifest.json")):
