@@ -55,11 +55,11 @@ from grains.states import StatesInMemory  # noqa: E402
 from grains.steering import Configuration, Direction, directions  # noqa: E402
 from grains.study import costs  # noqa: E402
 
-METHODS = ("gradient", "mean", "pca")
+METHODS = ("gradient", "mean", "pca", "caa")
 CONTROLS = ("random", "shared_random", "rotated", "rand_tokens")
 STRENGTHS = (0.003, 0.006, 0.01)
 # Of the methods that are also tried at the same price, as they may be weaker pushes.
-PRICED = dict.fromkeys(("mean", "random", "rotated"), (*STRENGTHS, 0.02, 0.03))
+PRICED = dict.fromkeys(("mean", "caa", "random", "rotated"), (*STRENGTHS, 0.02, 0.03))
 CONTRARY, AGREEING, BARE = "faithfulness", "faithfulness-agreeing", "faithfulness-bare"
 UNRELATED, PROSE = "unrelated", "prose"
 SHOWN = {
@@ -85,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--top_k", type=int, default=5)
     flags.add_argument("--grad_method", default="vanilla")
     flags.add_argument("--layers", nargs="+", default=["8-24"])
+    flags.add_argument(
+        "--strengths", nargs="+", type=float, default=STRENGTHS, help="of gradient, to choose from"
+    )
     flags.add_argument("--budget", type=float, default=0.02, help="rise of perplexity of prose")
     flags.add_argument("--num_validation", type=int, default=40, help="validation questions")
     flags.add_argument("--num_test", type=int, default=80, help="test questions, of each set")
@@ -156,7 +159,7 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
     tried = [
         line.at(alpha)
         for method, line in lines.items()
-        for alpha in (STRENGTHS if method == "gradient" else PRICED.get(method, ()))
+        for alpha in (args.strengths if method == "gradient" else PRICED.get(method, ()))
     ]
     passages = costs.passages(lm, "validation")
     rises = rise(passages, score_all(lm, passages, tried, ablation.batch_tokens))[1:]
@@ -258,12 +261,7 @@ def attribution_row(lm: LanguageModel, item: Encoded, row: dict) -> dict:
     content tokens. top: whether the largest attribution lies on it.
     """
     scores = np.array(json.loads(row["attributions"])[0])
-    offsets = lm.tokenizer(item.text, return_offsets_mapping=True).offset_mapping
-    if len(offsets) != len(scores):  # a BOS that the template has written already
-        offsets = lm.tokenizer(
-            item.text, return_offsets_mapping=True, add_special_tokens=False
-        ).offset_mapping
-    end = item.text.rfind(item.example.context) + len(item.example.context)
+    offsets, end = characters(lm, item), context_span(item)[1]
     spans = [
         match.span()
         for match in re.finditer(re.escape(core(item.example.chosen)), item.text, re.IGNORECASE)
@@ -282,6 +280,22 @@ def attribution_row(lm: LanguageModel, item: Encoded, row: dict) -> dict:
         "completeness_error": row["completeness_error_relative"],
         "points": row["gradients_computed"],
     }
+
+
+def characters(lm: LanguageModel, item: Encoded) -> list[tuple[int, int]]:
+    """The characters (begin, end) of every token of a prompt, in its text."""
+    offsets = lm.tokenizer(item.text, return_offsets_mapping=True).offset_mapping
+    if len(offsets) == len(item.prompt_ids):
+        return offsets
+    # A BOS that the template has written already.
+    made = lm.tokenizer(item.text, return_offsets_mapping=True, add_special_tokens=False)
+    return made.offset_mapping
+
+
+def context_span(item: Encoded) -> tuple[int, int]:
+    """The characters (begin, end) of the context in a prompt's text."""
+    begin = item.text.rfind(item.example.context)
+    return begin, begin + len(item.example.context)
 
 
 def free_answers(

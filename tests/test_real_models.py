@@ -1,0 +1,113 @@
+"""The tables of several models, and the variants of faithfulness, on a tiny model and by hand."""
+
+from types import SimpleNamespace
+
+import faithfulness_variants as variants
+import pandas as pd
+import pytest
+import real_models
+import torch
+from faithfulness import BASE, CHOSEN, CONTRARY, PROSE
+from helpers.reference import embeds, relative
+from pytest import approx
+
+from grains.logprobs import logits
+from grains.settings import AblationSettings, DataSettings, PromptSettings
+from grains.states import POS, POS_ABLATED
+
+
+def measured(gain, rise):
+    """What one seed gives of four questions, of which the base model gets two right."""
+    right = {BASE: [1, 0, 1, 0], CHOSEN: [1, 0, 1, 0]}
+    right[CHOSEN][1] += gain
+    rows = [
+        {
+            "seed": 0,
+            "set": CONTRARY,
+            "configuration": label,
+            "alpha": 0.003 if label == CHOSEN else 0.0,
+            "id": f"q{number}",
+            "fact": f"f{number}",
+            "sum": float(value),
+            "token": 1.0,
+        }
+        for label, values in right.items()
+        for number, value in enumerate(values)
+    ]
+    rises = {BASE: 0.0, CHOSEN: rise}
+    rows += [
+        {"seed": 0, "set": PROSE, "configuration": label, "rise": value}
+        for label, value in rises.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_gains_of_models_stand_side_by_side(tmp_path):
+    steered = {"one": measured(1, 0.015), "two": measured(0, 0.04)}
+    table = real_models.gains(steered)
+    assert table.loc[CHOSEN, "one: summed"].startswith("+25.0 [")
+    assert table.loc[CHOSEN, "two: summed"] == "+0.0 [+0.0, +0.0]"
+    assert table.loc[CHOSEN, ["one: per token", "one: prose, %", "two: prose, %"]].tolist() == [
+        "+0.0 [+0.0, +0.0]",
+        "+1.5",
+        "+4.0",
+    ]
+    assert real_models.point(steered["one"], CHOSEN, "sum")[0] == approx(25)
+    path = tmp_path / "figure.png"
+    real_models.draw(steered, path)
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+@pytest.fixture
+def material(make_tiny, tmp_path):
+    args = SimpleNamespace(seed=0, budget=0.02, ig_steps=3, folder=tmp_path)
+    source = DataSettings(CONTRARY, num_samples=2, num_validation=2, num_test=3)
+    prompt = PromptSettings("qa")
+    made = variants.Material(args, source, AblationSettings(tops=("pos",), prompt=prompt))
+    made.lm = make_tiny("llama")
+    made.asked |= {"validation prose": made.asked["test"], "test prose": made.asked["test"]}
+    return made
+
+
+def test_the_whole_context_is_ablated(material):
+    """Against the model's own forward on embeddings in which the context's tokens are padding."""
+    lm, item = material.lm, material.steering[0]
+    before, context, after = item.text.partition(item.example.context)
+    assert context and not before.strip()
+    states = material.context_ablated
+    behind = lm.tokenizer(after, add_special_tokens=False).input_ids
+    ids = item.prompt_ids + item.responses[0]
+    length = len(item.prompt_ids) - len(behind)
+    assert lm.tokenizer.decode(ids[:length]).strip() == context
+    rows = embeds(lm, ids)
+    rows[:length] = embeds(lm, [lm.replacement_id()])[0]
+    with torch.no_grad():
+        own = lm.model(inputs_embeds=rows[None], use_cache=False).logits[0, -1].float()
+    last = torch.from_numpy(next(iter(states.layer(POS_ABLATED, states.layers - 1)))[0])
+    assert relative(logits(lm, last.float()[None])[0], own) < 1e-4
+    plain = torch.from_numpy(next(iter(states.layer(POS, states.layers - 1)))[0])
+    assert relative(plain, last) > 0.01
+
+
+def test_a_variant_is_chosen_within_the_budget_on_validation(material):
+    variant = variants.Variant("gradient", "all")
+    costs = {alpha: 0.001 * number for number, alpha in enumerate(variants.STRENGTHS)}
+    material.args.budget = 0.0025  # the third strength is the last within it
+    material.rises = lambda split, tried: [costs[item.alpha] for item in tried]
+    asked = []
+
+    def right(split, tried):
+        asked.append((split, [item.alpha for item in tried]))
+        values = torch.zeros(3, 1 + len(tried)).bool().numpy()
+        values[0, -2 if len(tried) > 1 else -1] = True  # the second of three is the best
+        return {"sum": values, "token": values}
+
+    material.right = right
+    rows = material.measured(variant)
+    second = variants.STRENGTHS[1]
+    assert asked == [("validation", [*variants.STRENGTHS[:3]]), ("test", [second])]
+    assert set(rows.alpha) == {second} and rows.within.all()
+    assert rows.sum_after.tolist() == [1, 0, 0] and rows.sum_before.tolist() == [0, 0, 0]
+    table = variants.gain_table(rows)
+    assert table.loc[variant.name, "summed"].startswith("+33.3 [")
+    assert table.loc[variant.name, "prose, %"] == "+0.1"
