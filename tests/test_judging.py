@@ -11,7 +11,7 @@ import threading
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
-from math import isnan
+from math import exp, isnan
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,41 @@ KEY = "sk-of-a-test"
 )
 def test_token_f1(text, reference, f1):
     assert metrics.token_f1(text, reference) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    "text, reference, bleu, rouge",
+    [
+        # 5 of 5 words; pairs 3 + 1 of 4 + 1, threes 2 + 1 of 3 + 1, fours 1 + 1 of 2 + 1; it is
+        # shorter than the reference: exp(1 - 6 / 5)
+        (
+            "cats often land on feet",
+            "cats often land on their feet",
+            (4 / 5 * 3 / 4 * 2 / 3) ** (1 / 4) * exp(-1 / 5),
+            10 / 11,
+        ),
+        # 3 of 4 words; pairs 1 + 1 of 3 + 1, threes 1 of 2 + 1, fours 1 of 1 + 1
+        (
+            "dogs chase red cats",
+            "dogs chase cats always",
+            (3 / 4 * 2 / 4 * 1 / 3 * 1 / 2) ** (1 / 4),
+            6 / 8,
+        ),
+        ("yes yes yes", "yes", (1 / 3 * 1 / 3 * 1 / 2) ** (1 / 4), 2 / 4),
+        ("white", "yellow", 0.0, 0.0),
+        ("", "the", 1.0, 1.0),
+        ("", "cat", 0.0, 0.0),
+    ],
+)
+def test_bleu_and_rouge(text, reference, bleu, rouge):
+    assert metrics.bleu(text, reference) == pytest.approx(bleu)
+    assert metrics.rouge_l(text, reference) == pytest.approx(rouge)
+
+
+def test_margin_is_of_the_nearest_right_and_the_nearest_wrong_answer():
+    example = Example("1", "Which?", ("it is yellow", "it is white"), 1, references=("white paint",))
+    found = metrics.margin(metrics.rouge_l, example, "white paint is yellow")
+    assert found == pytest.approx(4 / 6 - 4 / 7)
 
 
 def test_overlap_is_with_the_best_of_several_answers():
@@ -766,7 +801,7 @@ def test_texts_of_the_stages_are_scored(commands, generations, tmp_path):
     written = pd.read_csv(generations, keep_default_na=False, dtype=str)
     scores, summary = tables(tmp_path)
     assert list(scores.configuration.unique()) == ["base", *written.configuration[:2]]
-    assert len(scores) == 5 * 3 and len(summary) == 3 * 4
+    assert len(scores) == 5 * 3 and len(summary) == 3 * 6
     expected = {("base", row.id): row.base for row in written.itertuples()}
     expected |= {(row.configuration, row.id): row.steered for row in written.itertuples()}
     assert {
@@ -775,7 +810,7 @@ def test_texts_of_the_stages_are_scored(commands, generations, tmp_path):
     assert scores.words.tolist() == [
         len(expected[row.configuration, row.id].split()) for row in scores.itertuples()
     ]
-    means = scores.groupby("configuration")[["f1", "f1_margin", "repetition", "words"]].mean()
+    means = scores.groupby("configuration")[[*summary.score.unique()]].mean()
     for row in summary.itertuples():
         assert row.mean == pytest.approx(means.loc[row.configuration, row.score])
         assert row.n == 5 and row.low <= row.mean <= row.high

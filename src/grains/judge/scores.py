@@ -10,12 +10,14 @@ import pandas as pd
 from grains import stats
 from grains.data import Example
 from grains.judge import judges
-from grains.judge.metrics import Objects, overlap
+from grains.judge.metrics import Objects, bleu, margin, overlap, rouge_l
 from grains.steering import BASE
 
 MEANINGS = {
     "f1": "words shared with a right answer, 0 to 1 (SQuAD's F1)",
     "f1_margin": "f1, minus that with a wrong answer",
+    "bleu_margin": "BLEU with the nearest right answer, minus that with the nearest wrong one",
+    "rouge_l_margin": "the same with ROUGE-L",
     "object_hallucination": "share of the objects named that are not in the picture",
     "text_hallucination": "share of the texts that name such an object",
     "repetition": "share of three-word sequences that occurred before in the text",
@@ -37,10 +39,14 @@ def score_texts(
     rows = []
     for row in texts.itertuples():
         example = examples[row.id]
-        f1, margin = overlap(example, row.text)
+        f1, f1_margin = overlap(example, row.text)
         scores: dict[str, Any] = {"f1": f1}
         if len(example.choices) > 1:
-            scores["f1_margin"] = margin
+            scores |= {
+                "f1_margin": f1_margin,
+                "bleu_margin": margin(bleu, example, row.text),
+                "rouge_l_margin": margin(rouge_l, example, row.text),
+            }
         if example.objects is not None:
             named, false = objects.count(row.text, example.objects)
             scores |= {
