@@ -17,7 +17,7 @@ from grains.attribution import attribute
 from grains.data import Example
 from grains.errors import UserError
 from grains.generation import generate
-from grains.settings import METHODS, NEED_ABLATION, AblationSettings, AttributionSettings
+from grains.settings import NEED_ABLATION, STUDY_GRID, AblationSettings, AttributionSettings
 from grains.states import StatesFile
 from grains.steering import Configuration
 
@@ -62,7 +62,7 @@ def states_of(lm, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STUDY_GRID.methods)
 def test_vectors_are_those_of_stage_1s_file(lm, states_of, method):
     mode = "both" if method in ("mean", "pca") else "pos"
     settings = AblationSettings(STEPS.attribution, top_k=2, seed=3)
@@ -104,7 +104,7 @@ def test_states_without_attribution_give_what_needs_none(lm, tmp_path):
         "norms",
         "gradients",
     }
-    for method in METHODS:
+    for method in STUDY_GRID.methods:
         if method in NEED_ABLATION:
             with pytest.raises(UserError, match=f"without ablation, so they give no {method}"):
                 vectors.make(made["none"], method, "pos", 0)

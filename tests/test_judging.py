@@ -90,7 +90,9 @@ def test_bleu_and_rouge(text, reference, bleu, rouge):
 
 
 def test_margin_is_of_the_nearest_right_and_the_nearest_wrong_answer():
-    example = Example("1", "Which?", ("it is yellow", "it is white"), 1, references=("white paint",))
+    example = Example(
+        "1", "Which?", ("it is yellow", "it is white"), 1, references=("white paint",)
+    )
     found = metrics.margin(metrics.rouge_l, example, "white paint is yellow")
     assert found == pytest.approx(4 / 6 - 4 / 7)
 

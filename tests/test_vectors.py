@@ -12,7 +12,7 @@ from helpers.reference import layer_outputs, no_hooks, own_logits, relative, wor
 from grains import states as states_module
 from grains.errors import UserError
 from grains.runs import write_tensors
-from grains.settings import METHODS, MODES
+from grains.settings import MODES, STUDY_GRID
 from grains.states import StatesFile
 from grains.steering import SteeringVectors, parse_layers, steer, steered
 from grains.vectors import make, mean_vector, pca_vector, random_rotation
@@ -189,7 +189,7 @@ def test_shuffled_swaps_the_answers_of_whole_examples(files):
 def test_norms_are_medians_over_examples(files):
     tensors, opened = files
     expected = np.median(tensors["pos"]["norms"].numpy()[:, 1:], axis=0)
-    for method, mode in itertools.product(METHODS, MODES):
+    for method, mode in itertools.product(STUDY_GRID.methods, MODES):
         made = make(opened, method, mode, 0)
         assert relative(made.norms, expected) <= 1e-6
 
@@ -220,9 +220,9 @@ def test_rows_that_come_in_parts_reduce_as_all_at_once(count, at_a_time):
 
 
 def test_a_file_read_in_parts_gives_the_same_vectors(files, monkeypatch):
-    whole = {method: make(files[1], method, "both", 0).vectors for method in METHODS}
+    whole = {method: make(files[1], method, "both", 0).vectors for method in STUDY_GRID.methods}
     monkeypatch.setattr(states_module, "EXAMPLES_AT_A_TIME", 2)
-    for method in METHODS:
+    for method in STUDY_GRID.methods:
         assert relative(make(files[1], method, "both", 0).vectors, whole[method]) <= 1e-6
 
 

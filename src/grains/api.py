@@ -15,7 +15,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from grains import attribution, generation, manifests, prompts, scoring, stage1, thinking, vectors
+from grains import (
+    attribution,
+    generation,
+    heads,
+    manifests,
+    prompts,
+    scoring,
+    stage1,
+    thinking,
+    vectors,
+)
 from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
@@ -111,7 +121,7 @@ def fit(
     """One steering vector per layer from preference pairs (paper, sections 3.1 and 3.2).
 
     pairs: N times (prompt, preferred answer, dispreferred answer), or `Example`s.
-    method: mean or pca (the paper's), gradient, caa, repe, icv, or a control: random,
+    method: mean or pca (the paper's), gradient, caa, repe, icv, iti, or a control: random,
         shared_random, rotated, rand_tokens, shuffled (see `grains.vectors.make`).
     mode: for mean and pca: pos, or both (pos minus neg).
     settings: attribution, ablation, prompt style and seed. `tops` is set by method and mode.
@@ -153,7 +163,12 @@ def fit(
     _warn(counts)
     states = {top: StatesInMemory(tensors, top, info) for top in tops}
     states.setdefault("pos", states[tops[0]])  # for what all selections have in common
-    return vectors.make(states, method, mode, settings.seed)
+
+    def of_heads() -> vectors.HeadVectors:
+        encoded = (prompts.encode(lm, example, settings.prompt) for example in examples)
+        return heads.make(lm, encoded, settings.seed)
+
+    return vectors.make(states, method, mode, settings.seed, of_heads)
 
 
 def score(

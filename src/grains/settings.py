@@ -52,6 +52,7 @@ METHOD_MEANINGS = {
     "caa": "mean difference of the responses' states",
     "repe": "first principal component of the differences of caa",
     "icv": "in-context vectors: first direction of these differences, all layers joined",
+    "iti": "mean difference at attention heads that tell the responses apart (asked for by name)",
     "random": "control: random directions",
     "shared_random": "control: one random direction at all layers",
     "rotated": "control: gradient under one random rotation of the hidden space",
@@ -70,6 +71,9 @@ CONTROLS = (
 )
 # The paper's methods, which reduce ablation shifts: only they have the modes pos and both.
 ABLATION_METHODS = ("mean", "pca")
+# Methods that shift single attention heads, for models whose heads are known by name: they are made
+# from the model and the examples, not from hidden states, and are tried where they are asked for.
+OF_HEADS = ("iti",)
 # Methods that need ablated states, and so an attribution or random tokens.
 NEED_ABLATION = (*ABLATION_METHODS, "rand_tokens")
 MODES = ("pos", "both")
@@ -353,7 +357,7 @@ class GridSettings:
 
 
 STUDY_SEEDS = (0, 1, 2)
-STUDY_GRID = GridSettings(METHODS)
+STUDY_GRID = GridSettings(tuple(method for method in METHODS if method not in OF_HEADS))
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,20 @@ between the responses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from grains.errors import UserError
 from grains.settings import ABLATION_METHODS, GridSettings
 from grains.states import NEG, POS, States
 from grains.steering import SteeringVectors
+
+# Vectors (L, D), and the attention heads that they are of, [layer, head] each.
+HeadVectors = tuple[Tensor, list[list[int]]]
 
 # Variance as a share of the mean's square: below it rows of fp32 differ by nothing.
 SAME = 1e-20
@@ -138,7 +142,13 @@ def random_rotation(size: int, seed: int) -> np.ndarray:
     return orthogonal
 
 
-def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> SteeringVectors:
+def make(
+    states: Mapping[str, States],
+    method: str,
+    mode: str,
+    seed: int,
+    of_heads: Callable[[], HeadVectors] | None = None,
+) -> SteeringVectors:
     """One steering vector per layer (paper, section 3.2).
 
     states: selection (pos, neg, rand) -> its hidden states. pos is always needed, neg for the mode
@@ -146,14 +156,16 @@ def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> Ste
     method: mean or pca: the mean or the first principal component of the shifts; gradient: the mean
         over examples of df/dh; caa: the mean over examples of h(x y+) - h(x y-); repe: the first
         principal component of these differences; icv: in-context vectors (see
-        `joint_direction`).
+        `joint_direction`); iti: what `of_heads` gives.
         Controls: random: random directions; shared_random: one random direction at all layers;
         rotated: gradient under one random rotation, so that lengths, and angles between layers,
         stay; rand_tokens: the mean shift when random tokens are ablated; shuffled: gradient with
         y+ and y- swapped at random in each example.
     mode: for mean and pca: pos, v = v_pos; both, v = v_pos - v_neg.
     seed: seeds random, shared_random, rotated and shuffled.
-    Raises UserError if the hidden states hold NaN or infinite values.
+    of_heads: makes iti's vectors from the model and the examples (see `grains.heads.make`), as the
+        hidden states do not hold what single heads give.
+    Raises UserError if the hidden states hold NaN or infinite values, and for iti without of_heads.
     """
     generator = torch.Generator().manual_seed(seed)
     pos_states = states["pos"]
@@ -184,20 +196,28 @@ def make(states: Mapping[str, States], method: str, mode: str, seed: int) -> Ste
             generator.manual_seed(seed)  # each layer draws the same direction
         return torch.randn(size, generator=generator, dtype=torch.float64).numpy()
 
+    info = {**pos_states.info, "stage": "steering_vectors", "method": method, "mode": mode}
+    if method == "iti":
+        if of_heads is None:
+            raise UserError("method iti: hidden states alone do not give it; it needs the model")
+        head_vectors, info["heads"] = of_heads()
+        return SteeringVectors(head_vectors, pos_states.norms(), info)
     if method == "icv":
         by_layer = joint_direction(pos_states)
     else:
         by_layer = np.stack([vector(layer) for layer in range(pos_states.layers)])
     if method == "rotated":
         by_layer = by_layer @ random_rotation(size, seed)
-    info = {**pos_states.info, "stage": "steering_vectors", "method": method, "mode": mode}
     return SteeringVectors(torch.from_numpy(by_layer).float(), pos_states.norms(), info)
 
 
 def make_all(
-    states: Mapping[str, States], grid: GridSettings, seed: int
+    states: Mapping[str, States],
+    grid: GridSettings,
+    seed: int,
+    of_heads: Callable[[], HeadVectors] | None = None,
 ) -> Iterator[tuple[str, str, SteeringVectors]]:
     """Method, mode ("" for methods without modes) and vectors, for all of a grid (see `make`)."""
     for method in grid.methods:
         for mode in grid.modes if method in ABLATION_METHODS else ("",):
-            yield method, mode, make(states, method, mode, seed)
+            yield method, mode, make(states, method, mode, seed, of_heads)

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from grains import runs, splits, vectors
+from grains import data, heads, prompts, runs, splits, vectors
 from grains.cli import entry, flags
 from grains.data import Example
 from grains.errors import UserError
@@ -92,6 +92,26 @@ def shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:36]!r} ..."
 
 
+def head_vectors(
+    args: argparse.Namespace, lm: LanguageModel, states: StatesFile
+) -> vectors.HeadVectors:
+    """The vectors of iti, from the examples that the hidden states are of.
+
+    Raises UserError if the data no longer gives these examples.
+    """
+    source, settings = flags.data_settings(args), flags.ablation_settings(args, ("pos",))
+    recorded = states.info["data"]
+    pairs = [example.pair() for example in splits.steering_examples(source, settings.seed)]
+    if data.fingerprint(pairs) != recorded["fingerprint"]:
+        raise UserError(
+            "method iti reads the steering examples again, and these are not those of the hidden "
+            f"states ({recorded['name']}): give the data, seed and number of examples of stage 1"
+        )
+    prompt = splits.with_shots(settings.prompt, source, settings.seed, recorded["questions"])
+    encoded = (prompts.encode(lm, pair, prompt) for pair in pairs)
+    return heads.make(lm, encoded, settings.seed)
+
+
 def configurations(
     args: argparse.Namespace, lm: LanguageModel, grid: GridSettings, states: dict[str, StatesFile]
 ) -> tuple[list[Configuration], dict[Path, SteeringVectors]]:
@@ -104,7 +124,9 @@ def configurations(
     names = flags.names_of(args)
     grid_configurations: list[Configuration] = []
     files: dict[Path, SteeringVectors] = {}
-    for method, mode, by_layer in vectors.make_all(states, grid, args.seed):
+    for method, mode, by_layer in vectors.make_all(
+        states, grid, args.seed, lambda: head_vectors(args, lm, states["pos"])
+    ):
         path = names.vectors(states["pos"].path, method, mode, args.steering_vectors_dir)
         files[path] = by_layer
         if not by_layer.vectors.any():  # pos and neg ablate the same where k is not exceeded

@@ -39,7 +39,7 @@ from matplotlib.ticker import (
 from PIL import Image
 from tokenizers import decoders
 
-from grains.settings import CONTROLS, METHODS
+from grains.settings import CONTROLS, METHODS, OF_HEADS
 from grains.settings import SCORE_TITLES as TITLES
 
 DIVERGING = LinearSegmentedColormap.from_list(
@@ -54,6 +54,7 @@ PALETTE = (
     ("#a07000", "v"),
     ("#7d63c8", "P"),
     ("#2b8fa8", "X"),
+    ("#5f8f2f", "p"),
     ("#c8434d", "*"),
 )
 GREY, CONTROL_MARKERS = "#808080", "x+1234|_"
@@ -243,7 +244,8 @@ def look(method: str) -> tuple[str, str]:
     """Colour and marker. Controls are grey; LoRA has the last ones."""
     if method in CONTROLS:
         return GREY, CONTROL_MARKERS[CONTROLS.index(method)]
-    methods = [*(name for name in METHODS if name not in CONTROLS), "trained"]
+    made = [name for name in METHODS if name not in (*CONTROLS, *OF_HEADS)]
+    methods = [*made, "trained", *OF_HEADS]
     return PALETTE[methods.index(method) if method in methods else -1]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from grains import data, manifests, prompts, runs, splits, stage1, vectors
+from grains import data, heads, manifests, prompts, runs, splits, stage1, vectors
 from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
@@ -123,8 +123,12 @@ def begin(
     files = names.states(ablation.tops)
     stage1.run(lm, pairs, source, ablation, names.attributions(), files, overwrite, attributed, say)
     states = {top: StatesFile(path, top) for top, path in files.items()}
+
+    def of_heads() -> vectors.HeadVectors:
+        return heads.make(lm, (prompts.encode(lm, pair, ablation.prompt) for pair in pairs), seed)
+
     made: list[Direction | LoraDirection] = []
-    for method, mode, steering_vectors in vectors.make_all(states, settings.grid, seed):
+    for method, mode, steering_vectors in vectors.make_all(states, settings.grid, seed, of_heads):
         if runs.processes().is_main_process:
             runs.write_shared(names.vectors(method, mode), *steering_vectors.content(), overwrite)
         made += directions(steering_vectors, method, mode, settings.grid)

@@ -1,0 +1,154 @@
+"""Inference-time intervention: mass-mean shifts at attention heads (Li et al., arXiv 2306.03341).
+
+A head's output is what it gives to the projection that ends the attention. The heads whose outputs
+tell preferred from dispreferred responses best are shifted along the difference of the two means,
+by the standard deviation of the outputs along it. The projection is linear, so the shifts of a
+layer's heads are one vector in the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from grains.errors import UserError
+from grains.lm import LanguageModel
+from grains.prompts import Encoded
+from grains.replay import extend
+
+# Of all heads, the share that is shifted: 48 of LLaMA-7B's 1,024, as in the paper of the method.
+SHARE = 48 / 1024
+FOLDS = 2  # of the pairs, for the accuracy of the probes
+NAMES = ("o_proj", "out_proj", "dense", "wo")
+
+
+def projections(lm: LanguageModel) -> list[nn.Linear]:
+    """The linear map of every layer from its heads' outputs to the hidden states.
+
+    Raises UserError for a model whose layers do not have exactly one by a known name.
+    """
+    found = []
+    for layer in lm.layers:
+        named = [
+            module
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+            and "att" in name
+            and name.rpartition(".")[2] in NAMES
+            and module.out_features == lm.hidden_size
+        ]
+        if len(named) != 1 or named[0].in_features % count(lm):
+            raise UserError(
+                f"{lm.name}: its attention heads are not known by their names "
+                f"({', '.join(NAMES)}), which the method iti shifts: use another method"
+            )
+        found += named
+    return found
+
+
+def count(lm: LanguageModel) -> int:
+    """The number of attention heads of a layer."""
+    return lm.model.config.get_text_config().num_attention_heads
+
+
+def outputs(lm: LanguageModel, pairs: Iterable[Encoded]) -> Tensor:
+    """(N, 2, L, H, d) the heads' outputs at the last position of x y+ and of x y-, in fp32.
+
+    pairs: N examples with two responses. Raises UserError as `projections` does, and for outputs
+    that are not finite.
+    """
+    maps, rows = projections(lm), []
+    for item in pairs:
+        for response in item.responses:
+            with torch.inference_mode(), noted(maps) as given:
+                inputs = extend(item.inputs, response)
+                lm.model(**inputs, use_cache=False, logits_to_keep=1)
+            rows.append(torch.stack([given[index] for index in range(len(maps))]))
+    found = torch.stack(rows).unflatten(0, (-1, 2)).unflatten(-1, (count(lm), -1))
+    if not found.isfinite().all():
+        raise UserError(f"{lm.name}: its heads' outputs hold NaN or infinite values")
+    return found
+
+
+@contextmanager
+def noted(maps: list[nn.Linear]) -> Iterator[dict[int, Tensor]]:
+    """What enters each map at the last position of one row, (in_features,), within the block."""
+    given: dict[int, Tensor] = {}
+
+    def note(index: int) -> Callable[[nn.Module, tuple], None]:
+        def hook(module: nn.Module, args: tuple) -> None:
+            given[index] = args[0][0, -1].float().cpu()
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(i)) for i, module in enumerate(maps)]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def probe_accuracy(heads: np.ndarray, seed: int) -> np.ndarray:
+    """(L, H) how often a logistic regression on a head's output tells y+ from y-.
+
+    heads: (N, 2, L, H, d). Cross-validated: no pair is in both folds.
+    """
+    # Imported late: they take a second, and other methods do not need them.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    pairs, _, layers, each, _ = heads.shape
+    folds = GroupKFold(min(FOLDS, pairs), shuffle=True, random_state=seed)
+    groups, labels = np.repeat(np.arange(pairs), 2), np.tile([1, 0], pairs)
+    accuracy = np.empty((layers, each))
+    for layer, head in np.ndindex(layers, each):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        rows = heads[:, :, layer, head].reshape(2 * pairs, -1)
+        accuracy[layer, head] = cross_val_score(probe, rows, labels, groups=groups, cv=folds).mean()
+    return accuracy
+
+
+def shifts(heads: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """(L, H, d) the shift of every chosen head, zero of the others.
+
+    The unit vector from the mean output for y- to that for y+, times the standard deviation of all
+    outputs along it. heads: (N, 2, L, H, d). chosen: (L, H) bool.
+    """
+    direction = heads[:, 0].mean(0) - heads[:, 1].mean(0)
+    length = np.linalg.norm(direction, axis=-1, keepdims=True)
+    direction = np.divide(direction, length, out=np.zeros_like(direction), where=length > 0)
+    spread = np.einsum("nklhd,lhd->nklh", heads, direction).std(axis=(0, 1))
+    return direction * (spread * chosen)[..., None]
+
+
+def make(lm: LanguageModel, pairs: Iterable[Encoded], seed: int) -> tuple[Tensor, list[list[int]]]:
+    """One vector per layer, (L, D): what the shifted heads of the layer add to its attention.
+
+    Added at the layer's output, where all vectors are, it reaches what follows the layer, but not
+    the layer's own MLP, which in the paper of the method sees it too.
+    Returns also the chosen heads, [layer, head] each, the best first.
+    Raises UserError for fewer than two pairs, and as `outputs` does.
+    """
+    heads = outputs(lm, pairs).double().numpy()
+    if len(heads) < 2:
+        raise UserError("the method iti chooses heads on pairs left out: give two pairs or more")
+    accuracy = probe_accuracy(heads, seed)
+    order = np.argsort(-accuracy, axis=None, kind="stable")[: max(1, round(SHARE * accuracy.size))]
+    chosen = np.zeros(accuracy.shape, dtype=bool)
+    chosen.flat[order] = True
+    moved = torch.from_numpy(shifts(heads, chosen)).float().flatten(1)
+    vectors = torch.stack(
+        [
+            module.weight.detach().float().cpu() @ shift
+            for module, shift in zip(projections(lm), moved, strict=True)
+        ]
+    )
+    places = np.stack(np.unravel_index(order, accuracy.shape), axis=1)
+    return vectors, places.tolist()
