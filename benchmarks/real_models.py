@@ -3,9 +3,9 @@
 SmolLM2-135M-Instruct is embedded; `bash benchmarks/real_models.sh` fetches the others. Each model
 gets the recipe of faithfulness.py, at layers of the same share of its depth. Finished pieces
 are kept in --folder, which a later run takes up. Writes the tables between their markers of
---document, and the figure beside it.
+--document, which gain_figure.py draws.
 
-    python benchmarks/real_models.py --document docs/models.md --figure docs/img/models.png
+    python benchmarks/real_models.py --document docs/models.md
     python benchmarks/real_models.py --models gemma-3-270m --seeds 0 --truthfulqa truthfulqa.jsonl
 """
 
@@ -19,16 +19,14 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 import faithfulness  # noqa: E402
-from faithfulness import BASE, CHOSEN, CONTRARY, PROSE, SHOWN, TURNED  # noqa: E402
+from faithfulness import BASE, CHOSEN, CONTRARY, SHOWN  # noqa: E402
 
 from grains import cpu, data, models, prompts, runs, splits, stats  # noqa: E402
 from grains.attribution import attribute  # noqa: E402
@@ -44,9 +42,10 @@ from grains.settings import (  # noqa: E402
     DataSettings,
 )
 
+Tables = list[tuple[str, pd.DataFrame]]  # with their titles
 MAX_TOKENS = AblationSettings().batch_tokens
 GRAD_METHODS = ("integrated_gradients", "vanilla")
-FIGURE_TITLES = {"sum": "summed", "token": "per token"}
+TITLES = {"sum": "summed", "token": "per token"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     names = [model.name for model in MODELS]
     flags.add_argument("--models", nargs="+", choices=names, default=names, metavar="MODEL")
+    flags.add_argument("--parts", nargs="+", choices=TABLES, default=[*TABLES], metavar="PART")
     flags.add_argument("--seeds", nargs="+", type=int, default=[0])
     flags.add_argument("--truthfulqa", metavar="PATH", help="file of TruthfulQA, if at hand")
     flags.add_argument("--num_attributed", type=int, default=6, help="pairs that are attributed")
@@ -83,7 +83,6 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--num_generations", type=int, default=24, help="free answers to a set")
     flags.add_argument("--folder", type=Path, default=ROOT / "src" / "results" / "models")
     flags.add_argument("--document", type=Path, help="Markdown file of the tables")
-    flags.add_argument("--figure", type=Path, help="PNG of gain over cost")
     return flags
 
 
@@ -92,52 +91,41 @@ def main() -> None:
     entry.import_libraries()
     cpu.keep_freed_memory()
     chosen = [model for model in MODELS if model.name in args.models]
-    read = {model.name: pieces(model, args) for model in chosen}
-    steered = {name: of_model["faithfulness"] for name, of_model in read.items()}
-    tables = [
-        ("Attribution of pairs of misconceptions, and how long it takes", attributed(chosen, read)),
-        ("Base accuracy in %", base_accuracy(chosen, read)),
-        (about(steered), levels(steered)),
-        (f"{about(steered)}: points gained over base, contrary contexts", gains(steered)),
-    ]
-    if args.figure:
-        draw(steered, args.figure)
-    print_tables(args.document, "models", tables, {"rows": args.folder})
+    for part in args.parts:
+        print_tables(args.document, part, TABLES[part](chosen, args), {"rows": args.folder})
 
 
 # --- measuring ---
 
 
-def pieces(model: Measured, args: argparse.Namespace) -> dict[str, pd.DataFrame]:
-    """What was measured of a model, by kind; what no file holds yet is measured."""
+@cache
+def loaded(name: str) -> LanguageModel:
+    return models.load(name, dtype="float32", device="cpu")
 
-    @cache
-    def lm() -> LanguageModel:
-        return models.load(model.name, dtype="float32", device="cpu")
 
-    def kept(name: str, measure: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        path = args.folder / f"{model.name}_{name}.csv"
-        if not path.exists():
-            runs.write_table(path, measure())
-        return pd.read_csv(path, keep_default_na=False, na_values=["nan", ""])
+def kept(
+    model: Measured, args: argparse.Namespace, name: str, measure: Callable[[], pd.DataFrame]
+) -> pd.DataFrame:
+    """A finished piece from its file; what no file holds yet is measured."""
+    path = args.folder / f"{model.name}_{name}.csv"
+    if not path.exists():
+        runs.write_table(path, measure())
+    return pd.read_csv(path, keep_default_na=False, na_values=["nan", ""])
 
-    asked = {"misconceptions": None}
-    if args.truthfulqa:
-        asked["truthfulqa"] = args.truthfulqa
-    base = [
-        kept(name, partial(lambda *which: answered(lm(), model, args, *which), name, path))
-        for name, path in asked.items()
-    ]
-    made = kept("attribution", lambda: attribution_rows(lm(), model, args))
+
+def steered_rows(model: Measured, args: argparse.Namespace) -> pd.DataFrame:
+    """What faithfulness.py gives of every seed."""
     recipe = recipe_of(model, args)
-    seeds = [
-        kept(
-            f"faithfulness_seed{seed}",
-            partial(lambda seed: faithfulness.one_seed(lm(), recipe, seed), seed),
-        )
-        for seed in args.seeds
-    ]
-    return {"base": pd.concat(base), "attribution": made, "faithfulness": pd.concat(seeds)}
+
+    def one_seed(seed: int) -> pd.DataFrame:
+        return faithfulness.one_seed(loaded(model.name), recipe, seed)
+
+    return pd.concat(
+        [
+            kept(model, args, f"faithfulness_seed{seed}", partial(one_seed, seed))
+            for seed in args.seeds
+        ]
+    )
 
 
 def recipe_of(model: Measured, args: argparse.Namespace) -> argparse.Namespace:
@@ -150,9 +138,10 @@ def recipe_of(model: Measured, args: argparse.Namespace) -> argparse.Namespace:
 
 
 def answered(
-    lm: LanguageModel, model: Measured, args: argparse.Namespace, name: str, path: str | None
+    model: Measured, args: argparse.Namespace, name: str, path: str | None
 ) -> pd.DataFrame:
     """A row for each question: whether the base model answers it right."""
+    lm = loaded(model.name)
     source = DataSettings(name, path, num_samples=1, num_validation=1, num_test=args.num_questions)
     (steering,) = splits.steering_examples(source, 0)
     asked = splits.evaluation_examples(source, 0, {"questions": [data.question_key(steering)]})[
@@ -170,8 +159,9 @@ def answered(
     )
 
 
-def attribution_rows(lm: LanguageModel, model: Measured, args: argparse.Namespace) -> pd.DataFrame:
+def attribution_rows(model: Measured, args: argparse.Namespace) -> pd.DataFrame:
     """A row for each pair and gradient method: completeness error, gradients, CPU seconds."""
+    lm = loaded(model.name)
     source = DataSettings("misconceptions", num_samples=args.num_attributed)
     rows = []
     for example in splits.steering_examples(source, 0):
@@ -201,13 +191,11 @@ def attribution_rows(lm: LanguageModel, model: Measured, args: argparse.Namespac
 # --- tables ---
 
 
-def attributed(chosen: list[Measured], read: dict[str, dict]) -> pd.DataFrame:
+def attributed(chosen: list[Measured], args: argparse.Namespace) -> Tables:
     columns = {}
     for model in chosen:
-        rows = read[model.name]["attribution"]
+        rows = kept(model, args, "attribution", partial(attribution_rows, model, args))
         integrated = rows[rows.method == GRAD_METHODS[0]]
-        context = read[model.name]["faithfulness"]
-        context = context[context.set == "attribution"]
         columns[model.name] = {
             "model": model.kind,
             "prompts": model.style,
@@ -221,26 +209,41 @@ def attributed(chosen: list[Measured], read: dict[str, dict]) -> pd.DataFrame:
             "CPU seconds a pair, gradient times input": (
                 f"{rows[rows.method == GRAD_METHODS[1]].seconds.median():.1f}"
             ),
-            "faithfulness: positive attribution on the context's answer": (
-                f"{context.share.mean():.1%} on {context.tokens.mean():.1%} of the tokens"
-            ),
-            "faithfulness: the largest attribution is on it": f"{context.top.mean():.1%}",
         }
-    return pd.DataFrame(columns)
+    title = "Attribution of pairs of misconceptions, and how long it takes"
+    return [(title, pd.DataFrame(columns))]
 
 
-def base_accuracy(chosen: list[Measured], read: dict[str, dict]) -> pd.DataFrame:
+def base_accuracy(chosen: list[Measured], args: argparse.Namespace) -> Tables:
+    asked = {"misconceptions": None}
+    if args.truthfulqa:
+        asked["truthfulqa"] = args.truthfulqa
     columns: dict[str, dict[str, str]] = {}
     for model in chosen:
-        rows = read[model.name]["base"]
+        rows = pd.concat(
+            [
+                kept(model, args, name, partial(answered, model, args, name, path))
+                for name, path in asked.items()
+            ]
+        )
         columns[model.name] = {
-            f"{name}, {FIGURE_TITLES[kind]}, {len(of_set)} questions": faithfulness.cell(
+            f"{name}, {TITLES[kind]}, {len(of_set)} questions": faithfulness.cell(
                 stats.accuracy_interval(of_set[kind].to_numpy())
             )
             for name, of_set in rows.groupby("set", sort=False)
             for kind in SCORES[::-1]
         }
-    return pd.DataFrame(columns)
+    return [("Base accuracy in %", pd.DataFrame(columns))]
+
+
+def faithfulness_tables(chosen: list[Measured], args: argparse.Namespace) -> Tables:
+    steered = {model.name: steered_rows(model, args) for model in chosen}
+    title = about(steered)
+    return [
+        (f"{title}: where the attribution of the steering pairs lies", found(steered)),
+        (f"{title}: accuracy in %", levels(steered)),
+        (f"{title}: points gained over base, contrary contexts", gains(steered)),
+    ]
 
 
 def about(steered: dict[str, pd.DataFrame]) -> str:
@@ -253,6 +256,20 @@ def about(steered: dict[str, pd.DataFrame]) -> str:
     return "Faithfulness to a context (" + "; ".join(counts) + ")"
 
 
+def found(steered: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Where the attribution by gradient times input lies in the steering pairs."""
+    columns = {}
+    for name, rows in steered.items():
+        of = rows[rows.set == "attribution"]
+        columns[name] = {
+            "positive attribution on the context's answer": f"{of.share.mean():.1%}",
+            "the answer's share of the tokens of context and question": f"{of.tokens.mean():.1%}",
+            "the largest attribution is on the context's answer": f"{of.top.mean():.1%}",
+            "steering pairs": str(len(of)),
+        }
+    return pd.DataFrame(columns)
+
+
 def levels(steered: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Accuracies of the base model and steered, in %."""
     columns = {}
@@ -260,7 +277,7 @@ def levels(steered: dict[str, pd.DataFrame]) -> pd.DataFrame:
         for label, title in ((BASE, "base"), (CHOSEN, "`gradient`")):
             columns[f"{name}, {title}"] = {
                 **{
-                    f"{SHOWN[of_set]}, {FIGURE_TITLES[kind]}": faithfulness.level(
+                    f"{SHOWN[of_set]}, {TITLES[kind]}": faithfulness.level(
                         rows, of_set, label, kind
                     )
                     for of_set in SHOWN
@@ -281,78 +298,20 @@ def gains(steered: dict[str, pd.DataFrame]) -> pd.DataFrame:
         tested = rows[(rows.set == CONTRARY) & (rows.configuration != BASE)]
         columns[f"{name}: strength"] = {}
         for kind in SCORES[::-1]:
-            columns[f"{name}: {FIGURE_TITLES[kind]}"] = {}
+            columns[f"{name}: {TITLES[kind]}"] = {}
         columns[f"{name}: prose, %"] = {}
         for label, of_label in tested.groupby("configuration", sort=False):
             strengths = sorted(of_label.alpha.unique(), key=abs)
             columns[f"{name}: strength"][label] = ", ".join(f"{a:g}" for a in strengths)
             for kind in SCORES[::-1]:
-                columns[f"{name}: {FIGURE_TITLES[kind]}"][label] = faithfulness.gain(
+                columns[f"{name}: {TITLES[kind]}"][label] = faithfulness.gain(
                     rows, CONTRARY, label, kind
                 )
             columns[f"{name}: prose, %"][label] = faithfulness.prose(rows, label)
     return pd.DataFrame(columns)
 
 
-# --- figure ---
-
-
-def draw(steered: dict[str, pd.DataFrame], path: Path) -> None:
-    """Gain over the rise of perplexity of prose: a column for each model, a row for each score."""
-    kinds = SCORES[::-1]
-    figure = Figure(figsize=(3.6 * len(steered), 6.0), layout="constrained")
-    axes = figure.subplots(len(kinds), len(steered), sharey=True, squeeze=False)
-    for column, (name, rows) in enumerate(steered.items()):
-        tested = rows[(rows.set == CONTRARY) & (rows.configuration != BASE)]
-        for row, kind in enumerate(kinds):
-            axis = axes[row, column]
-            axis.axhline(0, color="0.7", linewidth=0.8)
-            axis.axvline(2, color="0.7", linewidth=0.8, linestyle=":")
-            for label in dict.fromkeys(tested.configuration):
-                mean, low, high = point(rows, label, kind)
-                group, colour, marker = look_of(label)
-                rise = 100 * rows[(rows.set == PROSE) & (rows.configuration == label)].rise.mean()
-                axis.errorbar(
-                    rise,
-                    mean,
-                    [[mean - low], [high - mean]],
-                    fmt=marker,
-                    color=colour,
-                    markersize=5,
-                    linewidth=1,
-                    label=group,
-                )
-            axis.set_title(f"{name}\n{FIGURE_TITLES[kind]}", fontsize=9)
-            if row == len(kinds) - 1:
-                axis.set_xlabel("rise of perplexity of prose, %")
-        axes[0, 0].set_ylabel("points gained")
-        axes[1, 0].set_ylabel("points gained")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique, loc="outside lower center", ncols=4, fontsize=9)
-    runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
-
-
-def point(rows: pd.DataFrame, label: str, kind: str) -> tuple[float, float, float]:
-    """Gain in points over the base model, and the ends of its interval."""
-    of = rows[(rows.set == CONTRARY) & (rows.configuration == label)]
-    base = rows[(rows.set == CONTRARY) & (rows.configuration == BASE)].set_index(["seed", "id"])
-    was = base.loc[pd.MultiIndex.from_frame(of[["seed", "id"]]), kind].to_numpy()
-    return tuple(np.array(faithfulness.interval(of.assign(value=of[kind].to_numpy() - was))) * 100)
-
-
-def look_of(label: str) -> tuple[str, str, str]:
-    """The name in the legend, the colour and the marker of a configuration."""
-    if label == TURNED:
-        return "gradient, sign turned", "#c4572e", "v"
-    method = label.partition(",")[0]
-    if method == CHOSEN:
-        return "gradient", "#1f6fb2", "o"
-    if method in faithfulness.CONTROLS:
-        return "controls", "0.55", "x"
-    return (
-        ("caa", "#2e8b57", "^") if method == "caa" else ("mean, pca (the paper's)", "#8a4fa0", "s")
-    )
+TABLES = {"base": base_accuracy, "attribution": attributed, "faithfulness": faithfulness_tables}
 
 
 if __name__ == "__main__":

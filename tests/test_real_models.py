@@ -1,16 +1,18 @@
 """The tables of several models, and the variants of faithfulness, on a tiny model and by hand."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import faithfulness_variants as variants
+import gain_figure
 import pandas as pd
 import pytest
 import real_models
 import torch
 from faithfulness import BASE, CHOSEN, CONTRARY, PROSE
 from helpers.reference import embeds, relative
-from pytest import approx
 
+from grains.cli.documents import write_document
 from grains.logprobs import logits
 from grains.settings import AblationSettings, DataSettings, PromptSettings
 from grains.states import POS, POS_ABLATED
@@ -42,7 +44,7 @@ def measured(gain, rise):
     return pd.DataFrame(rows)
 
 
-def test_gains_of_models_stand_side_by_side(tmp_path):
+def test_gains_of_models_stand_side_by_side():
     steered = {"one": measured(1, 0.015), "two": measured(0, 0.04)}
     table = real_models.gains(steered)
     assert table.loc[CHOSEN, "one: summed"].startswith("+25.0 [")
@@ -52,9 +54,23 @@ def test_gains_of_models_stand_side_by_side(tmp_path):
         "+1.5",
         "+4.0",
     ]
-    assert real_models.point(steered["one"], CHOSEN, "sum")[0] == approx(25)
+
+
+def test_the_figure_is_of_the_tables(tmp_path):
+    """The same gains read from a document with three models' columns, and from one model's own."""
+    document = tmp_path / "models.md"
+    steered = {"one": measured(1, 0.015), "two": measured(0, 0.04)}
+    write_document(document, "models", [("points gained over base", real_models.gains(steered))])
+    found = gain_figure.gains(document)
+    rise, by_score = found["one"][CHOSEN]
+    assert rise == 1.5 and by_score["summed"][0] == 25 and by_score["per token"] == (0, 0, 0)
+    assert found["two"][CHOSEN][0] == 4.0
+    table = Path(__file__).parents[1] / "docs" / "tables" / "faithfulness.md"
+    own = gain_figure.gains(table)["smollm2-135m-instruct"]
+    assert own[CHOSEN][1]["summed"][0] > 10 > own["rotated, same strength"][1]["summed"][2]
+    assert {gain_figure.look_of(name) for name in own} <= {*gain_figure.LOOKS}
     path = tmp_path / "figure.png"
-    real_models.draw(steered, path)
+    gain_figure.draw(found, path)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 

@@ -93,23 +93,29 @@ def shown(value: Any) -> str:
 
 
 def head_vectors(
-    args: argparse.Namespace, lm: LanguageModel, states: StatesFile
+    args: argparse.Namespace, lm: LanguageModel, states: StatesFile, path: Path
 ) -> vectors.HeadVectors:
     """The vectors of iti, from the examples that the hidden states are of.
 
-    Raises UserError if the data no longer gives these examples.
+    path: the file of these vectors. Where the flags name other data than that of the states, they
+    are read from it. Raises UserError if they are not there.
     """
     source, settings = flags.data_settings(args), flags.ablation_settings(args, ("pos",))
     recorded = states.info["data"]
     pairs = [example.pair() for example in splits.steering_examples(source, settings.seed)]
-    if data.fingerprint(pairs) != recorded["fingerprint"]:
-        raise UserError(
-            "method iti reads the steering examples again, and these are not those of the hidden "
-            f"states ({recorded['name']}): give the data, seed and number of examples of stage 1"
-        )
-    prompt = splits.with_shots(settings.prompt, source, settings.seed, recorded["questions"])
-    encoded = (prompts.encode(lm, pair, prompt) for pair in pairs)
-    return heads.make(lm, encoded, settings.seed)
+    if data.fingerprint(pairs) == recorded["fingerprint"]:
+        prompt = splits.with_shots(settings.prompt, source, settings.seed, recorded["questions"])
+        encoded = (prompts.encode(lm, pair, prompt) for pair in pairs)
+        return heads.make(lm, encoded, settings.seed)
+    if path.is_file():
+        made = SteeringVectors.load(path)
+        if made.info["data"]["fingerprint"] == recorded["fingerprint"]:
+            return made.vectors, made.info["heads"]
+    raise UserError(
+        f"method iti needs the steering examples of the hidden states ({recorded['name']}), and "
+        "this data has others: run steering_mc.py with it on the data of stage 1 first, with the "
+        "same seed and number of examples"
+    )
 
 
 def configurations(
@@ -124,10 +130,15 @@ def configurations(
     names = flags.names_of(args)
     grid_configurations: list[Configuration] = []
     files: dict[Path, SteeringVectors] = {}
-    for method, mode, by_layer in vectors.make_all(
-        states, grid, args.seed, lambda: head_vectors(args, lm, states["pos"])
-    ):
-        path = names.vectors(states["pos"].path, method, mode, args.steering_vectors_dir)
+
+    def path_of(method: str, mode: str) -> Path:
+        return names.vectors(states["pos"].path, method, mode, args.steering_vectors_dir)
+
+    def of_heads() -> vectors.HeadVectors:
+        return head_vectors(args, lm, states["pos"], path_of("iti", ""))
+
+    for method, mode, by_layer in vectors.make_all(states, grid, args.seed, of_heads):
+        path = path_of(method, mode)
         files[path] = by_layer
         if not by_layer.vectors.any():  # pos and neg ablate the same where k is not exceeded
             entry.say(
