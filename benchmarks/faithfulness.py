@@ -58,8 +58,8 @@ from grains.study import costs  # noqa: E402
 METHODS = ("gradient", "mean", "pca", "caa")
 CONTROLS = ("random", "shared_random", "rotated", "rand_tokens")
 STRENGTHS = (0.003, 0.006, 0.01)
-# Of the methods that are also tried at the same price, as they may be weaker pushes.
-PRICED = dict.fromkeys(("mean", "caa", "random", "rotated"), (*STRENGTHS, 0.02, 0.03))
+# The methods that are also tried at the same price, with further strengths: weaker pushes.
+PRICED, LARGER = ("mean", "caa", "random", "rotated"), (0.02, 0.03)
 CONTRARY, AGREEING, BARE = "faithfulness", "faithfulness-agreeing", "faithfulness-bare"
 UNRELATED, PROSE = "unrelated", "prose"
 SHOWN = {
@@ -85,8 +85,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--top_k", type=int, default=5)
     flags.add_argument("--grad_method", default="vanilla")
     flags.add_argument("--layers", nargs="+", default=["8-24"])
+    flags.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     flags.add_argument(
-        "--strengths", nargs="+", type=float, default=STRENGTHS, help="of gradient, to choose from"
+        "--strengths", nargs="+", type=float, default=STRENGTHS, help="to choose from"
     )
     flags.add_argument("--budget", type=float, default=0.02, help="rise of perplexity of prose")
     flags.add_argument("--num_validation", type=int, default=40, help="validation questions")
@@ -147,7 +148,7 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
         attributed.append(attribution_row(lm, item, of_top[0]) | {"seed": seed})
     info = manifests.stage1(lm, pairs, source, ablation, prompts.tally(encoded))
     states = {top: StatesInMemory(tensors, top, info) for top in tops}
-    grid = GridSettings((*METHODS, *CONTROLS), layers=tuple(args.layers))
+    grid = GridSettings((*args.methods, *CONTROLS), layers=tuple(args.layers))
     lines: dict[str, Direction] = {}
     for method, mode, made in vectors.make_all(states, grid, seed):
         (lines[method],) = directions(made, method, mode, grid)
@@ -156,15 +157,17 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
     validation = asked["validation"]
     # The strength within the budget: of the gradient the best on validation questions, of the
     # others the largest. If none is within it, the smallest.
+    strengths = sorted(args.strengths)
     tried = [
         line.at(alpha)
         for method, line in lines.items()
-        for alpha in (args.strengths if method == "gradient" else PRICED.get(method, ()))
+        for alpha in ((*strengths, *LARGER) if method in PRICED else strengths)
+        if method in (CHOSEN, *PRICED)
     ]
     passages = costs.passages(lm, "validation")
     rises = rise(passages, score_all(lm, passages, tried, ablation.batch_tokens))[1:]
     chosen: dict[str, Configuration] = {}
-    for method in (CHOSEN, *PRICED):
+    for method in {item.method: None for item in tried}:
         own = [item for item in tried if item.method == method]
         within = [
             item

@@ -42,6 +42,9 @@ from grains.settings import (  # noqa: E402
     DataSettings,
 )
 
+# Strengths beside those of faithfulness.py: states of other models may be far longer than most of
+# what they hold, so that a share of their length is a larger push.
+SMALLER = (0.0001, 0.0003, 0.001)
 Tables = list[tuple[str, pd.DataFrame]]  # with their titles
 MAX_TOKENS = AblationSettings().batch_tokens
 GRAD_METHODS = ("integrated_gradients", "vanilla")
@@ -131,7 +134,7 @@ def steered_rows(model: Measured, args: argparse.Namespace) -> pd.DataFrame:
 def recipe_of(model: Measured, args: argparse.Namespace) -> argparse.Namespace:
     """What faithfulness.py takes; its other settings are those of docs/tables/faithfulness.md."""
     words = ["--prompt_style", model.style, "--layers", model.layers]
-    words += ["--strengths", *map(str, (*faithfulness.STRENGTHS, 0.02, 0.03))]
+    words += ["--strengths", *map(str, (*SMALLER, *faithfulness.STRENGTHS))]
     for name in ("num_samples", "num_validation", "num_test", "num_generations"):
         words += [f"--{name}", str(getattr(args, name))]
     return faithfulness.parser().parse_args(words)
