@@ -68,7 +68,7 @@ def gains(document: Path) -> dict[str, Gains]:
         rows.append([cell.strip() for cell in line.strip("|").split("|")])
     header, _, *body = rows
     own = lines[titles[0]].strip("*").partition(",")[0]
-    found: dict[str, Gains] = {}
+    by_model: dict[str, Gains] = {}
     for column, title in enumerate(header):
         name, _, score = title.rpartition(": ")
         score = score.removeprefix("contrary contexts, ")
@@ -77,10 +77,10 @@ def gains(document: Path) -> dict[str, Gains]:
         rise = next(i for i in range(column, len(header)) if header[i].endswith("prose, %"))
         for row in body:
             if match := CELL.fullmatch(row[column]):
-                kept = found.setdefault(name or own, {})
+                kept = by_model.setdefault(name or own, {})
                 _, by_score = kept.setdefault(row[0], (float(row[rise]), {}))
                 by_score[score] = tuple(map(float, match.groups()))
-    return found
+    return by_model
 
 
 def look_of(configuration: str) -> str:

@@ -243,7 +243,7 @@ def faithfulness_tables(chosen: list[Measured], args: argparse.Namespace) -> Tab
     steered = {model.name: steered_rows(model, args) for model in chosen}
     title = about(steered)
     return [
-        (f"{title}: where the attribution of the steering pairs lies", found(steered)),
+        (f"{title}: where the attribution of the steering pairs lies", attribution_shares(steered)),
         (f"{title}: accuracy in %", levels(steered)),
         (f"{title}: points gained over base, contrary contexts", gains(steered)),
     ]
@@ -259,7 +259,7 @@ def about(steered: dict[str, pd.DataFrame]) -> str:
     return "Faithfulness to a context (" + "; ".join(counts) + ")"
 
 
-def found(steered: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def attribution_shares(steered: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Where the attribution by gradient times input lies in the steering pairs."""
     columns = {}
     for name, rows in steered.items():

@@ -298,7 +298,7 @@ def of_choices(grid: pd.DataFrame, row: Row) -> pd.DataFrame:
     for method, of_method in grid.groupby("method", sort=False):
         asked = of_method[of_method.part == chosen_on]
         best = asked.sort_values(f"accuracy_{wanted[0]}", ascending=False, kind="stable").iloc[0]
-        found = of_method[
+        measured_row = of_method[
             (of_method.part == shown_on) & (of_method.configuration == best.configuration)
         ].iloc[0]
         lines += [
@@ -306,8 +306,8 @@ def of_choices(grid: pd.DataFrame, row: Row) -> pd.DataFrame:
                 row,
                 method,
                 f"{score} accuracy, %",
-                *(100 * found[f"accuracy_{score}{end}"] for end in ("", "_low", "_high")),
-                found.questions,
+                *(100 * measured_row[f"accuracy_{score}{end}"] for end in ("", "_low", "_high")),
+                measured_row.questions,
                 best.configuration,
             )
             for score in wanted
@@ -321,16 +321,16 @@ def of_texts(summary: pd.DataFrame, row: Row) -> pd.DataFrame:
     lines = [
         line(
             row,
-            found.method,
-            found.score,
-            found.mean,
-            found.low,
-            found.high,
-            found.n,
-            found.configuration,
+            measured_row.method,
+            measured_row.score,
+            measured_row.mean,
+            measured_row.low,
+            measured_row.high,
+            measured_row.n,
+            measured_row.configuration,
         )
-        for found in summary.itertuples()
-        if found.score in kept
+        for measured_row in summary.itertuples()
+        if measured_row.score in kept
     ]
     return as_table(lines, row)
 

@@ -31,7 +31,7 @@ def projections(lm: LanguageModel) -> list[nn.Linear]:
 
     Raises UserError for a model whose layers do not have exactly one by a known name.
     """
-    found = []
+    maps: list[nn.Linear] = []
     for layer in lm.layers:
         named = [
             module
@@ -46,8 +46,8 @@ def projections(lm: LanguageModel) -> list[nn.Linear]:
                 f"{lm.name}: its attention heads are not known by their names "
                 f"({', '.join(NAMES)}), which the method iti shifts: use another method"
             )
-        found += named
-    return found
+        maps += named
+    return maps
 
 
 def count(lm: LanguageModel) -> int:
@@ -64,14 +64,14 @@ def outputs(lm: LanguageModel, pairs: Iterable[Encoded]) -> Tensor:
     maps, rows = projections(lm), []
     for item in pairs:
         for response in item.responses:
-            with torch.inference_mode(), noted(maps) as given:
+            with torch.inference_mode(), noted(maps) as entering:
                 inputs = extend(item.inputs, response)
                 lm.model(**inputs, use_cache=False, logits_to_keep=1)
-            rows.append(torch.stack([given[index] for index in range(len(maps))]))
-    found = torch.stack(rows).unflatten(0, (-1, 2)).unflatten(-1, (count(lm), -1))
-    if not found.isfinite().all():
+            rows.append(torch.stack([entering[index] for index in range(len(maps))]))
+    given = torch.stack(rows).unflatten(0, (-1, 2)).unflatten(-1, (count(lm), -1))
+    if not given.isfinite().all():
         raise UserError(f"{lm.name}: its heads' outputs hold NaN or infinite values")
-    return found
+    return given
 
 
 @contextmanager
@@ -143,11 +143,11 @@ def make(lm: LanguageModel, pairs: Iterable[Encoded], seed: int) -> tuple[Tensor
     order = np.argsort(-accuracy, axis=None, kind="stable")[: max(1, round(SHARE * accuracy.size))]
     chosen = np.zeros(accuracy.shape, dtype=bool)
     chosen.flat[order] = True
-    moved = torch.from_numpy(shifts(heads, chosen)).float().flatten(1)
+    by_layer = torch.from_numpy(shifts(heads, chosen)).float().flatten(1)
     vectors = torch.stack(
         [
             module.weight.detach().float().cpu() @ shift
-            for module, shift in zip(projections(lm), moved, strict=True)
+            for module, shift in zip(projections(lm), by_layer, strict=True)
         ]
     )
     places = np.stack(np.unravel_index(order, accuracy.shape), axis=1)
