@@ -124,7 +124,7 @@ def load_judge(args: argparse.Namespace) -> Judge:
     if args.judge_url:
         return judges.Endpoint(args.judge_url, args.judge, args.judge_max_tokens, entry.say)
     runs.processes()  # of several processes every one takes a device of its own
-    lm = models.load(args.judge, args.dtype, args.device, args.device_map)
+    lm = models.load(args.judge, args.dtype, args.device, args.device_map, quantize=args.quantize)
     return judges.LocalJudge(lm, args.judge_max_tokens, args.batch_tokens)
 
 

@@ -108,7 +108,12 @@ def main() -> None:
     from grains.steering import SteeringVectors
 
     lm = models.load(
-        args.model_name, args.dtype, args.device, args.device_map, args.trust_remote_code
+        args.model_name,
+        args.dtype,
+        args.device,
+        args.device_map,
+        args.trust_remote_code,
+        quantize=args.quantize,
     )
     if lm.device.type == "cpu":
         cpu.keep_freed_memory()

@@ -20,6 +20,7 @@ NO_CACHE = {
     "past_key_value": None,
     "layer_past": None,
     "cache_params": None,
+    "cache": None,
     "use_cache": False,
 }
 
@@ -148,7 +149,7 @@ def record(lm: LanguageModel, inputs: dict) -> tuple[Tensor, Calls]:
         return forward
 
     def zeros(hidden_states: Tensor) -> Tensor:
-        return hidden_states.new_zeros(*hidden_states.shape[:-1], len(lm.head.weight))
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], lm.head.out_features)
 
     # Of every kind of layer once: most models have one kind, and many layers.
     kinds = {type(layer): layer for layer in lm.layers}

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 from torch.nn import functional
 
+from grains.quantized import is_plain
+
 Product = Callable[..., Tensor]  # (states, weight, bias or None) -> states W^T + b
 
 
@@ -67,7 +69,7 @@ def use_onednn(model: nn.Module) -> None:
     """Let oneDNN multiply a model's frozen fp32 linear layers, on processors where it is faster."""
     if is_faster():
         for module in model.modules():
-            if type(module) is nn.Linear:
+            if type(module) is nn.Linear and is_plain(module.weight):
                 module.__class__ = OneDnnLinear
 
 

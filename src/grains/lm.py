@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grains.errors import UserError
+from grains.quantized import method, values_of
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -70,6 +71,11 @@ class LanguageModel:
     def device(self) -> torch.device:
         """The device that inputs go to: that of the embeddings."""
         return execution_device(self.embed)
+
+    @property
+    def quantization(self) -> str:
+        """What the weights are quantised by; '' if they are not."""
+        return method(self.model.config)
 
     @property
     def hidden_size(self) -> int:
@@ -135,7 +141,7 @@ class LanguageModel:
                 continue
             with align_module_device(module):  # loads what accelerate keeps elsewhere
                 for key, weight in module.named_parameters(recurse=False):
-                    flat = weight.detach().flatten()
+                    flat = values_of(weight.detach()).flatten()
                     places = torch.linspace(0, len(flat) - 1, SAMPLED, dtype=torch.float64).long()
                     values = flat[places.to(flat.device)].double().cpu()
                     digest.update(f"{name}.{key} {tuple(weight.shape)} ".encode())
@@ -145,7 +151,7 @@ class LanguageModel:
             "model": self.name,
             "num_layers": len(self.layers),
             "hidden_size": self.hidden_size,
-            "vocab_size": self.head.weight.shape[0],
+            "vocab_size": self.head.out_features,
             "weights": digest.hexdigest()[:16],
             "weights_sum": f"{total:.9e}",
         }

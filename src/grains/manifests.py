@@ -126,6 +126,7 @@ def model(lm: LanguageModel) -> dict:
     template = (lm.processor or lm.tokenizer).chat_template
     return lm.identity() | {
         "dtype": str(lm.dtype).removeprefix("torch."),
+        **({"quantization": lm.quantization} if lm.quantization else {}),
         "config": runs.digest(config),
         "tokenizer": runs.digest(tokenizer),
         "chat_template": runs.digest(template),

@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, is_torchvision_available
 
-from grains import cpu, gguf_files, settings
+from grains import cpu, gguf_files, quantized, settings
 from grains.errors import UserError, hub_trouble, refusing
 from grains.lm import LanguageModel
 from grains.parts import find_parts
@@ -68,10 +68,11 @@ def load(
     name: str,
     dtype: str = "auto",
     device: str | None = None,
-    device_map: str | None = None,
+    device_map: str | dict[str, str] | None = None,
     trust_remote_code: bool = False,
     self_check: bool = True,
     max_memory: float | None = None,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """Load a model by short name, hub id, local folder or GGUF file.
 
@@ -84,6 +85,7 @@ def load(
     trust_remote_code: run code from the model's own repository.
     self_check: compare a replay with the model's own forward (see `grains.selfcheck`).
     max_memory: GiB that the activations kept for a gradient may take; None: see `free_memory`.
+    quantize: int8 or int4: quantise the weights of linear layers (see `grains.quantized`).
     Raises UserError if the model cannot be loaded, lacks weights or fails the self-check.
     """
     source = resolve(name)
@@ -106,9 +108,11 @@ def load(
         config = AutoConfig.from_pretrained(source, **options)
         has_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         auto = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
-        model, loaded = auto.from_pretrained(
-            source, dtype=torch_dtype, device_map=device_map, output_loading_info=True, **options
-        )
+        weights = {"dtype": torch_dtype, "device_map": device_map}
+        if quantize or quantized.method(config):
+            weights |= _quantizing(name, config, quantize, torch_dtype)
+            weights["device_map"] = device_map = device_map or {"": device}
+        model, loaded = auto.from_pretrained(source, output_loading_info=True, **weights, **options)
         if has_images:
             processor = _processor(source, config, options)
             tokenizer = processor.tokenizer
@@ -116,6 +120,8 @@ def load(
             processor, tokenizer = None, AutoTokenizer.from_pretrained(source, **options)
         if device_map is None:
             model = model.to(device)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(_why_not_loaded(name, source, error)) from error
     if missing := sorted(loaded["missing_keys"]):
@@ -130,10 +136,29 @@ def load(
             f"{len(left_out)} weights in all): give the config that belongs to the weights"
         )
     check_tokenizer(name, source, tokenizer)
+    quantized.keep_gradients(model)
     cpu.use_onednn(model)
     lm = wrap(name, model, tokenizer, processor, self_check)
     memory = free_memory(lm.device) if max_memory is None else int(max_memory * 2**30)
     return replace(lm, memory=memory)
+
+
+def _quantizing(
+    name: str, config: PretrainedConfig, quantize: str | None, dtype: torch.dtype | str
+) -> dict[str, Any]:
+    """What `from_pretrained` is given for weights that are quantised now; none if they are already.
+
+    Raises UserError if both is asked for.
+    """
+    if quantize is None:
+        return {}
+    if already := quantized.method(config):
+        raise UserError(
+            f"model '{name}' is quantised already ({already}): leave out quantize {quantize}"
+        )
+    if not isinstance(dtype, torch.dtype):
+        dtype = config.get_text_config().dtype or torch.bfloat16
+    return {"quantization_config": quantized.config_of(quantize, dtype)}
 
 
 def _left_out(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
@@ -247,7 +272,7 @@ def wrap(
                 f"{name}: {type(model).__name__} has no {side} embeddings; this architecture is "
                 "not supported"
             )
-    if not isinstance(head, nn.Linear) or not head.weight.dtype.is_floating_point:
+    if not isinstance(head, nn.Linear):
         raise UserError(
             f"{name}: its output embeddings ({type(head).__name__}) are not a plain linear "
             "layer; this architecture is not supported"
@@ -260,6 +285,8 @@ def wrap(
     lm = LanguageModel(
         name, model, tokenizer, layers, norm, head, embed, processor, layer_outputs=layer_outputs
     )
+    # What a quantised head computes is its package's affair.
+    lm = replace(lm, own_head=not quantized.is_plain(head.weight))
     if self_check:
         lm = check_replay(lm)
     return lm
@@ -319,7 +346,7 @@ def _missing_package(text: str) -> str:
     patterns = (
         r"requires? the (\w+) library",
         r"[Pp]ackage `(\w+)` is required",
-        r"`pip install ([\w-]+)`",
+        r"`?pip install (?:-U |--upgrade )*([A-Za-z][\w-]*)",
         r"No module named '(\w+)",
     )
     match = next(filter(None, (re.search(pattern, text) for pattern in patterns)), None)

@@ -29,13 +29,14 @@ from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.logprobs import LOGIT_ROWS, VOCABULARY_SLICE
 from grains.packing import Pack
+from grains.quantized import storages
 
 # Keyword arguments of layers that hold one number per position, which packing reorders (beside the
 # mask and the rotary embeddings). A model whose layers take any other tensor per position is
 # refused: how to reorder it would be a guess.
 POSITION_KEYS = ("position_ids", "cache_position")
-# The names by which families hand a layer its cache of keys and values.
-CACHE_KEYS = ("past_key_values", "past_key_value", "layer_past")
+# The names by which families hand a layer its cache of keys and values (transformers 5.24: cache).
+CACHE_KEYS = ("past_key_values", "past_key_value", "layer_past", "cache")
 
 
 @dataclass(frozen=True)
@@ -464,14 +465,15 @@ def gradient_rows(
     held: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
+        held.update((storage.data_ptr(), storage.nbytes()) for storage in storages(tensor))
         return tensor
 
     row = captured.embeds[:1].detach().requires_grad_()
     with saved_tensors_hooks(note, lambda tensor: tensor):
         output = _layer(lm, 0, captured.calls, row)
-    weights = {weight.untyped_storage().data_ptr() for weight in lm.layers[0].parameters()}
+    weights = {
+        storage.data_ptr() for weight in lm.layers[0].parameters() for storage in storages(weight)
+    }
     one_layer = sum(size for address, size in held.items() if address not in weights)
     # The rest holds a slice of the logits, twice, and what one layer's backward pass needs.
     free = lm.memory - 2 * LOGIT_ROWS * VOCABULARY_SLICE * torch.float32.itemsize

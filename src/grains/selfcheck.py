@@ -11,7 +11,7 @@ from itertools import chain, islice
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from grains import decoding, prompts, sampling
 from grains.calls import first_tensor
@@ -20,6 +20,7 @@ from grains.errors import UserError, refusing
 from grains.lm import LanguageModel
 from grains.logprobs import logits
 from grains.packing import pack
+from grains.quantized import holds_packed
 from grains.replay import capture, capture_pack, extend, replay, without_prefix
 from grains.settings import DecodingSettings
 from grains.steering import BASE
@@ -35,6 +36,8 @@ LONGEST_CHECK = 16384
 COMPARED = 8  # last positions of a prompt that are compared
 STEPS = 3  # tokens that are decoded to compare
 SHORT = 512  # tokens that cost little
+# How far the gradient of a quantised layer may be off, as a share; 16 bits round by 1 %.
+GRADIENT_TOLERANCE = 0.1
 
 
 def check_replay(lm: LanguageModel) -> LanguageModel:
@@ -58,8 +61,9 @@ def _checked(lm: LanguageModel) -> LanguageModel:
     words = _words(lm, 32)
     responses = [words[4:6], words[6:30]]
     expected, states = _own(lm, short, responses)
-    plain_end = logits(lm, states[0][-len(expected[0]) :])
-    lm = replace(lm, own_head=_distance(plain_end, expected[0]) > _limit(lm))
+    if not lm.own_head:
+        plain_end = logits(lm, states[0][-len(expected[0]) :])
+        lm = replace(lm, own_head=_distance(plain_end, expected[0]) > _limit(lm))
     lm = replace(lm, packs=not _length_matters(lm), own_embeddings=not _looks_up(lm, short))
     cases = [(short, expected, "")]
     if lm.own_embeddings:
@@ -99,6 +103,8 @@ def _checked(lm: LanguageModel) -> LanguageModel:
                 "supported"
             )
         lm = replace(lm, batches=_can_batch(lm, short, responses))
+    if lm.quantization:
+        _check_gradients(lm, short)
     return lm
 
 
@@ -107,10 +113,54 @@ def _check_causal(lm: LanguageModel, prompt: dict, own: list[Tensor], where: str
     before = min(COMPARED, prompt["input_ids"].shape[1])
     apart = _distance(own[0][:before], own[1][:before])
     if not apart <= _limit(lm):
+        advice = "not supported"
+        if lm.quantization:
+            advice = (
+                f"its layers ({lm.quantization}) round what passes through them; give a model "
+                "whose weights alone are quantised"
+            )
         raise UserError(
             f"{lm.name}: its log-probabilities{where} change by {apart:.2g} with the words that "
-            "follow, so an answer has no likelihood of its own; not supported"
+            f"follow, so an answer has no likelihood of its own; {advice}"
         )
+
+
+def _check_gradients(lm: LanguageModel, prompt: dict) -> None:
+    """Raise UserError if the gradient of a quantised layer is not that of what it computes.
+
+    One layer of each kind is asked, with what the model calls it with: its output y = W x + b
+    is followed along x, which changes <y, y> as much as its gradient says, since it is linear.
+    """
+    called: dict[type, tuple[nn.Module, Tensor]] = {}
+
+    def note(module: nn.Module, args: tuple, output: Tensor) -> None:
+        called.setdefault(type(module), (module, args[0]))
+
+    handles = [
+        module.register_forward_hook(note) for module in lm.layers.modules() if holds_packed(module)
+    ]
+    with torch.no_grad():
+        lm.model(**prompt, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for module, states in called.values():
+        entering = states.detach().clone().requires_grad_()
+        output = module(entering)
+        towards = output.detach()
+        said = 0.0
+        if output.requires_grad:
+            total = (output.float() * towards.float()).sum()
+            (gradient,) = torch.autograd.grad(total, entering)
+            said = (gradient.float() * states.float()).sum().item()
+        with torch.no_grad():
+            step = module(1.5 * states).float() - module(0.5 * states).float()
+        change = (step * towards.float()).sum().item()
+        if not abs(said - change) <= GRADIENT_TOLERANCE * abs(change):
+            raise UserError(
+                f"{lm.name}: the gradients of its quantised layers ({lm.quantization}, "
+                f"{type(module).__name__}) are not those of what they compute, so it would be "
+                "attributed wrongly; not supported"
+            )
 
 
 def _embeds_alone(lm: LanguageModel, prompt: dict, responses: list[list[int]]) -> bool:
@@ -145,7 +195,7 @@ def _limit(lm: LanguageModel) -> float:
 
 def _words(lm: LanguageModel, count: int) -> list[int]:
     """Ordinary tokens: the first ids of a vocabulary are often special or single bytes."""
-    vocabulary = min(lm.head.weight.shape[0], lm.embed.weight.shape[0])
+    vocabulary = min(lm.head.out_features, lm.embed.weight.shape[0])
     special = lm.special_ids() | lm.image_ids()
     first = vocabulary // 7
     in_order = chain(range(first, vocabulary), range(first))

@@ -29,6 +29,7 @@ EMBEDDED = "smollm2-135m-instruct"  # its weights are a Python package (requirem
 # GGUF files in the cache, where benchmarks/real_models.sh puts them.
 FETCHED = ("gemma-3-270m", "qwen-2.5-coder-0.5b-instruct")
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZE = ("int8", "int4")
 STYLES = ("qa", "chat", "plain", "instruct")
 LETTERED = ("letter", "text")  # how the answers to choices with letters are scored
 

@@ -161,6 +161,7 @@ def load_model(args: argparse.Namespace) -> LanguageModel:
             args.device_map,
             args.trust_remote_code,
             max_memory=args.max_memory,
+            quantize=args.quantize,
         )
     if lm.device.type == "cpu":
         cpu.keep_freed_memory()

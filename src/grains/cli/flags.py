@@ -33,6 +33,7 @@ from grains.settings import (
     MODES,
     NO_ATTRIBUTION,
     OBJECTIVES,
+    QUANTIZE,
     REPLACEMENTS,
     SCOPES,
     SCORES,
@@ -148,6 +149,12 @@ def add_device(flags: argparse._ActionsContainer) -> None:
         default="auto",
         choices=["auto", *DTYPES],
         help="auto: the checkpoint's on an accelerator, float32 on a CPU",
+    )
+    flags.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        help="quantise the weights of linear layers: int8 (needs torchao) or int4 (NF4, needs "
+        "bitsandbytes); checkpoints that are quantised already need no flag",
     )
     flags.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     flags.add_argument(
