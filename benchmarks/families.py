@@ -100,9 +100,15 @@ def steered(family: Family, layer: int | None) -> AbstractContextManager[None]:
     return hooked({} if layer is None else {family.layers[layer]: steer})
 
 
-def own_logits(family: Family, ids: list[int], layer: int | None = None) -> Tensor:
-    with torch.no_grad(), steered(family, layer):
-        return family.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+def own_logits(
+    family: Family, ids: list[int], prompt: int, layer: int | None = None, grad: bool = False
+) -> Tensor:
+    """Logits (T, V) of a sequence whose first `prompt` tokens are the prompt."""
+    inputs = {"input_ids": torch.tensor([ids])}
+    if family.lm.marks_prompts:
+        inputs["token_type_ids"] = (torch.arange(len(ids)) >= prompt).long()[None]
+    with torch.set_grad_enabled(grad), steered(family, layer):
+        return family.model(**inputs, use_cache=False).logits[0].float()
 
 
 def picked(logits: Tensor, prompt: int, response: list[int]) -> Tensor:
@@ -114,7 +120,7 @@ def picked(logits: Tensor, prompt: int, response: list[int]) -> Tensor:
 def own_log_likelihood(
     family: Family, prompt: list[int], response: list[int], layer: int | None = None
 ) -> float:
-    logits = own_logits(family, prompt + response, layer)
+    logits = own_logits(family, prompt + response, len(prompt), layer)
     return picked(logits, len(prompt), response).sum().item()
 
 
@@ -164,8 +170,7 @@ def gradients(family: Family) -> float:
             return (entering[0], *args[1:]), kwargs
 
         handle = family.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
-        ids = torch.tensor([item.prompt_ids + response])
-        logits = family.model(input_ids=ids, use_cache=False).logits[0].float()
+        logits = own_logits(family, item.prompt_ids + response, prompt, grad=True)
         handle.remove()
         (gradient,) = torch.autograd.grad(
             sign * picked(logits, prompt, response).sum(), entering[0]
@@ -187,7 +192,7 @@ def states(family: Family) -> float:
             )
             for layer in family.layers
         ]
-        own_logits(family, pair.prompt_ids + response)
+        own_logits(family, pair.prompt_ids + response, len(pair.prompt_ids))
         for handle in handles:
             handle.remove()
         expected = torch.stack(read)
@@ -227,7 +232,8 @@ def generation(family: Family) -> float:
         for item, text in zip(items, texts[row], strict=True):
             ids = list(item.prompt_ids)
             for _ in range(TOKENS):
-                ids.append(int(own_logits(family, ids, layer)[-1].argmax()))
+                logits = own_logits(family, ids, len(item.prompt_ids), layer)
+                ids.append(int(logits[-1].argmax()))
                 if ids[-1] == family.lm.tokenizer.eos_token_id:
                     break
             written = ids[len(item.prompt_ids) :]
@@ -261,7 +267,11 @@ def pictured_scores(name: str) -> float:
         prompt = len(item.prompt_ids)
         for column, response in enumerate(item.responses):
             with torch.no_grad():
-                logits = model(**extend(item.inputs, response), use_cache=False).logits[0].float()
+                logits = (
+                    model(**extend(item.inputs, response, lm.marks_prompts), use_cache=False)
+                    .logits[0]
+                    .float()
+                )
             expected = picked(logits, prompt, response).sum().item()
             worst = max(worst, abs(rows[0, column] - expected))
     return worst

@@ -165,14 +165,17 @@ def test_ablated_prompts_share_their_prefix(family):
 class Forgets(LlamaDecoderLayer):
     """Never looks into its cache."""
 
-    def forward(self, hidden_states, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, past_key_values=None, cache=None, **kwargs):
         return super().forward(hidden_states, **kwargs)
 
 
 class Blind(LlamaDecoderLayer):
     """Gives its keys and values to the cache, and attends to what it has itself."""
 
-    def forward(self, hidden_states, past_key_values=None, attention_mask=None, **kwargs):
+    def forward(
+        self, hidden_states, past_key_values=None, attention_mask=None, cache=None, **kwargs
+    ):
+        past_key_values = past_key_values or cache  # transformers 5.24 calls it so
         if past_key_values is not None:
             shape = (*hidden_states.shape[:-1], -1, self.self_attn.head_dim)
             normed = self.input_layernorm(hidden_states)

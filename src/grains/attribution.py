@@ -29,8 +29,16 @@ from grains.lm import LanguageModel
 from grains.logprobs import targets, token_log_probs
 from grains.packing import pack
 from grains.prompts import Encoded
-from grains.replay import Capture, capture, capture_pack, gradient_rows, replay, without_prefix
-from grains.settings import NO_ATTRIBUTION, AttributionSettings
+from grains.replay import (
+    Capture,
+    capture,
+    capture_pack,
+    gradient_rows,
+    replay,
+    with_fixed_experts,
+    without_prefix,
+)
+from grains.settings import EXPERTS, NO_ATTRIBUTION, AttributionSettings
 
 
 class PromptFunction:
@@ -39,7 +47,8 @@ class PromptFunction:
     f(x) = sum_c weights[c] * log P(response_c | x), for prompt embeddings x (P, D).
     Log-probabilities that cancel, of words with which two answers begin, are never computed.
 
-    Positions before `first` never change, so they are computed once.
+    Positions before `first` never change, so they are computed once. With fixed_experts the experts
+    of a mixture stay those that are chosen for the prompt as it is.
 
     prompt: (P, D) the embeddings of the prompt as it is.
     rows: how many prompts are computed at a time (see `gradient_rows`).
@@ -52,11 +61,14 @@ class PromptFunction:
         weights: list[float],
         max_tokens: int,
         first: int = 0,
+        fixed_experts: bool = False,
     ):
         self.lm = lm
         packed = pack(encoded.sequences(without_last=True))
         whole = capture_pack(lm, encoded.inputs, packed)
         self.captured: Capture = without_prefix(lm, whole, first)
+        if fixed_experts:
+            self.captured = with_fixed_experts(lm, self.captured)
         self.rows, self.checkpointed = gradient_rows(lm, self.captured, max_tokens)
         length = len(encoded.prompt_ids)
         terms = targets(packed, length, encoded.responses)
@@ -265,12 +277,16 @@ def attribute(
     max_tokens: the number of positions computed at a time.
     generator: draws smoothgrad's noise.
     Returns one result for the contrastive objective, two (of y+ and of y-) for the normal one.
-    Raises UserError for the method none.
+    Raises UserError for the method none, and for fixed experts of a model without experts.
     """
     if settings.grad_method == NO_ATTRIBUTION:
         raise UserError(
             f"grad_method {NO_ATTRIBUTION} attributes nothing: give integrated_gradients, "
             "smoothgrad or vanilla"
+        )
+    if settings.experts not in (None, *EXPERTS):
+        raise UserError(
+            f"unknown ig_experts '{settings.experts}': expected {', '.join(EXPERTS)} or None"
         )
     terms = [[1.0, -1.0]] if settings.objective == "contrastive" else [[1.0, 0.0], [0.0, 1.0]]
     # Gradient times input is taken at every position; a path leaves some where they are.
@@ -278,7 +294,7 @@ def attribute(
     first = first_moved(attributed_positions(encoded, settings.attribute)) if along_path else 0
     return [
         _attribute(
-            PromptFunction(lm, encoded, weights, max_tokens, first),
+            PromptFunction(lm, encoded, weights, max_tokens, first, settings.experts == "fixed"),
             lm,
             encoded,
             settings,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grains.errors import UserError
+from grains.experts import Experts
 from grains.lm import LanguageModel
 
 # What layers are called with for a cache: replaced by these, as a replay keeps none.
@@ -51,12 +52,14 @@ class Calls:
     sequences: if the model cannot take packed sequences, each of them on its own; `layers` and
         `added` are empty then.
     samples: (R,) the sample of each row of hidden states; None if all are of one.
+    experts: what its routers choose, where that is kept (B = 1).
     """
 
     layers: list[dict]
     added: dict[int, Tensor] = field(default_factory=dict)
     sequences: list[SingleSequence] = field(default_factory=list)
     samples: Tensor | None = None
+    experts: Experts | None = None
 
     def rows(self, index: Tensor) -> Calls:
         """The calls for R rows of hidden states; row r is of sequence index[r], (R,)."""

@@ -323,7 +323,10 @@ def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:
         rows = [item[key][0] for item in inputs]
         return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
 
-    return {
+    padded = {
         "input_ids": pad("input_ids", lm.replacement_id("pad")),
         "attention_mask": pad("attention_mask", 0),
     }
+    if lm.marks_prompts:
+        padded["token_type_ids"] = torch.zeros_like(padded["input_ids"])
+    return padded

@@ -44,6 +44,8 @@ class LanguageModel:
     own_head: whether the model's own forward turns the last hidden states into logits, as it does
         more than apply the norm and the head.
     own_embeddings: whether more than a look-up makes the embeddings that enter layer 0.
+    marks_prompts: whether the words of a prompt see each other, so that its forward must be given
+        which these are: `token_type_ids`, 0 in the prompt and 1 behind it.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LanguageModel:
     batches: bool = True
     own_head: bool = False
     own_embeddings: bool = False
+    marks_prompts: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

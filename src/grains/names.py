@@ -80,6 +80,7 @@ def _attribution(ablation: AblationSettings) -> list[str]:
                 "ig_steps": "steps",
                 "tolerance": "tolerance",
                 "max_points": "points",
+                "experts": "experts",
             },
         ),
         *differing(

@@ -157,6 +157,8 @@ def encode(
     else:
         ids = torch.tensor([text_ids], device=lm.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if lm.marks_prompts:
+            inputs["token_type_ids"] = torch.zeros_like(ids)
     prompt_ids = inputs["input_ids"][0].tolist()
 
     longest = len(prompt_ids) + max(map(len, responses), default=0)

@@ -13,6 +13,7 @@ its own path through the trie.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from grains import cpu
+from grains import cpu, experts
 from grains.calls import Calls, SingleSequence, first_tensor, map_tensors, record
 from grains.errors import UserError
 from grains.lm import LanguageModel
@@ -84,7 +85,7 @@ def capture_pack(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
     if not lm.packs:
         return _capture_apart(lm, prompt, packed)
     extra = packed.tokens[prompt["input_ids"].shape[1] :].tolist()
-    linear = capture(lm, extend(prompt, extra))
+    linear = capture(lm, extend(prompt, extra, lm.marks_prompts))
     if len(packed.paths) == 1:
         return linear
     length = linear.embeds.shape[1]
@@ -121,7 +122,7 @@ def _capture_apart(lm: LanguageModel, prompt: dict, packed: Pack) -> Capture:
     sequences, rows = [], []
     for path in packed.paths:
         ids = packed.tokens[path][prompt["input_ids"].shape[1] :].tolist()
-        alone = capture(lm, extend(prompt, ids))
+        alone = capture(lm, extend(prompt, ids, lm.marks_prompts))
         owned = ~seen[path]
         seen[path] = True
         rows.append(alone.embeds[0, owned])
@@ -294,8 +295,11 @@ def _between(lm: LanguageModel, calls: Calls, start: int, stop: int, length: int
     return Calls(map_tensors(calls.layers, change), added)
 
 
-def extend(prompt: dict, tokens: list[int]) -> dict:
-    """The model's inputs for a prompt (one row) followed by more text tokens."""
+def extend(prompt: dict, tokens: list[int], marked: bool = False) -> dict:
+    """The model's inputs for a prompt (one row) followed by more text tokens.
+
+    marked: see `LanguageModel.marks_prompts`.
+    """
     ids = prompt["input_ids"]
     more = torch.tensor([tokens], dtype=ids.dtype, device=ids.device)
     inputs = dict(prompt, input_ids=torch.cat([ids, more], dim=1))
@@ -305,6 +309,8 @@ def extend(prompt: dict, tokens: list[int]) -> dict:
             inputs[key] = torch.cat(
                 [value, fill(more.shape, dtype=value.dtype, device=value.device)], dim=1
             )
+    if marked:
+        inputs["token_type_ids"] = torch.cat([torch.zeros_like(ids), torch.ones_like(more)], dim=1)
     return inputs
 
 
@@ -427,9 +433,10 @@ def _layer(lm: LanguageModel, index: int, calls: Calls, states: Tensor) -> Tenso
     if not calls.sequences:
         if index in calls.added:
             states = states + calls.added[index]
-        return first_tensor(layer(states, **calls.layers[index]))
+        with _routing(calls, index, 0, states.shape[1]):
+            return first_tensor(layer(states, **calls.layers[index]))
     output = torch.zeros_like(states)
-    for sequence in calls.sequences:
+    for place, sequence in enumerate(calls.sequences):
         rows = torch.arange(len(states))
         if calls.samples is not None:
             rows = rows[calls.samples.cpu() == sequence.sample]
@@ -439,9 +446,35 @@ def _layer(lm: LanguageModel, index: int, calls: Calls, states: Tensor) -> Tenso
             entering = states[some[:, None].to(states.device), nodes]
             if index in sequence.added:
                 entering = entering + sequence.added[index]
-            left = first_tensor(layer(entering, **sequence.layers[index]))
+            with _routing(calls, index, place, len(nodes)):
+                left = first_tensor(layer(entering, **sequence.layers[index]))
             output[some[:, None].to(states.device), nodes[own]] = left[:, own]
     return output
+
+
+def _routing(
+    calls: Calls, layer: int, sequence: int, tokens: int
+) -> AbstractContextManager[object]:
+    return calls.experts.routing(layer, sequence, tokens) if calls.experts else nullcontext()
+
+
+def with_fixed_experts(lm: LanguageModel, captured: Capture) -> Capture:
+    """The capture whose routers choose for any hidden states what they choose for its own.
+
+    captured: B = 1. Raises UserError for a model whose layers choose among no experts.
+    """
+    noted = experts.Experts(experts.counts(lm.model.config))
+    calls = replace(captured.calls, experts=noted)
+    if noted.counts:
+        with torch.no_grad():
+            replay(lm, captured.embeds, calls)
+    if not noted.chosen:
+        raise UserError(
+            f"{lm.name}: its layers choose among no experts that could be fixed; leave out "
+            "ig_experts fixed"
+        )
+    noted.noting = False
+    return replace(captured, calls=calls)
 
 
 # What a gradient keeps of every layer is many times what a forward holds, and products of a few

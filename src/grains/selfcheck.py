@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def _checked(lm: LanguageModel) -> LanguageModel:
     short = _text_prompt(lm, 4)
     words = _words(lm, 32)
     responses = [words[4:6], words[6:30]]
+    lm = replace(lm, marks_prompts=_must_mark(lm, short, responses))
     expected, states = _own(lm, short, responses)
     if not lm.own_head:
         plain_end = logits(lm, states[0][-len(expected[0]) :])
@@ -110,8 +112,7 @@ def _checked(lm: LanguageModel) -> LanguageModel:
 
 def _check_causal(lm: LanguageModel, prompt: dict, own: list[Tensor], where: str) -> None:
     """Raise UserError if what follows a prompt changes the model's own logits of the prompt."""
-    before = min(COMPARED, prompt["input_ids"].shape[1])
-    apart = _distance(own[0][:before], own[1][:before])
+    apart = _apart(prompt, own)
     if not apart <= _limit(lm):
         advice = "not supported"
         if lm.quantization:
@@ -123,6 +124,24 @@ def _check_causal(lm: LanguageModel, prompt: dict, own: list[Tensor], where: str
             f"{lm.name}: its log-probabilities{where} change by {apart:.2g} with the words that "
             f"follow, so an answer has no likelihood of its own; {advice}"
         )
+
+
+def _apart(prompt: dict, own: list[Tensor]) -> float:
+    """How far the logits of a prompt's last positions are apart with two responses behind it."""
+    before = min(COMPARED, prompt["input_ids"].shape[1])
+    return _distance(own[0][:before], own[1][:before])
+
+
+def _must_mark(lm: LanguageModel, prompt: dict, responses: list[list[int]]) -> bool:
+    """Whether words of type 0 see what follows, unless that is of type 1."""
+    if "token_type_ids" not in inspect.signature(lm.model.forward).parameters:
+        return False
+    prompt = prompt | {"token_type_ids": torch.zeros_like(prompt["input_ids"])}
+    plain, marked = (
+        _apart(prompt, _own(replace(lm, marks_prompts=marks), prompt, responses)[0])
+        for marks in (False, True)
+    )
+    return marked <= _limit(lm) < plain
 
 
 def _check_gradients(lm: LanguageModel, prompt: dict) -> None:
@@ -253,7 +272,9 @@ def _own(
     try:
         own = [
             lm.model(
-                **extend(prompt, response), use_cache=False, logits_to_keep=len(response) + COMPARED
+                **extend(prompt, response, lm.marks_prompts),
+                use_cache=False,
+                logits_to_keep=len(response) + COMPARED,
             )
             .logits[0]
             .float()
@@ -321,6 +342,7 @@ def _decode(lm: LanguageModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tenso
         output = lm.model.generate(
             input_ids=ids,
             attention_mask=mask,
+            **({"token_type_ids": torch.zeros_like(ids)} if lm.marks_prompts else {}),
             max_new_tokens=STEPS,
             min_new_tokens=STEPS,
             do_sample=False,
@@ -343,11 +365,9 @@ def check_decoding(lm: LanguageModel) -> None:
         text = _text_prompt(lm, length)["input_ids"]
         rows = torch.cat([text, text.flip(1)])
         written, steps = _decode(lm, rows, torch.ones_like(rows))
-        own = lm.model(
-            input_ids=written[None, :-1],
-            attention_mask=torch.ones_like(written[None, :-1]),
-            use_cache=False,
-        ).logits[0, -STEPS:]
+        prompt = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+        whole = extend(prompt, written[text.shape[1] : -1].tolist(), lm.marks_prompts)
+        own = lm.model(**whole, use_cache=False).logits[0, -STEPS:]
         greedy = torch.equal(written[-STEPS:], steps.argmax(-1))
         if not greedy or not _distance(steps, own.float()) <= _limit(lm):
             raise UserError(
@@ -385,6 +405,8 @@ def can_decode(lm: LanguageModel) -> bool:
     Asked when texts are first written. The batch has a row that leaves, rows that enter later, a
     longer one and one that begins as another does among them.
     """
+    if lm.marks_prompts:  # the running batch reads prompts causally
+        return False
     words = _text_prompt(lm, 40)["input_ids"][0].tolist()
     prompts_and_limits = [
         (words[:12], 9),

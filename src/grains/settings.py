@@ -42,6 +42,7 @@ IMAGE_BASELINES = ("blank", "mean", "zeros")
 SCOPES = ("content", "all", "image", "text")
 TOPS = ("pos", "neg", "abs", "rand")
 ABLATE = ("all", "image", "text")
+EXPERTS = ("fixed",)
 REPLACEMENTS = ("pad", "unk")
 
 # Stages 2 and 3: which vectors are added where and how strongly, and how answers are compared
@@ -227,6 +228,8 @@ class AttributionSettings:
     smooth_samples: for smoothgrad, the number of noisy copies.
     smooth_noise: for smoothgrad, the standard deviation of the noise, as a share of that of the
         prompt's embeddings.
+    experts: fixed: the experts of a mixture that are chosen for the prompt stay chosen along the
+        path; None: they are chosen anew at each point.
     """
 
     objective: str = "contrastive"
@@ -239,6 +242,7 @@ class AttributionSettings:
     max_points: int = 200
     smooth_samples: int = 20
     smooth_noise: float = 0.1
+    experts: str | None = None
 
 
 @dataclass(frozen=True)

@@ -319,7 +319,7 @@ def paligemma(local: bool):
     tokenizer.bos_token = "<bos>"
     config = PaliGemmaConfig(
         vision_config=VISION
-        | {"model_type": "siglip_vision_model", "num_hidden_layers": 1 if local else 2},
+        | {"model_type": "siglip_vision_model", "num_hidden_layers": 0 if local else 2},
         text_config=decoder(tokenizer, "gemma", head_dim=12, vocab_size=len(tokenizer) + 1200),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         projection_dim=SIZES["hidden_size"],

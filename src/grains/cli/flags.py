@@ -23,6 +23,7 @@ from grains.settings import (
     BASELINES,
     DTYPES,
     EMBEDDED,
+    EXPERTS,
     GRAD_METHODS,
     IMAGE_BASELINES,
     LAYER_MODES,
@@ -343,6 +344,12 @@ def add_attribution(flags: argparse.ArgumentParser, top: bool = False) -> None:
         help="for auto: the most gradients computed for an example",
     )
     group.add_argument(
+        "--ig_experts",
+        choices=EXPERTS,
+        help="fixed: the experts of a mixture that are chosen for the prompt stay chosen along the "
+        "path (default: they are chosen anew at each point)",
+    )
+    group.add_argument(
         "--replacement",
         default=AblationSettings.replacement,
         choices=REPLACEMENTS,
@@ -545,6 +552,7 @@ def ablation_settings(args: argparse.Namespace, tops: tuple[str, ...] = ()) -> A
         None if args.ig_steps == "auto" else args.ig_steps,
         args.ig_tolerance,
         args.ig_max_points,
+        experts=args.ig_experts,
     )
     return AblationSettings(
         attribution,
