@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 READY_SERVE := $(VENV)/.ready-serve
+READY_PLAYGROUND := $(VENV)/.ready-playground
 PEERS := .venv-peers
 READY_PEERS := $(PEERS)/.ready
 INTEROP := .venv-interop
@@ -12,7 +13,7 @@ READY_INTEROP := $(INTEROP)/.ready
 LLAMA_VERSION := 11434.0.0
 LLAMA_SERVER := $(INTEROP)/llama-server
 
-.PHONY: demo demo-vlm serve test test-fast lint bench families interop clean
+.PHONY: demo demo-vlm serve playground test test-fast lint bench families interop clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
@@ -29,6 +30,10 @@ $(READY_DEV): requirements-dev.txt $(READY)
 
 $(READY_SERVE): requirements-serve.txt $(READY)
 	$(BIN)/pip install -r requirements-serve.txt
+	@touch $@
+
+$(READY_PLAYGROUND): requirements-playground.txt $(READY)
+	$(BIN)/pip install -r requirements-playground.txt
 	@touch $@
 
 $(READY_PEERS): benchmarks/requirements-peers.txt
@@ -58,6 +63,10 @@ demo-vlm: $(READY)
 ## The embedded model behind OpenAI's interface on 127.0.0.1:8000, base and steered.
 serve: $(READY_SERVE)
 	cd src && ../$(BIN)/python serve.py --fit gradient caa
+
+## A page on 127.0.0.1:7860 with the embedded models: attribution and steering to try.
+playground: $(READY_PLAYGROUND)
+	cd src && ../$(BIN)/python playground.py
 
 ## Lint and all tests.
 test: lint

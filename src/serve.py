@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    group.add_argument("--port", type=port, default=8000)
+    group.add_argument("--port", type=flags.port, default=8000)
     group.add_argument(
         "--api_key", help=f"key that requests must have (default: the environment's {KEY}, or none)"
     )
@@ -78,13 +78,6 @@ def named_file(text: str) -> tuple[str, Path]:
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FILE")
     return name, Path(path)
-
-
-def port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**16:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 to 65535")
-    return value
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The layout of the library: which module may import which, and what only scripts may do.
 
-    core <- cli, study, report, judge, export, serve <- scripts
+    core <- cli, study, report, judge, export, serve, playground <- scripts
 
 Every import statement counts: at module level, inside functions and under TYPE_CHECKING.
 """
@@ -16,7 +16,7 @@ SOURCES = ROOT / "src"
 # Words that say nothing of what they name.
 NO_NAMES = {*["one", "other", "here", "there", "found", "told", "absent", "moved", "tell", "once"]}
 # Packages around the core. The core imports none of them, and none of them imports another.
-OUTER = ("cli", "study", "report", "judge", "export", "serve")
+OUTER = ("cli", "study", "report", "judge", "export", "serve", "playground")
 
 
 def modules(sources):

@@ -35,12 +35,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from demo import text_figure
-from grains import runs
+from grains import readable, runs
 from grains.errors import UserError
 from grains.judge import generations
+from grains.readable import word_difference
 from grains.report import figures
 from grains.report import page as report
-from grains.report.examples import word_difference
 from grains.report.tables import over_seeds
 from grains.settings import METHODS
 
@@ -526,7 +526,7 @@ def test_heat_map_pixel_by_pixel(boxes):
 def test_words_of_a_byte_level_tokenizer(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
     scores = np.random.default_rng(0).normal(size=len(ids))
-    found = figures.words(tokenizer.convert_ids_to_tokens(ids), scores)
+    found = readable.words(tokenizer.convert_ids_to_tokens(ids), scores)
     assert "".join(word.text for word in found) == text
     assert [i for word in found for i in word.positions] == list(range(len(ids)))
     for word in found:
@@ -536,7 +536,7 @@ def test_words_of_a_byte_level_tokenizer(tokenizer, text):
 
 def test_words_of_sentencepiece():
     tokens = ["▁a", "▁caf", "é", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "日", "<0x0A>"]
-    found = figures.words(tokens, range(9))
+    found = readable.words(tokens, range(9))
     assert [(word.text, word.score) for word in found] == [
         (" a", 0),
         (" caf", 1),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from demo import shapes
-from grains import prompts, runs, stats, vision
+from grains import prompts, readable, runs, stats, vision
 from grains.attribution import attribute
 from grains.data import Example
 from grains.errors import UserError
@@ -72,7 +72,9 @@ def pointing_game(
         hits, chance, errors = [], [], []
         for row, encoded in tqdm(asked, desc=f"pointing game ({name.split(':')[0]})"):
             result = attribute(lm, encoded, settings, max_tokens, torch.Generator())[0]
-            inside = np.array([centre_inside(box, row["box"]) for box in boxes_of(lm, encoded)])
+            inside = np.array(
+                [centre_inside(box, row["box"]) for box in prompts.boxes(lm, encoded)]
+            )
             hits.append(inside[result.scores[encoded.image.numpy()].argmax()])
             chance.append(inside.mean())
             errors.append(result.relative_error)
@@ -88,12 +90,6 @@ def pointing_game(
             }
         )
     return pd.DataFrame(lines)
-
-
-def boxes_of(lm: LanguageModel, encoded: Encoded) -> list:
-    """Where the image tokens of a prompt lie in its picture: a box in pixels, or None."""
-    size = vision.open_image(encoded.example).size
-    return vision.token_boxes(lm, encoded.inputs, size, int(encoded.image.sum()))
 
 
 def centre_inside(token, box) -> bool:
@@ -310,7 +306,7 @@ def draw(
                 attribute(lm, encoded, settings, max_tokens, torch.Generator())[0].scores
                 for settings in (AttributionSettings(attribute="image"), AttributionSettings())
             )
-            over = figures.heat_map(boxes_of(lm, encoded), of_image[on_image], image.size)
+            over = figures.heat_map(prompts.boxes(lm, encoded), of_image[on_image], image.size)
             scene.imshow(image)
             scene.set_axis_off()
             figures.draw_heat(heat, image, over, np.abs(over).max())
@@ -320,7 +316,7 @@ def draw(
                 text,
                 [
                     (
-                        figures.words([tokens[i] for i in question], of_words[question]),
+                        readable.words([tokens[i] for i in question], of_words[question]),
                         f"answer: {row['chosen']}\n\nin the picture: {true}\nbase caption: {base}\n"
                         f"steered caption: {steered}",
                     )

@@ -172,7 +172,7 @@ def picture(
 
 def lines(attributed: pd.DataFrame) -> list[tuple[list[Word], str]]:
     """The first examples' words with their attributions, and the two answers."""
-    from grains.report.figures import words
+    from grains.readable import words
 
     return [
         (

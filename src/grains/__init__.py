@@ -16,10 +16,19 @@ from typing import TYPE_CHECKING, Any
 from grains.version import __version__
 
 if TYPE_CHECKING:
-    from grains.api import attribute, fit, generate, load, score
+    from grains.api import attribute, fit, generate, load, score, stream
     from grains.steering import SteeringVectors
 
-__all__ = ["SteeringVectors", "__version__", "attribute", "fit", "generate", "load", "score"]
+__all__ = [
+    "SteeringVectors",
+    "__version__",
+    "attribute",
+    "fit",
+    "generate",
+    "load",
+    "score",
+    "stream",
+]
 
 
 def __getattr__(name: str) -> Any:

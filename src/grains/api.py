@@ -1,4 +1,4 @@
-"""The method in a few function calls, without files: attribute, fit, score, generate.
+"""The method in a few function calls, without files: attribute, fit, score, generate, stream.
 
 Inside a `with vectors.apply(lm, alpha):` block all of them use the steered model. See docs/api.md.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -25,6 +25,7 @@ from grains import (
     stage1,
     thinking,
     vectors,
+    vision,
 )
 from grains.data import Example
 from grains.errors import UserError
@@ -45,7 +46,7 @@ from grains.settings import (
 from grains.states import StatesInMemory
 from grains.steering import Configuration, SteeringVectors
 
-__all__ = ["attribute", "fit", "generate", "load", "score"]
+__all__ = ["attribute", "fit", "generate", "load", "score", "stream"]
 
 AT_A_TIME = 64  # pairs that are encoded at a time, pictures included
 
@@ -61,12 +62,16 @@ class TokenAttribution:
     completeness_error: |sum of the scores - (f(x) - f(b))| as a share of |f(x) - f(b)|; NaN for
         smoothgrad and vanilla, which have no completeness.
     image: (P,) bool, which tokens are of the picture.
+    boxes: what of the picture each of these tokens shows, in pixels of the upright picture: x0, y0,
+        x1, y1 from the upper left corner; None for a token that shows nothing of it, or where it is
+        not known.
     """
 
     tokens: list[str]
     scores: np.ndarray
     completeness_error: float
     image: np.ndarray
+    boxes: list[vision.Box | None]
 
 
 def attribute(
@@ -107,6 +112,7 @@ def attribute(
         result.scores,
         result.relative_error,
         encoded.image.numpy(),
+        prompts.boxes(lm, encoded),
     )
 
 
@@ -178,12 +184,13 @@ def score(
     *,
     image: Any = None,
     style: str | PromptSettings = "qa",
-    steering: Configuration | None = None,
+    steering: Configuration | Sequence[Configuration] | None = None,
     batch_tokens: int = AblationSettings.batch_tokens,
 ) -> np.ndarray:
     """log P of each answer to a prompt, in nats, summed over its tokens: (answers,).
 
-    steering: `SteeringVectors.at(...)`, which may name positions; None: the model as it is.
+    steering: `SteeringVectors.at(...)`, which may name positions; None: the model as it is. Of
+        several, computed in one batch, the result is (configurations, answers).
     image, style, batch_tokens: see `attribute`.
     Raises UserError for an empty text, and as `attribute` for texts and pictures.
     """
@@ -192,7 +199,10 @@ def score(
     example = replace(_example(0, (prompt, "", ""), image), choices=tuple(answers))
     encoded = prompts.encode(lm, example, style)
     _warn(prompts.tally([encoded]))
-    return scoring.score(lm, [encoded], [steering] if steering else [], batch_tokens)[0][-1]
+    is_several = isinstance(steering, Sequence)
+    configurations = [*steering] if is_several else [steering] if steering else []
+    scores = scoring.score(lm, [encoded], configurations, batch_tokens)[0]
+    return scores[1:] if is_several else scores[-1]
 
 
 @overload
@@ -306,6 +316,29 @@ def generate(
         starts = range(0, len(answers), num_return)
         answers = [answers[start : start + num_return] for start in starts]
     return answers[0] if isinstance(prompt, str) else answers
+
+
+def stream(
+    lm: LanguageModel,
+    prompt: str,
+    steering: Sequence[Configuration] = (),
+    *,
+    image: Any = None,
+    style: str | PromptSettings | None = None,
+    max_new_tokens: int = 64,
+) -> Iterator[list[str]]:
+    """The model's answer to a prompt, and its answers steered in some ways, as they are written.
+
+    Yields 1 + len(steering) texts after every step of their common batch, the base model's first.
+    The last are those of `generate`, greedy, thoughts included. An answer to a picture, and one of a model whose cache
+    holds more than keys and values, comes whole, at once.
+    image, style, max_new_tokens: see `generate`. Raises UserError as that does.
+    """
+    style = style or ("chat" if lm.tokenizer.chat_template else "qa")
+    example = replace(_example(0, (prompt, "", ""), image), choices=())
+    encoded = prompts.encode(lm, example, style, free=True)
+    _warn(prompts.tally([encoded]))
+    yield from generation.stream(lm, encoded, steering, max_new_tokens)
 
 
 def _warn(counts: Counter[str]) -> None:

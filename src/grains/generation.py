@@ -7,7 +7,7 @@ more than keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -109,8 +109,7 @@ def write(
     how = sampling.choosing(lm, settings)
     everything = [BASE, *configurations]
     for item in encoded:
-        for configuration in configurations:
-            positions.in_prompt(configuration.positions, item.image)  # raises if that is none
+        _check_positions(item, configurations)
     rows: list[tuple[Encoded, Row]] = []
     for number in sorted(range(len(encoded)), key=lambda i: (len(encoded[i].prompt_ids), i)):
         item = encoded[number]
@@ -134,6 +133,49 @@ def write(
     ):
         number, place, draw = row.name
         yield Written(number, place, draw, text_of(lm, row), row.ended, len(row.new))
+
+
+def stream(
+    lm: LanguageModel,
+    encoded: Encoded,
+    configurations: Sequence[Configuration],
+    max_new_tokens: int,
+) -> Iterator[list[str]]:
+    """The greedy texts of one prompt as they are written, by the base model and each configuration.
+
+    Yields 1 + len(configurations) texts after every step of the running batch, the base first; the
+    last are those of `generate`. Where the model itself decodes (see `write`) they come at once.
+    Raises UserError as `write`.
+    """
+    if encoded.image.any() or not can_decode(lm):
+        yield [texts[0] for texts in generate(lm, [encoded], [*configurations], max_new_tokens)]
+        return
+    check_limit(lm, max_new_tokens)
+    _check_positions(encoded, configurations)
+    how = sampling.choosing(lm, DecodingSettings())
+    ids = encoded.prompt_ids
+    limit = row_limit(lm, ids, max_new_tokens)
+    rows = [
+        Row(ids, configuration, Choice(lm, how, ids, limit), limit)
+        for configuration in (BASE, *configurations)
+    ]
+    decoder = Decoder(lm, WIDTH * AblationSettings.batch_tokens)
+    for row in rows:
+        decoder.submit(row)
+    while not decoder.idle:
+        decoder.step()
+        # The last character of a text that goes on may be half of one.
+        texts = [text_of(lm, row) for row in rows]
+        yield [
+            text if row.ended else text.rstrip("\ufffd")
+            for text, row in zip(texts, rows, strict=True)
+        ]
+
+
+def _check_positions(encoded: Encoded, configurations: Iterable[Configuration]) -> None:
+    """Raise UserError if a configuration steers nothing of a prompt."""
+    for configuration in configurations:
+        positions.in_prompt(configuration.positions, encoded.image)
 
 
 def row_limit(lm: LanguageModel, prompt_ids: list[int], max_new_tokens: int) -> int:

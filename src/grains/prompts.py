@@ -18,7 +18,7 @@ from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.settings import STYLES, PromptSettings
 
-__all__ = ["STYLES", "Encoded", "encode", "notes", "render", "tally"]
+__all__ = ["STYLES", "Encoded", "boxes", "encode", "notes", "render", "tally"]
 
 
 @dataclass(frozen=True)
@@ -280,6 +280,14 @@ def _has_turn_mark(controls: Controls, rendered: rendering.Rendered) -> bool:
         and not controls.among(mark)
         and any(mark in rendered.text[begin:end] for begin, end in rendered.words)
     )
+
+
+def boxes(lm: LanguageModel, encoded: Encoded) -> list[vision.Box | None]:
+    """What of its picture each image token of a prompt shows (see `vision.token_boxes`)."""
+    count = int(encoded.image.sum())
+    if not count:
+        return []
+    return vision.token_boxes(lm, encoded.inputs, vision.open_image(encoded.example).size, count)
 
 
 def tally(encoded: Iterable[Encoded]) -> Counter[str]:

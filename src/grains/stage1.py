@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grains import ablation, data, manifests, prompts, runs, vision
+from grains import ablation, data, manifests, prompts, runs
 from grains.attribution import Attribution, attribute, attributed_positions
 from grains.data import Example
 from grains.errors import UserError
@@ -277,8 +277,7 @@ def image_columns(lm: LanguageModel, encoded: Encoded, scores: np.ndarray) -> di
     if not image.any():
         return dict.fromkeys(IMAGE_COLUMNS)
     positive, negative = np.clip(scores, 0, None), np.clip(-scores, 0, None)
-    size = vision.open_image(encoded.example).size
-    boxes = vision.token_boxes(lm, encoded.inputs, size, int(image.sum()))
+    boxes = prompts.boxes(lm, encoded)
     return dict(
         zip(
             IMAGE_COLUMNS,

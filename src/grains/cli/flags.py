@@ -706,6 +706,13 @@ def seed(text: str) -> int:
     return _whole(text, 0)
 
 
+def port(text: str) -> int:
+    value = _whole(text, 0)
+    if value >= 2**16:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to 65535")
+    return value
+
+
 def _whole(text: str, least: int) -> int:
     try:
         value = int(text)

@@ -3,8 +3,6 @@ the model writes with and without steering."""
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,8 +14,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from grains import data, vision
+from grains import data, readable, vision
 from grains.errors import UserError
+from grains.readable import Word
 from grains.report import figures
 from grains.report.files import examples_of, manifest_of
 from grains.report.images import WIDTH, Images, as_item
@@ -75,7 +74,7 @@ class Line:
     without its template at both ends, which has no attribution.
     """
 
-    words: list[figures.Word]
+    words: list[Word]
     scores: list[float]
     ablated: dict[str, set[int]]
 
@@ -109,7 +108,7 @@ def example_lines(path: Path, rows: pd.DataFrame) -> list[Line]:
     }
     lines = []
     for index, scores in enumerate(attributions):
-        words = figures.words(tokens, scores)
+        words = readable.words(tokens, scores)
         scored = [i for i, word in enumerate(words) if word.score] or [0, len(words) - 1]
         lines.append(
             Line(
@@ -281,7 +280,7 @@ def generation_view(path: Path, count: int) -> dict:
                         "configuration": row.configuration
                         + (f", draw {row.draw}" if several else ""),
                         "same": row.base == row.steered,
-                        "texts": word_difference(row.base, row.steered),
+                        "texts": readable.word_difference(row.base, row.steered),
                     }
                     for row in rows.itertuples()
                 ],
@@ -289,20 +288,6 @@ def generation_view(path: Path, count: int) -> dict:
             for _, rows in prompts[:count]
         ],
     }
-
-
-def word_difference(base: str, steered: str) -> tuple[list, list]:
-    """Both texts in pieces: (text, whether the other text lacks it)."""
-    words = [re.findall(r"\s*\S+", text) for text in (base, steered)]
-    first_words, second_words = ([word.strip() for word in side] for side in words)
-    matcher = difflib.SequenceMatcher(None, first_words, second_words, autojunk=False)
-    pieces: tuple[list, list] = ([], [])
-    for tag, *ends in matcher.get_opcodes():
-        for side, all_words, first, end in zip(pieces, words, ends[::2], ends[1::2], strict=True):
-            text = "".join(all_words[first:end])
-            stripped = text.lstrip()
-            side += [(text[: len(text) - len(stripped)], False), (stripped, tag != "equal")]
-    return pieces
 
 
 # --- the demo ---

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -37,8 +36,8 @@ from matplotlib.ticker import (
     SymmetricalLogLocator,
 )
 from PIL import Image
-from tokenizers import decoders
 
+from grains.readable import Word
 from grains.settings import CONTROLS, METHODS, OF_HEADS
 from grains.settings import SCORE_TITLES as TITLES
 
@@ -60,8 +59,6 @@ PALETTE = (
 GREY, CONTROL_MARKERS = "#808080", "x+1234|_"
 # How the tokens of a selection are outlined.
 OUTLINES = {"pos": "solid", "neg": (0, (2, 1.2))}
-# Pieces of one character that byte-level vocabularies may cut it into (an emoji's four bytes).
-MAX_PIECES = 6
 MAX_TICKS = 5  # strengths that are all written at the axis
 
 
@@ -101,37 +98,6 @@ def style(theme: str = "light") -> AbstractContextManager[None]:
             "savefig.dpi": 200,
         }
     )
-
-
-@dataclass(frozen=True)
-class Word:
-    """A piece of the prompt as it reads, its attribution and the positions of its tokens."""
-
-    text: str
-    score: float
-    positions: tuple[int, ...]
-
-
-def words(tokens: Sequence[str], scores: Sequence[float]) -> list[Word]:
-    """A tokenizer's tokens as text.
-
-    A character that several tokens make up is one word, with the sum of their scores:
-    attributions add up.
-    """
-    sentencepiece = any("▁" in token for token in tokens)  # byte-level otherwise
-    decoder = (
-        decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        if sentencepiece
-        else decoders.ByteLevel()
-    )
-    pieces, start = [], 0
-    for end in range(1, len(tokens) + 1):
-        text = decoder.decode(list(tokens[start:end]))
-        if text.endswith("\ufffd") and end < len(tokens) and end - start < MAX_PIECES:
-            continue
-        pieces.append(Word(text, float(sum(scores[start:end])), tuple(range(start, end))))
-        start = end
-    return pieces
 
 
 def draw_words(axes: Axes, lines: Sequence[tuple[Sequence[Word], str]]) -> None:
