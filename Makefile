@@ -46,7 +46,7 @@ $(READY_PEERS): benchmarks/requirements-peers.txt
 $(READY_INTEROP): benchmarks/requirements-interop.txt requirements.txt requirements-harness.txt requirements-demo.txt
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/pip install -r benchmarks/requirements-interop.txt
-	$(INTEROP)/bin/pip install --no-deps -r requirements-demo.txt steering-vectors==0.12.2
+	$(INTEROP)/bin/pip install --no-deps -r requirements-demo.txt steering-vectors==0.12.2 repeng==0.4.0
 	@touch $@
 
 $(LLAMA_SERVER): benchmarks/llama_server.sh | $(READY_INTEROP)

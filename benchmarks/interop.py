@@ -259,6 +259,21 @@ def main() -> None:
         if not torch.equal(back.scaled(1.0)[7], vectors.scaled(ALPHA)[7]):
             problems.append("steering_vectors: an object taken in again is another")
 
+        np.float_ = np.float64  # repeng names it in an annotation; NumPy 2 has it no more
+        import repeng
+
+        version = f"repeng {importlib.metadata.version('repeng')}"
+        control = export.to_repeng(lm, vectors, ALPHA)
+        for title, way in (
+            ("ControlModel on `to_repeng`", "alone"),
+            ("the same, normalize=True", "norm"),
+        ):
+            controlled = repeng.ControlModel(lm.model, [*control.directions])
+            controlled.set_control(control, 1.0, normalize=way == "norm")
+            logits_and_text = logits_of(lm.model, torch.tensor([ids])).numpy(), greedy(lm, ids)
+            controlled.unwrap()
+            compare(title, version, way, 0, logits_and_text)
+
         try:
             from lm_eval.models.huggingface import HFLM
         except ImportError:

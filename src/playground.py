@@ -87,7 +87,14 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
     application = page.application(page.build(benches, vectors, folder))
     entry.say(f"open http://{args.host}:{args.port}")
     with suppress(KeyboardInterrupt):
-        uvicorn.run(application, host=args.host, port=args.port, log_level="warning")
+        # Pages that are open do not keep it from ending.
+        uvicorn.run(
+            application,
+            host=args.host,
+            port=args.port,
+            log_level="warning",
+            timeout_graceful_shutdown=1,
+        )
 
 
 def of_words(lm: LanguageModel, num_pairs: int) -> Bench:

@@ -209,7 +209,16 @@ class _Panel:
         filled = [self.prompt, self.chosen, self.rejected]
         if self.has_pictures:
             filled.append(self.image)
-        self.chooser.input(self._fill, self.chooser, filled, **QUIET)
+        outdated = [self.response, self.curve]
+        self.chooser.input(self._fill, self.chooser, [*outdated, *filled], **QUIET)
+        # Of the user's own input alone: a Number's `change` comes again and again by itself.
+        gr.on(
+            [item.input for item in (*filled, self.layers, self.units, self.reach)],
+            self._forget,
+            None,
+            outdated,
+            **QUIET,
+        )
         gr.on(
             [self.run.click, self.chosen.submit, self.rejected.submit],
             self._run,
@@ -232,14 +241,7 @@ class _Panel:
             trigger_mode="always_last",
             **ALONE,
         )
-        self.reach.change(self._stretch, self.reach, self.alpha, **QUIET)
-        gr.on(
-            [item.change for item in (*filled, self.layers, self.units, self.reach)],
-            lambda: (None, views.empty(NOT_YET["curve"])),
-            None,
-            [self.response, self.curve],
-            **QUIET,
-        )
+        self.reach.input(self._stretch, self.reach, self.alpha, **QUIET, trigger_mode="always_last")
         self.source.input(
             lambda source: (gr.update(visible=source == OWN), gr.update(visible=source == FILE)),
             self.source,
@@ -255,9 +257,13 @@ class _Panel:
 
     # --- at a click ---
 
+    def _forget(self) -> tuple:
+        """No curve: it would be of another question or other steering."""
+        return None, views.empty(NOT_YET["curve"])
+
     def _fill(self, place: int) -> list:
         example = self.bench.shown[place]
-        texts = [_text(example), example.chosen, example.rejected]
+        texts = [*self._forget(), _text(example), example.chosen, example.rejected]
         return [*texts, example.image] if self.has_pictures else texts
 
     def _run(self, *values: Any) -> Iterator[Update]:
