@@ -37,6 +37,7 @@ from PIL import Image
 from demo import text_figure
 from grains import readable, runs
 from grains.errors import UserError
+from grains.export import harness
 from grains.judge import generations
 from grains.readable import word_difference
 from grains.report import figures
@@ -1217,3 +1218,37 @@ def test_the_stages_and_then_the_report(commands, tmp_path):
     rows = pd.read_csv(out / "attributions.csv").drop_duplicates("id")
     for question, line in zip(rows.question, page.all("p", "words"), strict=False):
         assert question in re.sub(r" \(ablated: [a-z, ]+\)", "", plain(line.text))
+
+
+def test_tasks_of_the_harness(tmp_path):
+    """Base and steered with intervals, from the table that harness.py writes."""
+    values = {"base": [1, 1, 0, 0, 1, 0, 1, 1], "caa @ 0-3 x 0.2": [1, 0, 0, 0, 0, 0, 0, 1]}
+    examples = pd.DataFrame(
+        {
+            "configuration": label,
+            "task": "capitals",
+            "filter": "none",
+            "metric": "acc",
+            "doc": doc,
+            "value": float(value),
+            "seconds": 12.4,
+        }
+        for label, row in values.items()
+        for doc, value in enumerate(row)
+    )
+    table = harness.summary(examples)
+    path = tmp_path / "harness" / "caa_capitals.csv"
+    runs.write_table(path, table)
+    runs.write_table(path.with_name("caa_capitals_samples.csv"), examples)
+    manifest = {"stage": "harness", "model": {"model": "tiny"}, "steering": {}, "tasks": {}}
+    for name in ("caa_capitals", "caa_capitals_samples"):
+        runs.write_json(path.with_name(f"{name}.manifest.json"), manifest)
+    text, _ = report.build([tmp_path], tmp_path / "report.html", 3)
+    (shown,) = re.findall(r"<h3>Other abilities</h3>.*?</table>", text, re.DOTALL)
+    base, steered = re.findall(r"<tr><th scope=\"row\">(.*?)</tr>", shown, re.DOTALL)
+    low, high = table.change_low[1], table.change_high[1]
+    assert "0.625" in base and "interval" not in base
+    assert "caa @ 0-3 x 0.2" in steered and "0.250" in steered
+    assert "\N{MINUS SIGN}0.375" in steered and ">0 / 3<" in steered
+    assert f"[{low:.3f}, {high:.3f}]".replace("-", "\N{MINUS SIGN}") in steered
+    assert "run steering_mc.py" not in text and "samples" not in shown

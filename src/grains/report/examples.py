@@ -21,7 +21,8 @@ from grains.report import figures
 from grains.report.files import examples_of, manifest_of
 from grains.report.images import WIDTH, Images, as_item
 from grains.report.reading import are, from_json, is_below, is_box, is_finite, is_text, read_table
-from grains.report.text import joined, number, percent
+from grains.report.text import MINUS, joined, number, p_text, percent
+from grains.steering import BASE
 
 # --- stage 1 ---
 
@@ -286,6 +287,32 @@ def generation_view(path: Path, count: int) -> dict:
                 ],
             }
             for _, rows in prompts[:count]
+        ],
+    }
+
+
+# --- other abilities ---
+
+
+def harness_view(path: Path) -> dict:
+    """lm-eval's tasks, base and steered: each change with its interval, and what it took."""
+    table = read_table(path, "harness")
+    return {
+        "name": path.name,
+        "rows": [
+            {
+                "task": f"{row.task} {row.metric}" + (f" ({row.filter})" if row.filter else ""),
+                "configuration": row.configuration,
+                "base": row.configuration == BASE.label,
+                "examples": int(row.examples),
+                "value": f"{row.value:.3f}",
+                "change": f"{row.change:+.3f}".replace("-", MINUS),
+                "interval": f"[{row.change_low:.3f}, {row.change_high:.3f}]".replace("-", MINUS),
+                "p": p_text(row.p_value),
+                "turned": f"{int(row.better)} / {int(row.worse)}",
+                "seconds": f"{row.seconds:.0f}",
+            }
+            for row in table.itertuples()
         ],
     }
 

@@ -12,7 +12,11 @@ from grains.errors import UserError
 from grains.settings import NO_ATTRIBUTION, SCORES, TARGET_SCORES
 
 FOLDERS = {"token_attribution": "attribution", "steering_generation": "generation"}
-STAGES = {"token_ablation": "attribution", "steering_generation": "generation"}
+STAGES = {
+    "token_ablation": "attribution",
+    "steering_generation": "generation",
+    "harness": "harness",
+}
 EVALUATION = re.compile("_(grid|questions|front)$")
 
 
@@ -25,12 +29,14 @@ class Section:
     attributions: list[Path] = field(default_factory=list)
     evaluations: dict[Path, dict[str, Path]] = field(default_factory=dict)
     generations: list[Path] = field(default_factory=list)
+    harness: list[Path] = field(default_factory=list)
 
     def tables(self) -> list[Path]:
         return [
             *self.attributions,
             *(path for files in self.evaluations.values() for path in files.values()),
             *self.generations,
+            *self.harness,
         ]
 
 
@@ -77,6 +83,8 @@ def find(folders: list[Path]) -> list[Section]:
                 section.attributions.append(path)
             elif kind == "generation":
                 section.generations.append(path)
+            elif kind == "harness":
+                section.harness.append(path)
             else:
                 section.evaluations.setdefault(stem, {})[kind] = path
     return list(sections.values())
@@ -95,12 +103,14 @@ def demo_files(folders: list[Path]) -> list[Path]:
 
 
 def kind_of(path: Path) -> str | None:
-    """attribution, grid, questions, front or generation; None for what is no such table."""
+    """attribution, grid, questions, front, generation or harness; None for no such table."""
     if ending := EVALUATION.search(path.stem):
         return ending[1]
     manifest = manifest_of(path)
     if (manifest.get("settings") or {}).get("grad_method") == NO_ATTRIBUTION:
         return None  # nothing was attributed
+    if manifest.get("stage") == "harness" and path.stem.endswith("_samples"):
+        return None  # every example of the table beside it
     return FOLDERS.get(path.parent.name) or STAGES.get(manifest.get("stage") or "")
 
 

@@ -12,7 +12,7 @@ import jinja2
 from grains import runs
 from grains.errors import UserError
 from grains.names import slug
-from grains.report.examples import attribution_view, demo_view, generation_view
+from grains.report.examples import attribution_view, demo_view, generation_view, harness_view
 from grains.report.figures import TITLES
 from grains.report.files import Section, chosen_path, demo_files, find, manifest_of, what_was_run
 from grains.report.images import Images
@@ -86,6 +86,7 @@ def section_view(section: Section, folder: Path, images: Images, count: int) -> 
         "evaluations": evaluations,
         "attributions": attributions,
         "generations": [generation_view(path, count) for path in section.generations],
+        "harness": [harness_view(path) for path in section.harness],
         "files": [
             (f"{path.parent.name}/{path.name}", link(path, folder))
             for path in [*tables, *beside]

@@ -148,6 +148,15 @@ KINDS = {
         {},
         ("prompt", "configuration", "draw"),
     ),
+    "harness": Kind(
+        "harness.py",
+        _each(label, "task", "metric", "configuration")
+        | _each(any_text, "filter")
+        | _each(number, "examples", "value", "seconds", "better", "worse")
+        | _each(measure, "change", "change_low", "change_high", "p_value"),
+        {},
+        ("task", "filter", "metric", "configuration"),
+    ),
 }
 
 
