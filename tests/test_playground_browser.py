@@ -176,10 +176,16 @@ def test_a_question_is_run_and_the_strength_slid(page, lm, folder):
     assert both(page, TINY)[0] == grains.generate(lm, question, max_new_tokens=32)
     before = margin(page)
     slide(page, TINY, ARROW_LEFT * 30)
-    page.until(
-        "return document.querySelector('#answers-0').textContent.includes(arguments[0])",
-        f"steered at {margin(page)[1]:.4g}".replace("-", "\N{MINUS SIGN}"),
-    )
+    page.until("return document.querySelector('#strength-0 input[type=range]').value < -0.2")
+    for part in ("curve", "answers"):  # the mark, and then the text
+        page.until(
+            "const value = Number(document.querySelector('#strength-0 input[type=range]').value);"
+            "return document.querySelector(arguments[0]).textContent.includes("
+            "arguments[1] + Number(Math.abs(value).toPrecision(4)))",
+            f"#{part}-0",
+            "\N{MINUS SIGN}",
+        )
+    page.until("return document.querySelector('#status-0').textContent.trim() === ''")
     after = margin(page)
     assert after[1] < before[1] and after[0] != before[0]
     # The vectors are those that the page offers for download.
@@ -201,7 +207,6 @@ def test_a_question_is_run_and_the_strength_slid(page, lm, folder):
     ]
     assert after[0] == pytest.approx(np.subtract(*scores[1]), abs=0.3)
     assert abs(np.subtract(*scores[0]) - np.subtract(*scores[1])) > 1
-    page.until("return document.querySelector('#status-0').textContent === ''")
     assert both(page, TINY)[1] == grains.generate(
         lm, question, max_new_tokens=32, steering=expected
     )
@@ -246,8 +251,8 @@ def choose(page, text, number=TINY):
 def test_vectors_of_the_question_and_of_files(page, lm, folder):
     choose(page, "the question above")
     page.click("#make-0")
-    assert "Made." in shown(page, TINY, "[role=status]", "made")
-    assert "1 pairs" not in page.text() and "1 pair" in page.text()
+    page.until("return document.querySelector('#made-0').textContent.includes('Made.')")
+    assert "Vectors: gradient, 1 pair; 3 layers." in page.text()
 
     page.run(
         "[...document.querySelectorAll('#source-0 label')]"
@@ -298,10 +303,12 @@ def test_a_picture(page, folder):
     noise = np.random.default_rng(0).integers(0, 256, (2700, 2700, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "large.png")
     for path, line in ((broken, "cannot be read"), (folder / "large.png", "give one of at most")):
-        page.run("document.querySelector('#picture-1 button[aria-label=\"Clear\"]')?.click()")
-        page.until("return !!document.querySelector('#picture-1 input[type=file]')")
         page.type("#picture-1 input[type=file]", str(path), clear=False)
-        page.until("return !!document.querySelector('#picture-1 button[aria-label=\"Clear\"]')")
+        page.until(
+            "return [...document.querySelectorAll('#picture-1 img')]"
+            ".some(image => image.src.endsWith(arguments[0]))",
+            path.name,
+        )
         page.click(f"#run-{SHAPES}")
         page.until(
             "return document.querySelector('#status-1').textContent.includes(arguments[0])", line

@@ -21,6 +21,7 @@ FLAGS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-quic"),
     "--disable-dev-shm-usage",
 ]
+ALL = "\ue009a\ue000\ue003"  # Control-A, and Backspace
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the name of an element's reference in WebDriver
 
 
@@ -89,11 +90,8 @@ class Browser:
 
     def type(self, selector: str, text: str, clear: bool = True) -> None:
         """Type a text in place of what is there. The path of a file chooses this file."""
-        element = self.element(selector)
-        if clear:
-            self.send("POST", f"{element}/clear")
-        if text:
-            self.send("POST", f"{element}/value", {"text": text})
+        keys = f"{ALL}{text}" if clear else text
+        self.send("POST", f"{self.element(selector)}/value", {"text": keys})
 
     def picture(self, path: Path, whole: bool = False) -> None:
         """A screenshot, of the whole page or of what is seen."""
@@ -104,9 +102,9 @@ class Browser:
         path.write_bytes(base64.b64decode(shot))
 
     def console(self) -> list[str]:
-        """The errors and warnings on the console since the last call."""
+        """The errors on the console since the last call."""
         lines = self.send("POST", "/se/log", {"type": "browser"})
-        return [f"{line['level']}: {line['message']}" for line in lines]
+        return [line["message"] for line in lines if line["level"] == "SEVERE"]
 
     def requested(self) -> list[str]:
         """The addresses that were asked for since the last call, pages and sockets alike."""

@@ -330,7 +330,7 @@ class _Panel:
                     asked = Question(*question)
                     answers = asked.chosen, asked.rejected
                     pairs = [Example("of the page", asked.prompt, answers, 0, image=asked.image)]
-                yield {self.made: views.note(f"Vectors are made of {len(pairs)} pairs …")}
+                yield {self.made: views.note(f"Vectors are made of {views.pairs_of(len(pairs))} …")}
                 made = self.bench.fit(pairs, method)
             yield {
                 self.made: views.note("Made. Run shows what they do."),

@@ -121,13 +121,17 @@ def answers(texts: Sequence[str], alpha: float) -> str:
     return f'<div class="g-answers">{"".join(sides)}</div>'
 
 
+def pairs_of(count: int) -> str:
+    return f"{count} pair{'s' * (count != 1)}"
+
+
 def vectors(made: SteeringVectors) -> str:
     """What vectors they are, in a line."""
     info = made.info
     method = info.get("method", "made by hand")
     name = f"{method} {info['mode']}" if method in ABLATION_METHODS else method
     count = info.get("data", {}).get("num_samples")
-    pairs = f", {count} pairs" if count else ""
+    pairs = f", {pairs_of(count)}" if count else ""
     gate = ", behind gates" if made.gate else ""
     return note(f"Vectors: {name}{pairs}{gate}; {len(made.vectors)} layers.")
 
