@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -60,6 +61,7 @@ def main() -> None:
 
 
 def serve(args: argparse.Namespace, folder: Path) -> None:
+    listener = listening(args.host, args.port)
     entry.import_libraries()
     try:
         import uvicorn
@@ -86,15 +88,21 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
         vectors[title] = benches[title].fit(benches[title].pairs, benches[title].method)
     application = page.application(page.build(benches, vectors, folder))
     entry.say(f"open http://{args.host}:{args.port}")
-    with suppress(KeyboardInterrupt):
-        # Pages that are open do not keep it from ending.
-        uvicorn.run(
-            application,
-            host=args.host,
-            port=args.port,
-            log_level="warning",
-            timeout_graceful_shutdown=1,
-        )
+    # Pages that are open do not keep it from ending, and are no error then.
+    config = uvicorn.Config(application, log_level="critical", timeout_graceful_shutdown=1)
+    with listener, suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run([listener])
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises UserError where that cannot be."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"{host}:{port} cannot be listened on ({error.strerror}): give another address or port"
+        ) from error
 
 
 def of_words(lm: LanguageModel, num_pairs: int) -> Bench:

@@ -85,6 +85,7 @@ def address(folder):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
     assert not list(folder.glob("grains-playground-*"))  # what was uploaded is gone
+    assert "Traceback" not in (folder / "log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +207,7 @@ def test_a_question_is_run_and_the_strength_slid(page, lm, folder):
         for item in (None, expected)
     ]
     assert after[0] == pytest.approx(np.subtract(*scores[1]), abs=0.3)
-    assert abs(np.subtract(*scores[0]) - np.subtract(*scores[1])) > 1
+    assert abs(np.subtract(*scores[0]) - np.subtract(*scores[1])) > 0.5
     assert both(page, TINY)[1] == grains.generate(
         lm, question, max_new_tokens=32, steering=expected
     )
@@ -252,7 +253,10 @@ def test_vectors_of_the_question_and_of_files(page, lm, folder):
     choose(page, "the question above")
     page.click("#make-0")
     page.until("return document.querySelector('#made-0').textContent.includes('Made.')")
-    assert "Vectors: gradient, 1 pair; 3 layers." in page.text()
+    page.until(
+        "return document.querySelector('#about-0').textContent.includes(arguments[0])",
+        "Vectors: gradient, 1 pair; 3 layers.",
+    )
 
     page.run(
         "[...document.querySelectorAll('#source-0 label')]"
@@ -279,7 +283,7 @@ def test_vectors_of_the_question_and_of_files(page, lm, folder):
         )
         page.run("document.querySelector('#file-0 button[aria-label=\"Clear\"]')?.click()")
         page.until("return !!document.querySelector('#file-0 input[type=file]')")
-    assert "Vectors: caa" in page.text()
+    page.until("return document.querySelector('#about-0').textContent.includes('Vectors: caa')")
 
 
 def test_a_picture(page, folder):

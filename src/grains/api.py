@@ -199,10 +199,10 @@ def score(
     example = replace(_example(0, (prompt, "", ""), image), choices=tuple(answers))
     encoded = prompts.encode(lm, example, style)
     _warn(prompts.tally([encoded]))
-    is_several = isinstance(steering, Sequence)
-    configurations = [*steering] if is_several else [steering] if steering else []
-    scores = scoring.score(lm, [encoded], configurations, batch_tokens)[0]
-    return scores[1:] if is_several else scores[-1]
+    if steering is None or isinstance(steering, Configuration):
+        configurations = [steering] if steering else []
+        return scoring.score(lm, [encoded], configurations, batch_tokens)[0][-1]
+    return scoring.score(lm, [encoded], [*steering], batch_tokens)[0][1:]
 
 
 @overload

@@ -50,7 +50,7 @@ def attribution(scored: TokenAttribution, picture: Image.Image | None) -> str:
 
     The template at both ends, which has no scores, is left out.
     """
-    words = readable.words(scored.tokens, scored.scores)
+    words = readable.words(scored.tokens, scored.scores.tolist())
     with_score = [place for place, word in enumerate(words) if word.score] or [0, len(words) - 1]
     words = words[with_score[0] : with_score[-1] + 1]
     of_image = scored.scores[scored.image]
