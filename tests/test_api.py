@@ -177,5 +177,6 @@ def test_nothing_else_is_in_the_door():
         "attribute",
         "generate",
         "load",
+        "stream",
         "SteeringVectors",
     }
