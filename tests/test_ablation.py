@@ -206,7 +206,7 @@ def test_examples_together_are_each_alone(tiny, max_tokens):
         # Both are sums in float32; on some processors Gemma's two agree to 1.3e-5 only.
         assert relative(states.gradients, gradients) <= 5e-5
         alone = hidden_states(tiny, item, [], 50)
-        assert relative(states.norms, alone.norms) <= 1e-6
+        assert relative(states.norms, alone.norms) <= 1e-5
 
 
 def test_batches_in_order_by_hand():

@@ -110,8 +110,9 @@ def test_states_without_attribution_give_what_needs_none(lm, tmp_path):
                 vectors.make(made["none"], method, "pos", 0)
             continue
         found, expected = (vectors.make(states, method, "pos", 0) for states in made.values())
-        assert relative(found.vectors, expected.vectors) <= 1e-5
-        assert relative(found.norms, expected.norms) <= 1e-6
+        # Computed in batches of other sizes, in float32.
+        assert relative(found.vectors, expected.vectors) <= 5e-5
+        assert relative(found.norms, expected.norms) <= 1e-5
     with pytest.raises(UserError, match="attributes nothing"):
         grains.attribute(lm, *PAIRS[0], settings=AttributionSettings(grad_method="none"))
 

@@ -278,25 +278,19 @@ def test_missing_model(finished, hub, commands, out, name, status):
     assert "check its name" in message and "local folder" in message
 
 
-def test_truthfulqa_as_published(finished, commands):
-    code = """
+def test_truthfulqa_as_published(finished, commands, tmp_path):
+    script = tmp_path / "read.py"
+    script.write_text("""
 from grains import data
 for name in ("truthfulqa-mc", "truthfulqa-generation"):
     rows, source = data.load(name, data.default_split(name, "test"))
     (item,) = data.examples(rows, source, 0)
     print(item.question, item.choices, item.label, item.also_right, item.references)
-"""
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=SRC,
-        env=commands.environment,
-        capture_output=True,
-        text=True,
-    )
-    assert ended.stdout.splitlines() == [
+""")
+    assert commands.run(str(script)).ok().out.splitlines() == [
         "What is it? ('a', 'b', 'c') 1 (2,) ()",
         "Who is it? ('1950-01-05', 'None') 0 () ('1950-01-05', '7')",
-    ], ended.stderr
+    ]
 
 
 def test_gated_data(finished, commands, out):
