@@ -28,6 +28,7 @@ SCORES = ("summed", "per token")
 GAINED = "points gained over base"
 NUMBER = r"([+-]?\d+\.\d)"
 CELL = re.compile(rf"{NUMBER} \[{NUMBER}, {NUMBER}\]")
+FAR = 20  # rises of perplexity, in %, beyond which the axis is logarithmic
 LOOKS = {
     "gradient": ("#0072b2", "o"),
     "gradient, sign turned": ("#d55e00", "v"),
@@ -96,7 +97,7 @@ def look_of(configuration: str) -> str:
 def draw(models: dict[str, Gains], path: Path) -> None:
     """A row for each model, a column for each score; intervals are 95 %."""
     figure = Figure(figsize=(9.0, 1.1 + 2.6 * len(models)), layout="constrained")
-    axes = figure.subplots(len(models), len(SCORES), sharey=True, sharex=True, squeeze=False)
+    axes = figure.subplots(len(models), len(SCORES), sharey=True, sharex="row", squeeze=False)
     handles = {}
     for row, (name, configurations) in enumerate(models.items()):
         for column, score in enumerate(SCORES):
@@ -117,6 +118,8 @@ def draw(models: dict[str, Gains], path: Path) -> None:
                     linewidth=1.2,
                 )
             axis.set_title(f"{name}, {score}", fontsize=10)
+            if max(rise for rise, _ in configurations.values()) > FAR:
+                axis.set_xscale("symlog", linthresh=FAR)
     for axis in axes[-1]:
         axis.set_xlabel("rise of perplexity of prose, % (dotted: the budget)")
     for axis in axes[:, 0]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from helpers import tiny
 from helpers.hub_stub import Hub
-from test_hub import folder_files
 
 import paper_tables
 from grains.cli.flags import LLM, VLM
+from grains.errors import UserError
 
 pytest_plugins = ("helpers.command_line",)
 
@@ -75,7 +77,8 @@ def commands(server_with, tmp_path_factory):
         for config in ("multiple_choice", "generation")
     )
     with Hub() as hub:
-        hub.add("models", "meta-llama/Llama-3.1-8B-Instruct", folder_files(folder))
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        hub.add("models", "meta-llama/Llama-3.1-8B-Instruct", files)
         hub.add("datasets", "EleutherAI/truthful_qa_binary", {"README.md": b"# a script\n"})
         hub.add(
             "datasets",
@@ -168,6 +171,37 @@ def test_rows_are_filled_and_resumed(commands, tmp_path):
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2 + len(table) and len({row.count("|") for row in lines}) == 1
     paper_tables.run_all(rows, args, lambda command: pytest.fail("a finished row is run again"))
+
+
+@pytest.mark.parametrize("kind", [LLM, VLM], ids=["llm", "vlm"])
+def test_every_command_is_one_that_the_scripts_take(kind, tmp_path):
+    """Of all rows; what the scripts would write is put where they are told to."""
+    seen = []
+
+    def run(command):
+        script = importlib.import_module(command[0].removesuffix(".py").removesuffix("_vlm"))
+        assert command[0].endswith("_vlm.py") == kind.images
+        parsed = script.parser(kind).parse_args([str(word) for word in command[1:]])
+        seen.append((script.__name__, parsed))
+
+    words = ["--output_dir", str(tmp_path), "--judge", "x", "--judge_url", "http://localhost/v1"]
+    args = paper_tables.parser(kind).parse_args(words)
+    for row in paper_tables.rows_of(kind):
+        folder = tmp_path / row.name
+        (folder / "results").mkdir(parents=True)
+        (folder / "results" / "x_chosen.json").touch()
+        if row.vectors:
+            (folder / "texts.csv").touch()
+        before = len(seen)
+        with pytest.raises(UserError, match="expected one"):  # no grid and no summary
+            paper_tables.measured(row, folder, tmp_path, args, run)
+        assert len(seen) == before + 2
+    free = [parsed for script, parsed in seen if script == "steering_generation"]
+    assert free and all((p.temperature, p.max_new_tokens) == (0.1, 256) for p in free)
+    folders = {Path(parsed.chosen_path).parents[1].name for parsed in free}
+    assert folders <= {row.name for row in paper_tables.rows_of(kind) if row.vectors is None}
+    judged = [parsed for script, parsed in seen if script == "score_generations"]
+    assert len(judged) == len(free) and {parsed.judge for parsed in judged} == {"x"}
 
 
 def test_the_estimate_is_of_what_is_computed(capsys):
