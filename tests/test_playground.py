@@ -183,3 +183,19 @@ def test_the_curve_is_marked_at_the_strength():
     assert "margin +6.00 at strength 1" in views.curve(curve, 7.0)  # at its end
     flat = views.curve(Curve(curve.alphas, np.zeros(3)), 0.0)
     assert "nan" not in flat and "margin +0.00" in flat
+
+
+@pytest.mark.parametrize(
+    "info, line",
+    [
+        ({}, "Vectors: made by hand; 2 layers."),
+        ({"method": "<b>", "data": "faitheval"}, "Vectors: <b>; 2 layers."),
+        (
+            {"method": "pca", "mode": "both", "data": {"num_samples": 1}},
+            "Vectors: pca both, 1 pair; 2 layers.",
+        ),
+    ],
+)
+def test_vectors_are_named(info, line):
+    shown = views.vectors(SteeringVectors(torch.ones(2, 4), torch.ones(2), info))
+    assert plain(shown) == line and "<b>" not in shown

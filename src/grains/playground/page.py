@@ -30,8 +30,8 @@ NOT_YET = {
     "answers": "Then: the base model's answer and the steered one, side by side.",
     "curve": "Then: how far the model prefers one answer, over the strength.",
 }
-# One computation at a time: the model's layers are steered while it computes.
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+# One computation at a time: the model's layers are steered while it computes.
 ALONE = {"concurrency_limit": 1, "concurrency_id": "model", **QUIET}
 
 Update = dict[Any, Any]
@@ -211,7 +211,7 @@ class _Panel:
             filled.append(self.image)
         outdated = [self.response, self.curve]
         self.chooser.input(self._fill, self.chooser, [*outdated, *filled], **QUIET)
-        # Of the user's own input alone: a Number's `change` comes again and again by itself.
+        # The user's own input alone: `change` also comes when the page itself sets a value.
         gr.on(
             [item.input for item in (*filled, self.layers, self.units, self.reach)],
             self._forget,
@@ -352,8 +352,9 @@ class _Panel:
 
     def _written(self, vectors: SteeringVectors) -> str:
         """The path of a file of these vectors."""
-        name = vectors.info.get("method", "vectors")
-        path = self.folder / uuid.uuid4().hex / f"{name}.safetensors"
+        method = str(vectors.info.get("method", ""))[:40]  # a file may say anything
+        name = "".join(letter for letter in method if letter.isalnum() or letter in "-_")
+        path = self.folder / uuid.uuid4().hex / f"{name or 'vectors'}.safetensors"
         vectors.save(path)
         return str(path)
 

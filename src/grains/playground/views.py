@@ -129,8 +129,9 @@ def vectors(made: SteeringVectors) -> str:
     """What vectors they are, in a line."""
     info = made.info
     method = info.get("method", "made by hand")
-    name = f"{method} {info['mode']}" if method in ABLATION_METHODS else method
-    count = info.get("data", {}).get("num_samples")
+    name = f"{method} {info.get('mode')}" if method in ABLATION_METHODS else method
+    data = info.get("data")
+    count = data.get("num_samples") if isinstance(data, dict) else None
     pairs = f", {pairs_of(count)}" if count else ""
     gate = ", behind gates" if made.gate else ""
     return note(f"Vectors: {name}{pairs}{gate}; {len(made.vectors)} layers.")
