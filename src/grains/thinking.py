@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import uuid4
 
 from grains import rendering
 from grains.data import Example
 from grains.lm import LanguageModel
 from grains.settings import PromptSettings
+
+OPENED = re.compile(r"<([\w:]+)>\s*\Z")
+NAMED = re.compile(r"<((?:think|thought|reason)\w*)>\s*\Z")  # also where answers stand in it
+EMPTY = re.compile(r"\s*(<([\w:]+)>\s*(</\2>))\s*")
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,15 @@ def thoughts(lm: LanguageModel, prompt: PromptSettings) -> Thoughts | None:
             return None  # the prompt has closed them already
         return Thoughts(words(opens.removeprefix(begun)), end, without)
     # It writes no thoughts of messages, but opens a block of them, or writes an empty one.
-    if opened := re.search(r"<([\w:]+)>\s*\Z", begun.removeprefix(before)):
+    if opened := OPENED.search(begun.removeprefix(before)) or NAMED.search(begun):
         return Thoughts("", f"</{opened[1]}>")
-    if empty := re.fullmatch(r"\s*(<([\w:]+)>\s*(</\2>))\s*", before.removeprefix(begun)):
-        return Thoughts(f"<{empty[2]}>", empty[3], words(empty[1]))
+    turned_off = ""  # how it begins where it is told to leave thoughts out
+    arguments = {**own.arguments, "enable_thinking": False}
+    template = rendering.chat_template(lm, prompt) or ""
+    if "enable_thinking" in template and arguments != own.arguments:
+        off = replace(own, template_args=arguments)
+        turned_off = rendering.render(lm, example, off, free=True).text.rpartition(asked)[2]
+    for text in (before.removeprefix(begun), turned_off.removeprefix(begun)):
+        if empty := EMPTY.fullmatch(text):
+            return Thoughts(f"<{empty[2]}>", empty[3], words(empty[1]))
     return None

@@ -52,6 +52,20 @@ EMPTY = (
     "<|end|>{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|bot|>{% endif %}"
 )
+# The model opens its thoughts by itself, unless it is told to leave them out (as SmolLM3's).
+TOLD_OFF = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|bot|>{{ m.content }}<|end|>"
+    "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|bot|>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>{% endif %}"
+    "{% endif %}"
+)
+# The last answer stands in the block that the prompt opens (the shape of Nemotron-Nano-v2's).
+WITHIN = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|bot|><think>\n{{ m.content }}<|end|>"
+    "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|bot|><think>\n{% endif %}"
+)
 # Channels: thoughts in one, the answer in another, a system turn of its own before the user's
 # (the shape of GPT-OSS').
 CHANNELS = (
