@@ -1,5 +1,7 @@
 """A replay of the decoder's layers is the model's own forward: values, gradients, batches."""
 
+import gc
+
 import pytest
 import torch
 from helpers.families import SIZES, SLIDING_WINDOW, randomise, tiny_config
@@ -480,3 +482,15 @@ def test_a_replay_that_gives_nan_is_no_replay():
     broken[1, 3] = torch.nan
     assert selfcheck._distance(broken, same) == torch.inf
     assert max(0.1, selfcheck._distance(broken, same)) == torch.inf
+
+
+def test_measuring_what_a_row_keeps_leaves_nothing_behind(tiny):
+    """Tensors that autograd's nodes hold are seen by no garbage collector, but their count is."""
+    _, captured = capture_trie(tiny, LONG, [W[20:25]])
+
+    def tensors():
+        replay.gradient_rows(tiny, captured)
+        gc.collect()
+        return sum(isinstance(item, torch.Tensor) for item in gc.get_objects())
+
+    assert tensors() == tensors()

@@ -499,7 +499,8 @@ def gradient_rows(
 
     def note(tensor: Tensor) -> Tensor:
         held.update((storage.data_ptr(), storage.nbytes()) for storage in storages(tensor))
-        return tensor
+        # Not the tensor itself: an output that its own node keeps is never freed.
+        return tensor.detach()
 
     row = captured.embeds[:1].detach().requires_grad_()
     with saved_tensors_hooks(note, lambda tensor: tensor):
