@@ -15,6 +15,7 @@ import argparse
 import json
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,9 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
         if method in (CHOSEN, *PRICED)
     ]
     passages = costs.passages(lm, "validation")
-    rises = rise(passages, score_all(lm, passages, tried, ablation.batch_tokens))[1:]
+    rises = costs.perplexity_rise(passages, score_all(lm, passages, tried, ablation.batch_tokens))[
+        1:
+    ]
     chosen: dict[str, Configuration] = {}
     for method in {item.method: None for item in tried}:
         own = [item for item in tried if item.method == method]
@@ -218,7 +221,9 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
         ]
     passages = costs.passages(lm, "test")
     asked_of, places = distinct(tested)
-    rises = rise(passages, score_all(lm, passages, asked_of, ablation.batch_tokens))
+    rises = costs.perplexity_rise(
+        passages, score_all(lm, passages, asked_of, ablation.batch_tokens)
+    )
     rows += [
         {"seed": seed, "set": PROSE, "configuration": label, "rise": rises[index]}
         for label, index in places.items()
@@ -242,19 +247,18 @@ def encode(lm: LanguageModel, example: Example, args: argparse.Namespace) -> Enc
     return prompts.encode(lm, example, args.prompt_style)
 
 
-def rise(passages: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:
-    """(1 + C,) rises of perplexity over the base model's."""
-    perplexity = costs.perplexity_of(passages, scores)
-    return perplexity / perplexity[0] - 1
-
-
 def fact_of(example: Example, name: str) -> str:
     """The fact that an example is about: what intervals are drawn over."""
     if name == UNRELATED:
         return example.id
+    return facts()[example.id]
+
+
+@cache
+def facts() -> dict[str, str]:
+    """The fact of every test question, by its id."""
     rows, _ = data.load(CONTRARY, "test")
-    facts = {rows[index]["id"]: rows[index]["fact"] for index in range(len(rows))}
-    return facts[example.id]
+    return {rows[index]["id"]: rows[index]["fact"] for index in range(len(rows))}
 
 
 def attribution_row(lm: LanguageModel, item: Encoded, row: dict) -> dict:

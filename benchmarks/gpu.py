@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 import llava  # noqa: E402
 import plain  # noqa: E402
-from bench import directions, head_flops, layer_flops  # noqa: E402
+from bench import PUBLISHED, STEPS, K, directions, head_flops, layer_flops  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from grains import attribution, generation, models, prompts, runs, scoring  # noqa: E402
@@ -39,13 +39,9 @@ from grains.data import Example  # noqa: E402
 from grains.lm import LanguageModel  # noqa: E402
 from grains.packing import pack  # noqa: E402
 from grains.prompts import Encoded  # noqa: E402
-from grains.settings import AttributionSettings  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS-GPU.md"
-STEPS, K, NEW_TOKENS = 20, 10, 64
-PUBLISHED = AttributionSettings(
-    baseline="zeros", image_baseline="zeros", attribute="all", ig_steps=STEPS
-)
+NEW_TOKENS = 64
 # What stands in the configurations of meta-llama/Llama-3.1-8B and of the language model of
 # llava-hf/llava-v1.6-vicuna-7b-hf.
 LLAMA = {

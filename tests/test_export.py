@@ -202,7 +202,7 @@ def test_arrays_of_others(make_tiny, tmp_path):
     ]:
         with pytest.raises(UserError, match=why):
             export.read_arrays(lm, tmp_path / name)
-    with pytest.raises(UserError, match="cannot be read as GGUF"):
+    with pytest.raises(UserError, match="it does not begin as a GGUF file does"):
         export.read_gguf(lm, tmp_path / "all.npy")
 
 

@@ -81,11 +81,16 @@ class Step:
     logits: Tensor
 
 
-def text_of(lm: LanguageModel, row: Row) -> str:
-    """What a row says, up to the text that ended it; special tokens and outer spaces left out."""
+def written(lm: LanguageModel, row: Row) -> str:
+    """What a row says so far, up to the text that ended it; special tokens left out."""
     text = lm.tokenizer.decode(row.new, skip_special_tokens=True)
     places = [place for stop in row.stop if (place := text.find(stop)) >= 0]
-    return text[: min(places, default=len(text))].strip()
+    return text[: min(places, default=len(text))]
+
+
+def text_of(lm: LanguageModel, row: Row) -> str:
+    """What a row says, as `written`, without outer spaces."""
+    return written(lm, row).strip()
 
 
 def take(lm: LanguageModel, row: Row, token: int, ends: Collection[int]) -> None:

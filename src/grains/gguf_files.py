@@ -12,7 +12,7 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -25,6 +25,9 @@ from transformers import (
 )
 
 from grains.errors import UserError, refusing
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
@@ -74,7 +77,8 @@ def converted(path: Path, dtype: torch.dtype) -> Path:
     folder = cache() / f"{path.stem}-{_digest(path)}-{precision}-{VERSION}"
     if folder.is_dir():
         return folder
-    metadata, tensors = _header(path)
+    reader, metadata = open_gguf(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     _check(path, metadata)
     with refusing(f"{path}: transformers cannot read it", "give the model's folder or hub id"):
         model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -124,8 +128,8 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The metadata of a GGUF file, and its tensors by name."""
+def open_gguf(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
+    """A GGUF file, and its metadata by name. Raises UserError for what is no whole GGUF file."""
     from gguf import GGUFReader
 
     with path.open("rb") as file:
@@ -133,12 +137,11 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise UserError(f"{path}: it does not begin as a GGUF file does; is it one, and whole?")
     try:
         reader = GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
+        return reader, {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:
         raise UserError(
             f"{path}: it cannot be read as GGUF ({type(error).__name__}: {error}); is it whole?"
         ) from error
-    return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _check(path: Path, metadata: dict[str, Any]) -> None:

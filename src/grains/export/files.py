@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from grains.errors import UserError
 from grains.export.plan import Plan, adding, logits
+from grains.gguf_files import open_gguf
 from grains.lm import LanguageModel
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, GGUFWriter
+    from gguf import GGUFWriter
 
 GGUF, LM_EVAL = "vectors.gguf", "steer.pt"
 
@@ -43,17 +44,6 @@ def write_all(writer: GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def open_gguf(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
-    """A GGUF file, and its metadata by name. Raises UserError for another file."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        return reader, {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:
-        raise UserError(f"'{path}' cannot be read as GGUF ({error}): is it whole?") from error
 
 
 def gguf_directions(path: Path) -> dict[int, Tensor]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from grains.errors import UserError
-from grains.export.files import down_projection, open_gguf, write_all
+from grains.export.files import down_projection, write_all
 from grains.export.plan import Plan, adding, logits
+from grains.gguf_files import open_gguf
 from grains.lm import LanguageModel
 
 MODEL_GGUF, CODE = "model.gguf", "modeling_steered.py"

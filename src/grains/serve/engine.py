@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from grains.decoding import Decoder, Row, Step
+from grains.decoding import Decoder, Row, Step, written
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.selfcheck import can_decode
@@ -156,10 +156,9 @@ class Engine:
         job = self.jobs[row]
         if job.top is not None:
             job.held.append(_token(step, job.top))
-        text = self.lm.tokenizer.decode(row.new, skip_special_tokens=True)
+        text = written(self.lm, row)
         if row.ended:
-            places = [place for stop in row.stop if (place := text.find(stop)) >= 0]
-            end = min(places, default=len(text))
+            end = len(text)
             with self.changed:
                 self.jobs.pop(row, None)
         else:
