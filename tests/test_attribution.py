@@ -344,6 +344,20 @@ def test_adaptive_is_exact_at_once_for_a_cubic():
     assert found.scores == pytest.approx(known.expected())
 
 
+@pytest.mark.parametrize(("noise", "points"), [(0.3, 40), (10.0, 5)])
+def test_a_cell_that_rounding_may_make_wrong_is_not_halved(noise, points):
+    class Rounded(StraightPath):
+        def ends(self):
+            return super().ends()[0], 0.0, noise
+
+    known = Known()
+    path = Rounded(known, torch.zeros_like(known.prompt))
+    found = adaptive_simpson(path, 1e-9, 10_000)
+    assert found.points <= points
+    if noise < 1:  # the steps are 2 high
+        assert found.scores == pytest.approx(known.expected(), abs=2 * noise)
+
+
 @pytest.mark.parametrize("max_points", [5, 6, 7, 8, 9, 20, 57])
 def test_adaptive_never_spends_more_than_its_points(max_points):
     known = Known()

@@ -148,9 +148,10 @@ class StraightPath:
             for a, value, slope in zip(batch, values.tolist(), slopes, strict=True):
                 self.points[a] = (value, slope)
 
-    def ends(self) -> tuple[float, float]:
-        """f(x) - f(b) in nats, and its rounding noise: two standard errors; computed already in
-        fp32, where rounding does not show.
+    def ends(self) -> tuple[float, float, float]:
+        """f(x) - f(b) in nats, its rounding noise, and that of a difference of two points.
+
+        Noise is two standard errors; 0 in fp32, where rounding does not show.
 
         In bfloat16 and float16 f is computed again at both ends, with embeddings whose last bit is
         drawn at random: what that changes is what rounding changes, anywhere in the model. The
@@ -158,7 +159,7 @@ class StraightPath:
         """
         dtype = self.function.prompt.dtype
         if dtype == torch.float32:
-            return self.value(1.0) - self.value(0.0), 0.0
+            return self.value(1.0) - self.value(0.0), 0.0, 0.0
         generator = torch.Generator().manual_seed(0)
         means, variance = [], 0.0
         for alpha, point in ((0.0, self.baseline), (1.0, self.function.prompt)):
@@ -167,8 +168,9 @@ class StraightPath:
             again = self.function.values((point.float() * (1 + bit.to(point.device))).to(dtype))
             values = np.array([self.value(alpha), *again.tolist()])
             means.append(values.mean())
-            variance += values.var(ddof=1) / len(values)
-        return float(means[1] - means[0]), 2 * math.sqrt(variance)
+            variance += values.var(ddof=1)
+        noise = 2 * math.sqrt(variance)
+        return float(means[1] - means[0]), noise / math.sqrt(NOISE_REPEATS + 1), noise
 
     def value(self, alpha: float) -> float:
         """f at a computed point."""
@@ -228,7 +230,8 @@ def adaptive_simpson(path: StraightPath, tolerance: float, max_points: int) -> A
     f is known at both ends of every cell, so the error of Simpson's rule on it is known exactly:
     |f(end) - f(start) - sum_i integral_i|. Halving a cell reuses all its points. It goes on until
     the completeness error of the whole path is at most `tolerance` (a share of |f(x) - f(b)|) or
-    what rounding may make of it, or until `max_points` gradients are computed.
+    what rounding may make of it, or until `max_points` gradients are computed. A cell is not halved
+    if rounding alone may make its error.
     Raises UserError if max_points is less than the first cells need.
     """
     edges = [i / (2 * START_CELLS) for i in range(2 * START_CELLS + 1)]
@@ -243,12 +246,13 @@ def adaptive_simpson(path: StraightPath, tolerance: float, max_points: int) -> A
     def miss(cell: tuple[float, float]) -> float:
         return path.value(cell[1]) - path.value(cell[0]) - cells[cell].sum()
 
-    difference, noise = path.ends()
+    difference, noise, noise_of_cell = path.ends()
     while True:
-        worst = sorted(cells, key=lambda cell: -abs(miss(cell)))[:SPLIT_AT_ONCE]
+        wrong = [cell for cell in cells if abs(miss(cell)) > noise_of_cell]
+        worst = sorted(wrong, key=lambda cell: -abs(miss(cell)))[:SPLIT_AT_ONCE]
         error = difference - sum(integral.sum() for integral in cells.values())
         complete = abs(error) <= max(tolerance * abs(difference), noise)
-        if complete or len(path.points) + 2 * len(worst) > max_points:
+        if complete or not worst or len(path.points) + 2 * len(worst) > max_points:
             scores = sum(cells.values(), start=np.zeros(len(path.step)))
             return Attribution(scores, difference, len(path.points), noise)
         halves = []
