@@ -35,7 +35,7 @@ A: Because the green chlorophyll breaks down, and the other colours show."""
 ROWS: dict[str, tuple[str | None, str, str, int, int]] = {
     "chat": (None, "misconceptions", "chat", 2, 2),
     "shots": (None, "misconceptions", "qa", 1, 1),
-    "qa": (None, "misconceptions", "qa", 3, 3),
+    "qa": (None, "misconceptions", "qa", 6, 6),
     "published": (None, "misconceptions", "qa", 3, 3),
     "vectors": (None, "misconceptions", "qa", 2, 48),
     "vlm": ("shapes-vlm", "shapes", "chat", 12, 12),
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("row", choices=ROWS)
     parser.add_argument("--src", required=True, help="the folder src of a checkout")
     parser.add_argument("--model", help="a folder, for a row that names no model")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--count", type=int, required=True, help="pairs")
     parser.add_argument("--output", required=True, help="where the numbers go")
     args = parser.parse_args()
@@ -160,7 +161,7 @@ def main() -> None:
         import demo.registered  # noqa: F401
 
     cpu.keep_freed_memory()  # as the stages do
-    lm = models.load(args.model or ROWS[args.row][0] or models.EMBEDDED)
+    lm = models.load(args.model or ROWS[args.row][0] or models.EMBEDDED, dtype=args.dtype)
     items = encoded(lm, args.row, args.count)
     loaded = memory()[0]
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
