@@ -1,5 +1,6 @@
 """The tables of several models, and the variants of faithfulness, on a tiny model and by hand."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ import real_models
 import torch
 from faithfulness import BASE, CHOSEN, CONTRARY, PROSE
 from helpers.reference import embeds, relative
+from pytest import approx
 
+from demo.answers import core
 from grains.cli.documents import write_document
 from grains.logprobs import logits
 from grains.settings import AblationSettings, DataSettings, PromptSettings
@@ -127,3 +130,28 @@ def test_a_variant_is_chosen_within_the_budget_on_validation(material):
     table = variants.gain_table(rows)
     assert table.loc[variant.name, "summed"].startswith("+33.3 [")
     assert table.loc[variant.name, "prose, %"] == "+0.1"
+
+
+def test_shares_are_of_the_attribution_on_the_answer(material):
+    """Of Integrated Gradients, against the words that the tokens of stage 1's table spell."""
+    rows = material.shares("integrated_gradients")
+    table = pd.read_csv(material.files("integrated_gradients", variants.TOP_K)[0])
+    compared = 0
+    for item, row, kept in zip(
+        material.steering, rows.itertuples(), table.itertuples(), strict=True
+    ):
+        scores, tokens = json.loads(kept.attributions)[0], json.loads(kept.tokens)
+        answer = material.lm.tokenizer.tokenize(f" {core(item.example.chosen)}")
+        content = item.content.tolist()
+        begins = [i for i in range(len(tokens)) if tokens[i : i + len(answer)] == answer]
+        if not begins:  # the answer is written otherwise in this context
+            continue
+        compared += 1
+        own = {place + i for place in begins for i in range(len(answer))}
+        positive = {i: max(scores[i], 0) for i in range(len(tokens)) if content[i]}
+        expected = sum(positive[i] for i in own) / sum(positive.values())
+        assert row.share == approx(expected, abs=1e-6)
+        assert row.tokens == approx(len(own) / sum(content))
+    assert compared
+    shown = variants.share_table({"integrated_gradients": rows})
+    assert shown.loc["steering pairs", "IG"] == "2" and shown.loc["gradients a pair", "IG"] == "3"
