@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bitsandbytes 0.50.2, on a CPU with AVX512-BF16: the first call of a 4-bit layer without gradients (eval mode) packs its weights for a bfloat16 kernel. From then
-# on the layer gives no gradient to its input, also where one is asked for: backward() through a residual network runs and its result is silently wrong (here the
-# layers' share is missing). Set `layer.support_avx512bf16_for_cpu = False` on each Linear4bit before its first call: values and gradients are then exact.
+# on the layer gives no gradient to its input, also where one is asked for: backward() through a residual network runs and its result is wrong (here the layer's
+# share is missing); torch warns of an unregistered kernel, no error comes. Set `layer.support_avx512bf16_for_cpu = False` on each Linear4bit before its first call: values and gradients are then exact.
 set -euo pipefail
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 cd "$work"

@@ -11,7 +11,7 @@ from grains import vision
 
 SIZES = [(56, 56), (160, 90), (120, 60), (40, 120), (64, 48), (6, 5), (400, 9), (9, 400)]
 # Pixels of one token's side as the tower sees them.
-SIDES = dict.fromkeys(("llava", "llava_onevision", "paligemma"), 7)
+SIDES = dict.fromkeys(("llava", "llava_onevision", "paligemma", "deepseek_vl"), 7)
 SIDES |= dict.fromkeys(("glm4v", "qwen2_vl", "qwen3_vl"), 28)
 FAMILIES = [
     pytest.param(

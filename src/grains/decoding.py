@@ -154,7 +154,9 @@ class Decoder:
         self.active: list[Row] = []
         self.ends = frozenset(end_tokens(lm))
         self.store = _Store(len(lm.layers))
-        self.takes_positions = "position_ids" in signature(lm.model.forward).parameters
+        takes = signature(lm.model.forward).parameters
+        self.takes_positions = "position_ids" in takes
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers 5.24
         # id of a configuration -> it, how a prompt of it begins, and the keys and values of that.
         self.kept: dict[int, tuple[Configuration, list[int], list[tuple[Tensor, Tensor]]]] = {}
         self._steering: Steering | None = None  # of the active rows, made when it is needed
@@ -293,7 +295,7 @@ class Decoder:
         inputs = {
             "input_ids": ids,
             "attention_mask": (torch.arange(longest, 0, -1, device=device) <= lengths).long(),
-            "past_key_values": self.store.view(first, len(rows), longest, width),
+            self.cache_name: self.store.view(first, len(rows), longest, width),
         }
         if self.takes_positions:
             back = torch.arange(width, 0, -1, device=device)

@@ -89,7 +89,7 @@ def keep_gradients(model: PreTrainedModel) -> None:
     """Let bitsandbytes compute alike with and without gradients.
 
     In 0.50.2, on processors with AVX512-BF16, the first call without gradients packs the weights of
-    a 4-bit layer anew; from then on it computes in bfloat16, and gives no gradient, without a word.
+    a 4-bit layer anew; from then on it computes in bfloat16, and gives no gradient and no error.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

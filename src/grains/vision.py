@@ -271,6 +271,41 @@ def _pixtral(
     return _grid(height, width)
 
 
+def _padded_square(
+    lm: LanguageModel, inputs: dict, size: tuple[int, int], count: int
+) -> list[Box | None] | None:
+    """DeepSeek-VL: one square grid over the picture, which is padded to a square on both sides."""
+    side, pictures = math.isqrt(count), lm.processor.image_processor
+    if side**2 != count or not (pictures.do_resize and pictures.do_pad):
+        return None
+    edge = pictures.size["height"]
+    # Width and height of the scaled picture in pixels, and how far it is from the square's edges.
+    scaled = [max(round(length * edge / max(size)), pictures.min_size) for length in size]
+    whole = max(scaled)
+    before = [(whole - length) // 2 for length in scaled]
+    boxes: list[Box | None] = []
+    for box in _grid(side, side):
+        assert box
+        corners = [
+            min(max((box[corner] * whole - before[corner % 2]) / scaled[corner % 2], 0.0), 1.0)
+            for corner in range(4)
+        ]
+        left, top, right, bottom = corners
+        boxes.append((left, top, right, bottom) if left < right and top < bottom else None)
+    return boxes
+
+
+def _pooled(
+    lm: LanguageModel, inputs: dict, size: tuple[int, int], count: int
+) -> list[Box | None] | None:
+    """Gemma-4: squares of patches, row by row, of a picture scaled to a multiple of them."""
+    if "image_position_ids" not in inputs:
+        return None
+    merged = lm.processor.image_processor.pooling_kernel_size
+    columns, rows = ((inputs["image_position_ids"][0].amax(0) + 1) // merged).tolist()
+    return _grid(rows, columns)
+
+
 def _rows_and_columns(
     lm: LanguageModel, inputs: dict, size: tuple[int, int], count: int
 ) -> list[Box | None] | None:
@@ -418,6 +453,8 @@ LAYOUTS: dict[
     "smolvlm": _rows_and_columns,
     "internvl": _got_tiles,
     "aya_vision": _got_tiles,
+    "deepseek_vl": _padded_square,
+    "gemma4": _pooled,
     "gemma3": _square,
     "shieldgemma2": _square,
     "paligemma": _square,

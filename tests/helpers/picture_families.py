@@ -13,6 +13,11 @@ from transformers import (
     AyaVisionForConditionalGeneration,
     AyaVisionProcessor,
     CLIPVisionConfig,
+    DeepseekVLConfig,
+    DeepseekVLForConditionalGeneration,
+    DeepseekVLProcessor,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm4vProcessor,
@@ -45,6 +50,10 @@ from transformers import (
     SmolVLMProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import (
+    DeepseekVLImageProcessorPil,
+)
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -329,13 +338,75 @@ def paligemma(local: bool):
     return PaliGemmaForConditionalGeneration(config), PaliGemmaProcessor(pictures, tokenizer)
 
 
+def deepseek_vl(local: bool):
+    tokenizer = tokenizer_of({"image_token": "<image>"})
+    config = DeepseekVLConfig(
+        vision_config=VISION
+        | {"model_type": "siglip_vision_model", "num_hidden_layers": 0 if local else 2},
+        text_config=decoder(tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    pictures = DeepseekVLImageProcessorPil(size={"height": SIDE, "width": SIDE}, min_size=PATCH)
+    processor = DeepseekVLProcessor(pictures, tokenizer, num_image_tokens=(SIDE // PATCH) ** 2)
+    return DeepseekVLForConditionalGeneration(config), processor
+
+
+def gemma4(local: bool):
+    from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
+    from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
+    from transformers.models.gemma4.video_processing_gemma4 import Gemma4VideoProcessor
+
+    tokenizer = tokenizer_of(
+        {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
+        | {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"},
+        "<|video|>",
+    )
+    token = tokenizer.convert_tokens_to_ids
+    config = Gemma4Config(
+        vision_config={
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "patch_size": PATCH,
+            "pooling_kernel_size": 2,
+            "num_hidden_layers": 0 if local else 2,
+        },
+        text_config=decoder(
+            tokenizer,
+            "gemma4_text",
+            head_dim=12,
+            global_head_dim=12,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=len(tokenizer),
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+        audio_config=None,
+        image_token_id=token("<|image|>"),
+        boi_token_id=token("<|image>"),
+        eoi_token_id=token("<image|>"),
+        video_token_id=token("<|video|>"),
+        audio_token_id=token("<|audio|>"),
+    )
+    pictures = Gemma4ImageProcessorPil(patch_size=PATCH, max_soft_tokens=70, pooling_kernel_size=2)
+    processor = Gemma4Processor(
+        Gemma4AudioFeatureExtractor(), pictures, tokenizer, Gemma4VideoProcessor()
+    )
+    return Gemma4ForConditionalGeneration(config), processor
+
+
 # transformers cannot load their processors without these packages, which nothing else here needs.
-NEEDS = {"mistral3": ("torchvision",), "smolvlm": ("torchvision", "num2words")}
+NEEDS = {
+    "mistral3": ("torchvision",),
+    "gemma4": ("torchvision",),
+    "smolvlm": ("torchvision", "num2words"),
+}
 FAMILIES = {
     make.__name__: make
     for make in (
         *(llava, mistral3, idefics3, smolvlm, internvl, aya_vision, llava_onevision),
-        *(glm4v, qwen2_vl, qwen3_vl, paligemma),
+        *(glm4v, qwen2_vl, qwen3_vl, paligemma, deepseek_vl, gemma4),
     )
 }
 
