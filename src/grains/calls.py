@@ -129,7 +129,7 @@ def record(lm: LanguageModel, inputs: dict) -> tuple[Tensor, Calls]:
 
     inputs: what the model's forward takes (input_ids, attention_mask, pixel_values, ...), B rows.
     Returns the hidden states (B, T, D) that enter layer 0, and the `Calls`.
-    Raises UserError if a layer is not called.
+    Raises UserError if a layer is not called, and if the model cannot take a picture.
     """
     entered: dict[int, Tensor] = {}
     layers: list[dict] = [{} for _ in lm.layers]
@@ -161,7 +161,18 @@ def record(lm: LanguageModel, inputs: dict) -> tuple[Tensor, Calls]:
         layer: idle(index, signatures[type(layer)]) for index, layer in enumerate(lm.layers)
     }
     with torch.no_grad(), substituted(substitutes | {lm.head: zeros}):
-        lm.model(**inputs, use_cache=False, logits_to_keep=1)
+        try:
+            lm.model(**inputs, use_cache=False, logits_to_keep=1)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if "pixel_values" not in inputs:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{lm.name}: its own forward fails on a picture ({reason}); is the picture very "
+                "small? take the example out"
+            ) from error
     if any(_takes(layer, entered.get(0)) for layer in layers):
         raise UserError(
             f"{lm.name}: its layers also take the embeddings of the words, beside hidden states; "
