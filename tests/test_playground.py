@@ -151,7 +151,8 @@ def test_patches_lie_where_the_boxes_are(lm):
         r"--s:([\d.]+);left:([\d.]+)%;top:([\d.]+)%;width:([\d.]+)%;height:([\d.]+)%", shown
     )
     assert len(patches) == len(scored.boxes)
-    largest = np.abs(scored.scores).max()
+    largest = np.abs(scored.scores[scored.image]).max()
+    assert f", in the picture at ±{largest:.2f}" in shown
     for patch, box, score in zip(patches, scored.boxes, scored.scores[scored.image], strict=True):
         share, left, top, width, height = map(float, patch)
         assert share == pytest.approx(abs(score) / largest, abs=6e-4)

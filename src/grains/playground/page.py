@@ -175,7 +175,8 @@ class _Panel:
             self.tokens = gr.Slider(4, 200, value=32, step=1, label="Tokens of an answer")
 
     def _making(self) -> None:
-        sources = [BUILT_IN, OWN, ABOVE, FILE]
+        # A table holds no pictures.
+        sources = [BUILT_IN, *([] if self.has_pictures else [OWN]), ABOVE, FILE]
         self.source = gr.Radio(
             sources, value=BUILT_IN, label="Made from", elem_id=self._id("source")
         )

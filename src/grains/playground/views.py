@@ -48,13 +48,16 @@ def empty(text: str) -> str:
 def attribution(scored: TokenAttribution, picture: Image.Image | None) -> str:
     """The prompt's words, and patches of its picture, on the colour of their scores.
 
-    The template at both ends, which has no scores, is left out.
+    Words and patches are each on a scale of their own: a patch alone says little. The template at
+    both ends, which has no scores, is left out.
     """
     words = readable.words(scored.tokens, scored.scores.tolist())
     with_score = [place for place, word in enumerate(words) if word.score] or [0, len(words) - 1]
     words = words[with_score[0] : with_score[-1] + 1]
     of_image = scored.scores[scored.image]
-    largest = float(max([*(abs(word.score) for word in words), *np.abs(of_image)])) or 1.0
+    of_words = [word for word in words if not scored.image[word.positions[0]]]
+    largest = max((abs(word.score) for word in of_words), default=0.0) or 1.0
+    full = f"±{largest:.2f} nats"
     pieces = []
     for in_picture, group in groupby(words, lambda word: bool(scored.image[word.positions[0]])):
         if in_picture:
@@ -65,12 +68,16 @@ def attribution(scored: TokenAttribution, picture: Image.Image | None) -> str:
             space = word.text[: len(word.text) - len(text)]
             look = _look(word.score, largest)
             pieces.append(f"{escape(space)}<span {look}>{escape(text)}</span>")
-    over = "" if picture is None else _patches(scored, of_image, largest, picture)
+    over = ""
+    if picture is not None and of_image.any():
+        strongest = float(np.abs(of_image).max())
+        over = _patches(scored, of_image, strongest, picture)
+        full += f", in the picture at ±{strongest:.2f}"
     error = scored.completeness_error
     return (
         f'{over}<p class="g-words" dir="auto">{"".join(pieces)}</p>'
         f'<p class="g-soft">for the dispreferred answer <span class="g-scale"></span> for the '
-        f"preferred answer; full colour at ±{largest:.2f} nats. The scores sum to "
+        f"preferred answer; full colour at {full}. The scores sum to "
         f"{number(float(scored.scores.sum()))}; completeness error {100 * error:.1f}&nbsp;%.</p>"
     )
 
