@@ -77,7 +77,7 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
 
     benches, vectors = {}, {}
     for name in args.model_names:
-        lm = models.load(name, args.dtype, args.device, args.device_map)
+        lm = models.load(name, args.dtype, args.device, args.device_map, quantize=args.quantize)
         if lm.device.type == "cpu":
             cpu.keep_freed_memory()
         short = name.rstrip("/").split("/")[-1]
@@ -100,8 +100,9 @@ def listening(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]
         raise UserError(
-            f"{host}:{port} cannot be listened on ({error.strerror}): give another address or port"
+            f"{host}:{port} cannot be listened on ({reason}): give another address or port"
         ) from error
 
 
