@@ -40,6 +40,8 @@ def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     is_fp32 = states.dtype == weight.dtype == torch.float32
     if trained or not is_fp32 or weight.device.type != "cpu":
         return functional.linear(states, weight, bias)
+    if not (torch.is_grad_enabled() and states.requires_grad):
+        return _onednn(states, weight, bias)
     return _Product.apply(states, weight, bias)
 
 
