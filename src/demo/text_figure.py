@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from grains.report.figures import Word
 
-EXAMPLES = 4
+EXAMPLES = 2
 TITLES = {
     "faithfulness-agreeing": "agreeing contexts",
     "faithfulness-bare": "no context",

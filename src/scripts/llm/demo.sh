@@ -6,25 +6,25 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 export MODEL_NAME=smollm2-135m-instruct DATASET_NAME=faithfulness NUM_SAMPLES=40
-export TOP_K="${TOP_K:-5}" GRAD_METHOD="${GRAD_METHOD:-vanilla}"
+export TOP_K="${TOP_K:-5}" GRAD_METHOD="${GRAD_METHOD:-none}"
 model=(--model_name "$MODEL_NAME" --prompt_style chat --top_k "$TOP_K"
        --attribution "${ATTRIBUTION:-contrastive}" --seed "${SEED:-0}")
 stage=("${model[@]}" --dataset_name "$DATASET_NAME" --num_samples "$NUM_SAMPLES"
        --grad_method "$GRAD_METHOD")
 questions=(--num_validation 24 --num_test 60)
-steering=(--layer_idxs 8-24 --alphas -0.006 -0.003 0.003 0.006 "${questions[@]}")
-grid=(--methods gradient random rotated rand_tokens --mode pos
-      "${steering[@]}" --max_ppl_increase 0.02)
+steering=(--layer_idxs 8-24 --alphas -0.006 -0.003 0.003 0.006)
+grid=(--methods gradient random rotated --mode pos
+      "${steering[@]}" "${questions[@]}" --max_ppl_increase 0.02)
 # The program says where its files are: results/ may hold others, of other settings.
 where() { "${PYTHON:-python}" -m grains.cli.where llm "$@"; }
-mapfile -t states < <(where states --top pos rand "${stage[@]}")
+states=$(where states --top pos "${stage[@]}")
 accuracies=$(where grid "${stage[@]}" "${grid[@]}")
 chosen=$(where chosen "${stage[@]}" "${grid[@]}")
-shown=("${model[@]}" --dataset_name "$DATASET_NAME" --num_samples 4 --grad_method integrated_gradients)
+shown=("${model[@]}" --dataset_name "$DATASET_NAME" --num_samples 2 --grad_method integrated_gradients)
 
-echo "1/4 hidden states of 40 steering questions; which words four of the answers depend on"
-bash scripts/llm/run_token_ablation.sh --prompt_style chat --top pos rand
-NUM_SAMPLES=4 GRAD_METHOD=integrated_gradients \
+echo "1/4 hidden states of 40 steering questions; which words two of the answers depend on"
+bash scripts/llm/run_token_ablation.sh --prompt_style chat
+NUM_SAMPLES=2 GRAD_METHOD=integrated_gradients \
   bash scripts/llm/run_token_ablation.sh --prompt_style chat --top pos
 echo
 echo "2/4 steering vectors: the strength is chosen on validation questions, within +2 % perplexity"
@@ -34,8 +34,12 @@ echo "3/4 the same vectors: texts that agree with memory, no text, unrelated que
 beside=()
 for data in faithfulness-agreeing faithfulness-bare unrelated; do
   others=("${model[@]}" --dataset_name "$data" --grad_method "$GRAD_METHOD" --num_samples "$NUM_SAMPLES"
-          --hidden_states_path "${states[0]}" --methods gradient "${steering[@]}")
-  [ "$data" != unrelated ] || others+=(--dataset_path data/unrelated.jsonl --num_validation 4 --num_test 100)
+          --hidden_states_path "$states" --methods gradient "${steering[@]}" --num_validation 4)
+  if [ "$data" = unrelated ]; then
+    others+=(--dataset_path data/unrelated.jsonl --num_test 100)
+  else
+    others+=(--num_test 60)
+  fi
   "${PYTHON:-python}" steering_mc.py "${others[@]}" > /dev/null
   beside+=("$data=$(where grid "${others[@]}")")
 done
