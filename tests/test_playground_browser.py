@@ -242,9 +242,19 @@ def choose(page, text, number=TINY):
     """Another source of the vectors."""
     page.click(f"#other-{number} button")
     page.until("return !!document.querySelector(arguments[0])?.offsetParent", f"#source-{number}")
+    pick(page, text, number)
+
+
+def pick(page, text, number=TINY):
     page.run(
         "[...document.querySelectorAll(`#source-${arguments[0]} label`)]"
         ".find(label => label.innerText.trim() === arguments[1]).click()",
+        number,
+        text,
+    )
+    page.until(
+        "return document.querySelector(`#source-${arguments[0]} label.selected`)"
+        "?.innerText.trim() === arguments[1]",
         number,
         text,
     )
@@ -259,10 +269,7 @@ def test_vectors_of_the_question_and_of_files(page, lm, folder):
         "Vectors: gradient, 1 pair; 3 layers.",
     )
 
-    page.run(
-        "[...document.querySelectorAll('#source-0 label')]"
-        ".find(label => label.innerText.trim() === 'a file').click()"
-    )
+    pick(page, "a file")
     page.until("return !!document.querySelector('#file-0 input[type=file]')")
     wrong = torch.ones(4, 16)
     SteeringVectors(wrong, torch.ones(4), {}).save(folder / "others.safetensors")
