@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from grains import models, prompts
 from grains import replay as replay_module
 from grains.attribution import (
+    NOISE_REPEATS,
     PromptFunction,
     StraightPath,
     adaptive_simpson,
@@ -321,7 +322,7 @@ def test_adaptive_refines_until_complete_and_no_point_is_computed_twice(toleranc
     assert found.difference == pytest.approx(known.expected().sum())
     assert len(known.asked) == len(set(known.asked)) == found.points
     if tolerance <= 0.02:
-        assert found.points > 5
+        assert found.points > 9
     if tolerance == 1e-4:
         assert found.scores == pytest.approx(known.expected(), abs=5e-3)
 
@@ -340,11 +341,11 @@ def test_adaptive_is_exact_at_once_for_a_cubic():
 
     known = Cubic()
     found = adaptive_simpson(known.path(), 1e-6, 200)
-    assert found.points == 5
+    assert found.points == 9
     assert found.scores == pytest.approx(known.expected())
 
 
-@pytest.mark.parametrize(("noise", "points"), [(0.3, 40), (10.0, 5)])
+@pytest.mark.parametrize(("noise", "points"), [(0.3, 40), (10.0, 9)])
 def test_a_cell_that_rounding_may_make_wrong_is_not_halved(noise, points):
     class Rounded(StraightPath):
         def ends(self):
@@ -358,16 +359,16 @@ def test_a_cell_that_rounding_may_make_wrong_is_not_halved(noise, points):
         assert found.scores == pytest.approx(known.expected(), abs=2 * noise)
 
 
-@pytest.mark.parametrize("max_points", [5, 6, 7, 8, 9, 20, 57])
+@pytest.mark.parametrize("max_points", [9, 10, 11, 20, 57])
 def test_adaptive_never_spends_more_than_its_points(max_points):
     known = Known()
     found = adaptive_simpson(known.path(), 1e-12, max_points)
     assert found.points == len(known.asked) <= max_points
-    if max_points >= 11:
-        assert found.points >= max_points - 6
+    if max_points >= 20:
+        assert found.points >= max_points - 8
 
 
-@pytest.mark.parametrize("max_points", [1, 2, 4])
+@pytest.mark.parametrize("max_points", [1, 5, 8])
 def test_a_budget_below_the_first_cells_is_kept_or_refused(max_points):
     known = Known()
     try:
@@ -456,7 +457,7 @@ def test_smollm2_adaptive_converges_to_many_points(smollm2, question):
 def test_smollm2_attribute_keeps_its_budget(smollm2, question):
     settings = AttributionSettings("normal", tolerance=1e-6, max_points=12)
     found = attribute(smollm2, question, settings, 512, generator())
-    assert [5 <= item.points <= 12 for item in found] == [True, True]
+    assert [9 <= item.points <= 12 for item in found] == [True, True]
 
 
 def test_a_path_from_zeros_everywhere_has_finite_scores(smollm2):
@@ -480,4 +481,6 @@ def test_in_bfloat16_the_rule_stops_at_the_rounding_noise(tokenizer):
     exact, rounded = results[torch.float32], results[torch.bfloat16]
     assert exact.noise == 0 < rounded.noise
     assert abs(rounded.difference - exact.difference) <= 2 * rounded.noise
-    assert rounded.completeness_error <= rounded.noise and rounded.points < 400
+    # It may stop where no cell misses by more than rounding makes of a difference of two points.
+    between_points = rounded.noise * (NOISE_REPEATS + 1) ** 0.5
+    assert rounded.completeness_error <= between_points and rounded.points < 400

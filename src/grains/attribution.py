@@ -219,8 +219,8 @@ def gauss_legendre(path: StraightPath, steps: int) -> Attribution:
     return Attribution(scores, float(ends[1] - ends[0]), steps)
 
 
-START_CELLS = 2  # cells of the adaptive rule at first
-SPLIT_AT_ONCE = 3  # cells that are halved in one step
+START_CELLS = 4  # cells of the adaptive rule at first
+SPLIT_AT_ONCE = 4  # cells that are halved in one step
 NOISE_REPEATS = 4  # times that f is computed again at each end in bfloat16 and float16
 
 
