@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGUFReader
 
 import grains
 from grains import export, models
@@ -150,6 +151,25 @@ def llama(address: str, ids: list[int], words: int) -> tuple[np.ndarray, list[in
     return rows - rows.mean(-1, keepdims=True), text["tokens"]
 
 
+def library(
+    binary: Path, model: Path, control: Path | None, ids: list[int], words: int
+) -> tuple[np.ndarray, list[int]]:
+    """(T, V) logits of llama.cpp's library, and the greedy text's ids (see llama_logits.cpp).
+
+    control: a GGUF of directions for block 1 and all above it.
+    """
+    rows: Path | str = "-"
+    if control:
+        tensors = {tensor.name: tensor.data for tensor in GGUFReader(control).tensors}
+        rows = control.with_suffix(".f32")
+        np.stack([tensors[f"direction.{i + 1}"] for i in range(len(tensors))]).tofile(rows)
+    command = [binary, model, COUNT, rows, *ids]
+    written = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, check=True).stdout
+    size = 4 * len(ids) * words
+    logits = np.frombuffer(written[:size], np.float32).reshape(len(ids), words)
+    return logits, np.frombuffer(written[size:], np.int32).tolist()
+
+
 def next_logits(logits: np.ndarray) -> np.ndarray:
     """What `llama` reads, of our own logits (T, V)."""
     last = [len(logits) - 1 if end is None else end - 1 for end in PREFIXES]
@@ -161,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", required=True, help="Python with lm-eval and steering-vectors")
     parser.add_argument("--peers", help="Python with repeng")
-    parser.add_argument("--server", type=Path, help="llama-server")
+    parser.add_argument("--server", type=Path, help="llama-server, llama-logits beside it")
     parser.add_argument("--llama_version", default="", help="of llama-server, for the table")
     parser.add_argument("--page", type=Path, default=PAGE, help="where the table goes")
     args = parser.parse_args()
@@ -307,6 +327,14 @@ def main() -> None:
                 with server(args.server, model, *flags) as address:
                     logits_and_text = llama(address, ids, words)
                 compare(title, version, "alone", first, logits_and_text, of_server=True)
+            program = args.server.with_name("llama-logits")
+            for title, model, first, control in (
+                ("llama.cpp's library on `gguf`", full, 1, work / "gguf" / "vectors.gguf"),
+                ("llama.cpp's library on `gguf-bias`", biased, 0, None),
+            ):
+                compare(
+                    title, version, "alone", first, library(program, model, control, ids, words)
+                )
 
     said = (
         f"SmolLM2-135M-Instruct in fp32, `gradient` vectors at {ALPHA} relative, a chat prompt of "
