@@ -268,6 +268,8 @@ def commands(server_with, tmp_path_factory):
 
 def _serve(library: str = "stages") -> None:
     sys.path.insert(0, str(SRC))
+    import pandas  # noqa: F401  # imported late by the scripts: here once for all
+
     import grains.runs  # noqa: F401
 
     if library == "stages":
@@ -289,6 +291,7 @@ def _serve(library: str = "stages") -> None:
 
 def _import_stages() -> None:
     import datasets.packaged_modules.json.json  # noqa: F401
+    import scipy.stats  # noqa: F401
     import sklearn.decomposition  # noqa: F401
     import transformers.generation.utils
     import transformers.models.llama.modeling_llama  # noqa: F401
