@@ -37,6 +37,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 import bench  # noqa: E402
 import datasets  # noqa: E402, F401
 import gpu  # noqa: E402
+import llava  # noqa: E402
 import pandas as pd  # noqa: E402
 import side  # noqa: E402
 import torch  # noqa: E402
@@ -115,7 +116,7 @@ def make_model(folder: Path) -> None:
     config = LlamaConfig(**shape, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    gpu.tokenizer(config.vocab_size).save_pretrained(folder)
+    llava.tokenizer(config.vocab_size).save_pretrained(folder)
 
 
 def sentences(count: int, words: int, seed: int) -> Iterator[str]:

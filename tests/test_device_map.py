@@ -315,3 +315,5 @@ def test_two_devices(folder, whole, two_devices):
     lm = models.wrap(str(folder), model, whole[0].tokenizer)
     assert lm.device == first and lm.identity() == whole[0].identity()
     check_same(everything(lm), whole[1])
+    # As for a model that makes its logits in a way of its own.
+    check_same(everything(dataclasses.replace(lm, own_head=True)), whole[1])

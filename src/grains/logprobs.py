@@ -92,14 +92,12 @@ def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -
     Returns (n,) in fp32, differentiable with respect to hidden_states.
     """
     if lm.own_head:
-        log_probs = [
-            logits(lm, states).log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
-            for states, wanted in zip(
-                hidden_states.split(OWN_HEAD_ROWS),
-                targets.to(hidden_states.device).split(OWN_HEAD_ROWS),
-                strict=True,
-            )
-        ]
+        log_probs = []
+        for states, wanted in zip(
+            hidden_states.split(OWN_HEAD_ROWS), targets.split(OWN_HEAD_ROWS), strict=True
+        ):
+            given = logits(lm, states).log_softmax(-1)
+            log_probs.append(given.gather(-1, wanted.to(given.device)[:, None])[:, 0])
         return torch.cat(log_probs)
     wants_grad = torch.is_grad_enabled() and hidden_states.requires_grad
     states = lm.norm(hidden_states)

@@ -286,7 +286,7 @@ def wrap(
         name, model, tokenizer, layers, norm, head, embed, processor, layer_outputs=layer_outputs
     )
     # What a quantised head computes is its package's affair.
-    lm = replace(lm, own_head=not quantized.is_plain(head.weight))
+    lm = replace(lm, own_head=bool(lm.quantization) and not quantized.is_plain(head.weight))
     if self_check:
         lm = check_replay(lm)
     return lm
@@ -346,7 +346,7 @@ def _missing_package(text: str) -> str:
     patterns = (
         r"requires? the (\w+) library",
         r"[Pp]ackage `(\w+)` is required",
-        r"`?pip install (?:-U |--upgrade )*([A-Za-z][\w-]*)",
+        r"`?pip install (?:-U |--upgrade )*(?!transformers|git\+)([A-Za-z][\w-]*)",
         r"No module named '(\w+)",
     )
     match = next(filter(None, (re.search(pattern, text) for pattern in patterns)), None)
