@@ -625,12 +625,6 @@ def report(results: dict[str, dict]) -> str:
             + ", ".join(f"{value:.0e}" for value in row["apart"].values())
             + " |"
         )
-    if compared:
-        lines += [
-            "",
-            "The default attribution takes other points of the path than 319d0e2's, so its scores "
-            "differ; at the same 20 points they do not.",
-        ]
     if row := results.get(PRECISION):
         bf16, fp32 = row["sides"]["bfloat16"], row["sides"]["float32"]
         lines += [
