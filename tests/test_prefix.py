@@ -275,7 +275,7 @@ def test_steered_positions_and_gates_behind_a_shared_beginning(
     assert seen[0][1] == max(item.packed_length for item in items) - shared
     for item, values in zip(items, found, strict=True):
         (alone,) = score(tiny, [item], configurations, 10_000)
-        assert relative(values, alone) <= 1e-5
+        assert relative(values, alone) <= 5e-5  # sums in float32, in batches of other shapes
         assert not relative(values[1:], values[:1]) <= 1e-3
 
 
@@ -293,4 +293,4 @@ def test_scores_of_text_families(name):
     configurations = configurations_of(lm)
     for item, values in zip(items, score(lm, items, configurations, 10_000), strict=True):
         (alone,) = score(lm, [item], configurations, 10_000)
-        assert relative(values, alone) <= 1e-5
+        assert relative(values, alone) <= 5e-5  # sums in float32, in batches of other shapes
