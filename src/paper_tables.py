@@ -179,6 +179,7 @@ def run_all(
     import pandas as pd
 
     from grains import runs
+    from grains.cli.documents import markdown
 
     root = Path(args.output_dir)
     tables: list[pd.DataFrame] = []
@@ -189,8 +190,9 @@ def run_all(
             print(f"\n{row.name}")
             runs.write_table(finished, measured(row, folder, root, args, run))
         tables.append(pd.read_csv(finished, keep_default_na=False, dtype=str))
-        runs.write_table(root / "table.csv", pd.concat(tables))
-        text = markdown(pd.concat(tables))
+        every = pd.concat(tables)
+        runs.write_table(root / "table.csv", every)
+        text = "\n".join(markdown([*every.columns], every.to_numpy())) + "\n"
         runs.write_whole(
             root / "table.md", lambda file, text=text: file.write_text(text, encoding="utf-8")
         )
@@ -365,11 +367,6 @@ def as_table(lines: list[dict], row: Row) -> pd.DataFrame:
     base, steered = PUBLISHED.get((row.model, row.dataset), (UNKNOWN, UNKNOWN))
     known = {"base": base, "mean": steered, "pca": steered}
     return table.assign(published=[known.get(method, UNKNOWN) for method in table.method])
-
-
-def markdown(table: pd.DataFrame) -> str:
-    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
 
 
 # --- the estimate ---

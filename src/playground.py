@@ -73,13 +73,10 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
             "playground does)"
         ) from error
     from demo import registered  # noqa: F401  the drawn scenes and their model
-    from grains import cpu, models
 
     benches, vectors = {}, {}
     for name in args.model_names:
-        lm = models.load(name, args.dtype, args.device, args.device_map, quantize=args.quantize)
-        if lm.device.type == "cpu":
-            cpu.keep_freed_memory()
+        lm = entry.load_named(args, name)
         short = name.rstrip("/").split("/")[-1]
         title = name if short in benches else short
         begin = of_words if lm.processor is None else of_pictures

@@ -118,13 +118,13 @@ def tables_of(args: argparse.Namespace) -> list[Path]:
 
 
 def load_judge(args: argparse.Namespace) -> Judge:
-    from grains import models, runs
+    from grains import runs
     from grains.judge import judges
 
     if args.judge_url:
         return judges.Endpoint(args.judge_url, args.judge, args.judge_max_tokens, entry.say)
     runs.processes()  # of several processes every one takes a device of its own
-    lm = models.load(args.judge, args.dtype, args.device, args.device_map, quantize=args.quantize)
+    lm = entry.load_named(args, args.judge)
     return judges.LocalJudge(lm, args.judge_max_tokens, args.batch_tokens)
 
 

@@ -97,19 +97,9 @@ def main() -> None:
         raise UserError(
             f"serve.py needs {error.name}: install requirements-serve.txt (make serve does)"
         ) from error
-    from grains import cpu, models
     from grains.steering import SteeringVectors
 
-    lm = models.load(
-        args.model_name,
-        args.dtype,
-        args.device,
-        args.device_map,
-        args.trust_remote_code,
-        quantize=args.quantize,
-    )
-    if lm.device.type == "cpu":
-        cpu.keep_freed_memory()
+    lm = entry.load_named(args, args.model_name, trust_remote_code=args.trust_remote_code)
     vectors = {name: SteeringVectors.load(path) for name, path in args.vectors}
     vectors |= {method: fitted(lm, method) for method in args.fit}
     limits = {item.name: getattr(args, item.name) for item in fields(app.Limits)}

@@ -78,6 +78,8 @@ def table(
     grid: pd.DataFrame, beside: dict[str, pd.DataFrame], answers: pd.DataFrame, chosen: dict
 ) -> str:
     """Markdown: base, the chosen strength, its sign turned, and the controls of that strength."""
+    from grains.cli.documents import markdown
+
     alpha = chosen["alpha"]
     rows = [
         ("base", grid.method == "base"),
@@ -95,7 +97,7 @@ def table(
         *beside,
         "prose",
     ]
-    lines = ["| | " + " | ".join(titles) + " |", "|---" * (1 + len(titles)) + "|"]
+    lines = []
     for name, which in rows:
         (row,) = grid[which].itertuples()
         cells = [accuracy(row, "sum"), accuracy(row, "token"), free(answers, row)]
@@ -103,8 +105,8 @@ def table(
             same = further[(further.method == row.method) & at(further, row.alpha)]
             cells.append(accuracy(next(same.itertuples()), "token") if len(same) else "")
         cells.append(f"{100 * row.perplexity_increase:+.1f} %")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return "\n".join(markdown(["", *titles], lines))
 
 
 def at(grid: pd.DataFrame, alpha: float) -> pd.Series:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -49,6 +49,12 @@ def print_tables(
         print(f"{content + ':':20} {path}")
 
 
+def markdown(titles: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    every = [titles, ["---"] * len(titles), *rows]
+    return ["| " + " | ".join(map(str, row)) + " |" for row in every]
+
+
 def write_document(path: Path, stem: str, tables: Sequence[tuple[str, pd.DataFrame]]) -> None:
     """Write tables and this command into a Markdown file, in place of the same stem's before.
 
@@ -61,17 +67,9 @@ def write_document(path: Path, stem: str, tables: Sequence[tuple[str, pd.DataFra
     ]
     lines = [begin, "```", "python " + shlex.join(command), "```"]
     for title, table in tables:
-        rows = [
-            ["", *table.columns],
-            ["---"] * (1 + len(table.columns)),
-            *([name, *cells] for name, cells in zip(table.index, table.to_numpy(), strict=True)),
-        ]
-        lines += [
-            "",
-            f"**{title}**",
-            "",
-            *("| " + " | ".join(map(str, row)) + " |" for row in rows),
-        ]
+        rows = zip(table.index, table.to_numpy(), strict=True)
+        body = markdown(["", *table.columns], ([name, *cells] for name, cells in rows))
+        lines += ["", f"**{title}**", "", *body]
     before, _, after = _text_of(path).partition(begin)
     after = after.partition(end)[2] or "\n"
     runs.write_whole(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grains.errors import UserError
 
@@ -150,18 +150,24 @@ def say_prompt(lm: LanguageModel, prompt: PromptSettings) -> None:
 
 def load_model(args: argparse.Namespace) -> LanguageModel:
     """Load the model that the flags of `flags.add_model` name."""
-    from grains import cpu, models, runs
+    from grains import runs
 
     runs.processes()  # gives each of several processes a device of its own
+    return load_named(
+        args, args.model_name, trust_remote_code=args.trust_remote_code, max_memory=args.max_memory
+    )
+
+
+def load_named(args: argparse.Namespace, name: str, **options: Any) -> LanguageModel:
+    """Load a model where and in the precision that the flags of `flags.add_device` say.
+
+    options: further ones of `models.load`.
+    """
+    from grains import cpu, models
+
     with _without_collections():
         lm = models.load(
-            args.model_name,
-            args.dtype,
-            args.device,
-            args.device_map,
-            args.trust_remote_code,
-            max_memory=args.max_memory,
-            quantize=args.quantize,
+            name, args.dtype, args.device, args.device_map, quantize=args.quantize, **options
         )
     if lm.device.type == "cpu":
         cpu.keep_freed_memory()
