@@ -1,4 +1,4 @@
-"""Shifts of attention heads (iti), against a short computation of their own."""
+"""Shifts of attention heads (iti, nl_iti), against a short computation of their own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import grains
 from grains import heads
 from grains.errors import UserError
 from grains.scoring import score
+from grains.settings import OF_HEADS
 
 W = words(60, seed=7)
 COUNT = 6
@@ -29,15 +30,18 @@ def pairs(lm):
     return [encoded(lm, W[i : i + 4], [W[20 + i : 23 + i], W[40 + i : 42 + i]]) for i in range(6)]
 
 
-def by_hand(lm, pairs):
-    """(N, 2, L, H, d) what enters every `o_proj` last, read in the model's own forward."""
+def by_hand(lm, pairs, last=1):
+    """(N, 2, L, H, d) what enters every `o_proj` at the end, read in the model's own forward: the
+    mean of the last positions."""
     rows = []
     for item in pairs:
         for response in item.responses:
             seen = []
             hooks = [
                 layer.self_attn.o_proj.register_forward_hook(
-                    lambda module, args, output, seen=seen: seen.append(args[0][0, -1])
+                    lambda module, args, output, seen=seen: seen.append(
+                        args[0][0, -last:].sum(0) / last
+                    )
                 )
                 for layer in lm.layers
             ]
@@ -50,13 +54,13 @@ def by_hand(lm, pairs):
 
 
 def test_heads_outputs_are_the_models_own(lm, pairs):
-    found, expected = heads.outputs(lm, pairs).numpy(), by_hand(lm, pairs)
+    found, expected = heads.outputs(lm, pairs, 1)[0].numpy(), by_hand(lm, pairs)
     assert found.shape == expected.shape and relative(found, expected) < 5e-5
 
 
 def test_probes_are_scored_on_pairs_left_out(lm, pairs):
     """One head by hand: both folds, no pair in both."""
-    rows = heads.outputs(lm, pairs).double().numpy()
+    rows = heads.outputs(lm, pairs, 1)[0].double().numpy()
     accuracy = heads.probe_accuracy(rows, seed=0)
     assert accuracy.shape == rows.shape[2:4] and len({*accuracy.flat}) > 1
     from sklearn.model_selection import GroupKFold
@@ -73,11 +77,29 @@ def test_probes_are_scored_on_pairs_left_out(lm, pairs):
     assert accuracy[1, 0] == pytest.approx(np.mean(right))
 
 
-def test_vectors_are_what_shifted_heads_add(lm, pairs, monkeypatch):
+def test_several_last_positions_are_averaged(lm, pairs):
+    four, six = heads.outputs(lm, pairs, 4, 6).numpy()
+    assert relative(four, by_hand(lm, pairs, 4)) < 5e-5
+    assert relative(six, by_hand(lm, pairs, 6)) < 5e-5
+
+
+def test_probes_with_a_hidden_layer_see_what_a_line_does_not():
+    """y+ on both sides of y-: no line tells them apart, and the second head is noise to both."""
+    noise = np.random.default_rng(0)
+    heads_of = noise.normal(size=(40, 2, 1, 2, 3))
+    heads_of[:, 0, 0, 0, 0] = 4 * noise.choice([-1, 1], 40)
+    heads_of[:, 1, 0, 0, 0] = 0
+    linear, hidden = (heads.probe_accuracy(heads_of, 0, layer)[0] for layer in (False, True))
+    assert linear[0] < 0.7 and hidden[0] > 0.9 and hidden[1] < 0.7
+    assert np.array_equal(hidden, heads.probe_accuracy(heads_of, 0, True)[0])
+
+
+@pytest.mark.parametrize("method, last", [("iti", 1), ("nl_iti", 6)])
+def test_vectors_are_what_shifted_heads_add(lm, pairs, monkeypatch, method, last):
     """All heads chosen: o_proj of shifted outputs minus o_proj of the outputs, in every layer."""
     monkeypatch.setattr(heads, "SHARE", 1.0)
-    vectors, places = heads.make(lm, pairs, seed=0)
-    rows = by_hand(lm, pairs).astype(float)
+    vectors, places = heads.make(lm, pairs, 0, method)
+    rows = by_hand(lm, pairs, last).astype(float)
     assert len(places) == rows.shape[2] * rows.shape[3] and [1, 0] in places
     for layer in range(rows.shape[2]):
         moved = []
@@ -97,15 +119,16 @@ def test_vectors_are_what_shifted_heads_add(lm, pairs, monkeypatch):
 def test_the_best_heads_alone_are_shifted(lm, pairs, monkeypatch):
     accuracy = np.zeros((len(lm.layers), heads.count(lm)))
     accuracy[1, 1] = 0.9
-    monkeypatch.setattr(heads, "probe_accuracy", lambda rows, seed: accuracy)
+    monkeypatch.setattr(heads, "probe_accuracy", lambda rows, seed, hidden: accuracy)
     vectors, places = heads.make(lm, pairs, seed=0)
     assert places == [[1, 1]]  # of so few heads, 48 of 1,024 are one
     assert vectors[1].norm() > 0 and not vectors[[0, *range(2, len(vectors))]].any()
 
 
-def test_iti_is_a_method_like_the_others(lm):
-    made = grains.fit(lm, tiny.QUESTIONS[:4], "iti")
-    assert made.info["method"] == "iti" and len(made.info["heads"]) >= 1
+@pytest.mark.parametrize("method", OF_HEADS)
+def test_shifts_of_heads_are_methods_like_the_others(lm, method):
+    made = grains.fit(lm, tiny.QUESTIONS[:4], method)
+    assert made.info["method"] == method and len(made.info["heads"]) >= 1
     layers = [layer for layer, vector in enumerate(made.vectors) if vector.any()]
     assert {layer for layer, _ in made.info["heads"]} == {*layers}
     item = encoded(lm, W[:5], [W[20:23], W[30:32]])

@@ -4,12 +4,17 @@ A head's output is what it gives to the projection that ends the attention. The 
 tell preferred from dispreferred responses best are shifted along the difference of the two means,
 by the standard deviation of the outputs along it. The projection is linear, so the shifts of a
 layer's heads are one vector in the residual stream.
+
+The non-linear variant (NL-ITI, Hoscilowicz et al., arXiv 2403.18680) looks at several last tokens
+in place of one, whose outputs it averages, and its probes have a hidden layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +28,23 @@ from grains.replay import extend
 # Of all heads, the share that is shifted: 48 of LLaMA-7B's 1,024, as in the paper of the method.
 SHARE = 48 / 1024
 FOLDS = 2  # of the pairs, for the accuracy of the probes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How heads are chosen and shifted.
+
+    probed, shifted: the last tokens whose outputs are averaged, for the probes and for the shifts.
+    hidden: whether the probes have a hidden layer, as wide as a head's output.
+    """
+
+    probed: int
+    shifted: int
+    hidden: bool
+
+
+# The tokens of nl_iti are those of its paper's main table.
+RECIPES = {"iti": Recipe(1, 1, False), "nl_iti": Recipe(4, 6, True)}
 NAMES = ("o_proj", "out_proj", "dense", "wo")
 
 
@@ -44,7 +66,7 @@ def projections(lm: LanguageModel) -> list[nn.Linear]:
         if len(named) != 1 or named[0].in_features % count(lm):
             raise UserError(
                 f"{lm.name}: its attention heads are not known by their names "
-                f"({', '.join(NAMES)}), which the method iti shifts: use another method"
+                f"({', '.join(NAMES)}), which {' and '.join(RECIPES)} shift: use another method"
             )
         maps += named
     return maps
@@ -55,33 +77,34 @@ def count(lm: LanguageModel) -> int:
     return lm.model.config.get_text_config().num_attention_heads
 
 
-def outputs(lm: LanguageModel, pairs: Iterable[Encoded]) -> Tensor:
-    """(N, 2, L, H, d) the heads' outputs at the last position of x y+ and of x y-, in fp32.
+def outputs(lm: LanguageModel, pairs: Iterable[Encoded], *tokens: int) -> Tensor:
+    """(W, N, 2, L, H, d) the heads' outputs at the end of x y+ and of x y-, in fp32.
 
-    pairs: N examples with two responses. Raises UserError as `projections` does, and for outputs
-    that are not finite.
+    pairs: N examples with two responses. tokens: W times the number of last positions that are
+    averaged. Raises UserError as `projections` does, and for outputs that are not finite.
     """
     maps, rows = projections(lm), []
     for item in pairs:
         for response in item.responses:
-            with torch.inference_mode(), noted(maps) as entering:
+            with torch.inference_mode(), noted(maps, max(tokens)) as entering:
                 inputs = extend(item.inputs, response)
                 lm.model(**inputs, use_cache=False, logits_to_keep=1)
-            rows.append(torch.stack([entering[index] for index in range(len(maps))]))
-    given = torch.stack(rows).unflatten(0, (-1, 2)).unflatten(-1, (count(lm), -1))
+            last = torch.stack([entering[index] for index in range(len(maps))])  # (L, T, H * d)
+            rows.append(torch.stack([last[:, -some:].mean(dim=1) for some in tokens]))
+    given = torch.stack(rows, dim=1).unflatten(1, (-1, 2)).unflatten(-1, (count(lm), -1))
     if not given.isfinite().all():
         raise UserError(f"{lm.name}: its heads' outputs hold NaN or infinite values")
     return given
 
 
 @contextmanager
-def noted(maps: list[nn.Linear]) -> Iterator[dict[int, Tensor]]:
-    """What enters each map at the last position of one row, (in_features,), within the block."""
+def noted(maps: list[nn.Linear], positions: int) -> Iterator[dict[int, Tensor]]:
+    """What enters each map at the last positions of one row, (T, in_features), within the block."""
     given: dict[int, Tensor] = {}
 
     def note(index: int) -> Callable[[nn.Module, tuple], None]:
         def hook(module: nn.Module, args: tuple) -> None:
-            given[index] = args[0][0, -1].float().cpu()
+            given[index] = args[0][0, -positions:].float().cpu()
 
         return hook
 
@@ -93,26 +116,36 @@ def noted(maps: list[nn.Linear]) -> Iterator[dict[int, Tensor]]:
             handle.remove()
 
 
-def probe_accuracy(heads: np.ndarray, seed: int) -> np.ndarray:
-    """(L, H) how often a logistic regression on a head's output tells y+ from y-.
+def probe_accuracy(heads: np.ndarray, seed: int, hidden: bool = False) -> np.ndarray:
+    """(L, H) how often a probe on a head's output tells y+ from y-.
 
-    heads: (N, 2, L, H, d). Cross-validated: no pair is in both folds.
+    heads: (N, 2, L, H, d). hidden: see `Recipe`; without it a probe is a logistic regression.
+    Cross-validated: no pair is in both folds.
     """
     # Imported late: they take a second, and other methods do not need them.
-    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    pairs, _, layers, each, _ = heads.shape
+    pairs, _, layers, each, size = heads.shape
     folds = GroupKFold(min(FOLDS, pairs), shuffle=True, random_state=seed)
     groups, labels = np.repeat(np.arange(pairs), 2), np.tile([1, 0], pairs)
     accuracy = np.empty((layers, each))
     for layer, head in np.ndindex(layers, each):
-        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        probe = make_pipeline(StandardScaler(), _classifier(size if hidden else 0, seed))
         rows = heads[:, :, layer, head].reshape(2 * pairs, -1)
         accuracy[layer, head] = cross_val_score(probe, rows, labels, groups=groups, cv=folds).mean()
     return accuracy
+
+
+def _classifier(hidden: int, seed: int) -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neural_network import MLPClassifier
+
+    if not hidden:
+        return LogisticRegression(max_iter=1000)
+    # Of so few rows, where it gets in 1,000 steps is far beyond what separates them.
+    return MLPClassifier((hidden,), solver="lbfgs", max_iter=1000, random_state=seed)
 
 
 def shifts(heads: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -128,22 +161,27 @@ def shifts(heads: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return direction * (spread * chosen)[..., None]
 
 
-def make(lm: LanguageModel, pairs: Iterable[Encoded], seed: int) -> tuple[Tensor, list[list[int]]]:
+def make(
+    lm: LanguageModel, pairs: Iterable[Encoded], seed: int, method: str = "iti"
+) -> tuple[Tensor, list[list[int]]]:
     """One vector per layer, (L, D): what the shifted heads of the layer add to its attention.
 
     Added at the layer's output, where all vectors are, it reaches what follows the layer, but not
-    the layer's own MLP, which in the paper of the method sees it too.
-    Returns also the chosen heads, [layer, head] each, the best first.
+    the layer's own MLP, which in the papers of the methods sees it too.
+    method: of `RECIPES`. Returns also the chosen heads, [layer, head] each, the best first.
     Raises UserError for fewer than two pairs, and as `outputs` does.
     """
-    heads = outputs(lm, pairs).double().numpy()
-    if len(heads) < 2:
-        raise UserError("the method iti chooses heads on pairs left out: give two pairs or more")
-    accuracy = probe_accuracy(heads, seed)
+    recipe = RECIPES[method]
+    probed, shifted = outputs(lm, pairs, recipe.probed, recipe.shifted).double().numpy()
+    if len(probed) < 2:
+        raise UserError(
+            f"the method {method} chooses heads on pairs left out: give two pairs or more"
+        )
+    accuracy = probe_accuracy(probed, seed, recipe.hidden)
     order = np.argsort(-accuracy, axis=None, kind="stable")[: max(1, round(SHARE * accuracy.size))]
     chosen = np.zeros(accuracy.shape, dtype=bool)
     chosen.flat[order] = True
-    by_layer = torch.from_numpy(shifts(heads, chosen)).float().flatten(1)
+    by_layer = torch.from_numpy(shifts(shifted, chosen)).float().flatten(1)
     vectors = torch.stack(
         [
             module.weight.detach().float().cpu() @ shift

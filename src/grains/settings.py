@@ -55,6 +55,7 @@ METHOD_MEANINGS = {
     "repe": "first principal component of the differences of caa",
     "icv": "in-context vectors: first direction of these differences, all layers joined",
     "iti": "mean difference at attention heads that tell the responses apart (asked for by name)",
+    "nl_iti": "the same of several tokens' mean, with non-linear probes (asked for by name)",
     "random": "control: random directions",
     "shared_random": "control: one random direction at all layers",
     "rotated": "control: gradient under one random rotation of the hidden space",
@@ -75,7 +76,7 @@ CONTROLS = (
 ABLATION_METHODS = ("mean", "pca")
 # Methods that shift single attention heads, for models whose heads are known by name: they are made
 # from the model and the examples, not from hidden states, and are tried where they are asked for.
-OF_HEADS = ("iti",)
+OF_HEADS = ("iti", "nl_iti")
 # Methods that need ablated states, and so an attribution or random tokens.
 NEED_ABLATION = (*ABLATION_METHODS, "rand_tokens")
 MODES = ("pos", "both")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grains.errors import UserError
-from grains.settings import ABLATION_METHODS, GridSettings
+from grains.settings import ABLATION_METHODS, OF_HEADS, GridSettings
 from grains.states import NEG, POS, States
 from grains.steering import SteeringVectors
 
@@ -147,7 +147,7 @@ def make(
     method: str,
     mode: str,
     seed: int,
-    of_heads: Callable[[], HeadVectors] | None = None,
+    of_heads: Callable[[str], HeadVectors] | None = None,
 ) -> SteeringVectors:
     """One steering vector per layer (paper, section 3.2).
 
@@ -156,16 +156,17 @@ def make(
     method: mean or pca: the mean or the first principal component of the shifts; gradient: the mean
         over examples of df/dh; caa: the mean over examples of h(x y+) - h(x y-); repe: the first
         principal component of these differences; icv: in-context vectors (see
-        `joint_direction`); iti: what `of_heads` gives.
+        `joint_direction`); iti, nl_iti: what `of_heads` gives.
         Controls: random: random directions; shared_random: one random direction at all layers;
         rotated: gradient under one random rotation, so that lengths, and angles between layers,
         stay; rand_tokens: the mean shift when random tokens are ablated; shuffled: gradient with
         y+ and y- swapped at random in each example.
     mode: for mean and pca: pos, v = v_pos; both, v = v_pos - v_neg.
     seed: seeds random, shared_random, rotated and shuffled.
-    of_heads: makes iti's vectors from the model and the examples (see `grains.heads.make`), as the
-        hidden states do not hold what single heads give.
-    Raises UserError if the hidden states hold NaN or infinite values, and for iti without of_heads.
+    of_heads: makes the vectors of iti or nl_iti from the model and the examples (see
+        `grains.heads.make`), as the hidden states do not hold what single heads give.
+    Raises UserError if the hidden states hold NaN or infinite values, and for a method of heads
+    without of_heads.
     """
     generator = torch.Generator().manual_seed(seed)
     pos_states = states["pos"]
@@ -197,10 +198,12 @@ def make(
         return torch.randn(size, generator=generator, dtype=torch.float64).numpy()
 
     info = {**pos_states.info, "stage": "steering_vectors", "method": method, "mode": mode}
-    if method == "iti":
+    if method in OF_HEADS:
         if of_heads is None:
-            raise UserError("method iti: hidden states alone do not give it; it needs the model")
-        head_vectors, info["heads"] = of_heads()
+            raise UserError(
+                f"method {method}: hidden states alone do not give it; it needs the model"
+            )
+        head_vectors, info["heads"] = of_heads(method)
         return SteeringVectors(head_vectors, pos_states.norms(), info)
     if method == "icv":
         by_layer = joint_direction(pos_states)
@@ -215,7 +218,7 @@ def make_all(
     states: Mapping[str, States],
     grid: GridSettings,
     seed: int,
-    of_heads: Callable[[], HeadVectors] | None = None,
+    of_heads: Callable[[str], HeadVectors] | None = None,
 ) -> Iterator[tuple[str, str, SteeringVectors]]:
     """Method, mode ("" for methods without modes) and vectors, for all of a grid (see `make`)."""
     for method in grid.methods:

@@ -93,9 +93,9 @@ def shown(value: Any) -> str:
 
 
 def head_vectors(
-    args: argparse.Namespace, lm: LanguageModel, states: StatesFile, path: Path
+    args: argparse.Namespace, lm: LanguageModel, states: StatesFile, method: str, path: Path
 ) -> vectors.HeadVectors:
-    """The vectors of iti, from the examples that the hidden states are of.
+    """The vectors of a method of `OF_HEADS`, from the examples that the hidden states are of.
 
     path: the file of these vectors. Where the flags name other data than that of the states, they
     are read from it. Raises UserError if they are not there.
@@ -106,15 +106,15 @@ def head_vectors(
     if data.fingerprint(pairs) == recorded["fingerprint"]:
         prompt = splits.with_shots(settings.prompt, source, settings.seed, recorded["questions"])
         encoded = (prompts.encode(lm, pair, prompt) for pair in pairs)
-        return heads.make(lm, encoded, settings.seed)
+        return heads.make(lm, encoded, settings.seed, method)
     if path.is_file():
         made = SteeringVectors.load(path)
         if made.info["data"]["fingerprint"] == recorded["fingerprint"]:
             return made.vectors, made.info["heads"]
     raise UserError(
-        f"method iti needs the steering examples of the hidden states ({recorded['name']}), and "
-        "this data has others: run steering_mc.py with it on the data of stage 1 first, with the "
-        "same seed and number of examples"
+        f"method {method} needs the steering examples of the hidden states ({recorded['name']}), "
+        "and this data has others: run steering_mc.py with it on the data of stage 1 first, with "
+        "the same seed and number of examples"
     )
 
 
@@ -134,8 +134,8 @@ def configurations(
     def path_of(method: str, mode: str) -> Path:
         return names.vectors(states["pos"].path, method, mode, args.steering_vectors_dir)
 
-    def of_heads() -> vectors.HeadVectors:
-        return head_vectors(args, lm, states["pos"], path_of("iti", ""))
+    def of_heads(method: str) -> vectors.HeadVectors:
+        return head_vectors(args, lm, states["pos"], method, path_of(method, ""))
 
     for method, mode, by_layer in vectors.make_all(states, grid, args.seed, of_heads):
         path = path_of(method, mode)

@@ -124,8 +124,9 @@ def begin(
     stage1.run(lm, pairs, source, ablation, names.attributions(), files, overwrite, attributed, say)
     states = {top: StatesFile(path, top) for top, path in files.items()}
 
-    def of_heads() -> vectors.HeadVectors:
-        return heads.make(lm, (prompts.encode(lm, pair, ablation.prompt) for pair in pairs), seed)
+    def of_heads(method: str) -> vectors.HeadVectors:
+        encoded = (prompts.encode(lm, pair, ablation.prompt) for pair in pairs)
+        return heads.make(lm, encoded, seed, method)
 
     made: list[Direction | LoraDirection] = []
     for method, mode, steering_vectors in vectors.make_all(states, settings.grid, seed, of_heads):
