@@ -41,8 +41,9 @@ import plain  # noqa: E402
 import side  # noqa: E402
 
 import demo.registered  # noqa: E402, F401
+import grains  # noqa: E402
 from grains import cpu, data, models, prompts, runs  # noqa: E402
-from grains.ablation import hidden_states, plain_states, select  # noqa: E402
+from grains.ablation import hidden_states, select  # noqa: E402
 from grains.attribution import (  # noqa: E402
     PromptFunction,
     attribute,
@@ -54,7 +55,6 @@ from grains.packing import pack  # noqa: E402
 from grains.scoring import Configuration, score_all  # noqa: E402
 from grains.settings import AttributionSettings  # noqa: E402
 from grains.study import costs  # noqa: E402
-from grains.vectors import pca_vector  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -512,10 +512,9 @@ def scores_of(lm, items, settings) -> list:
     return [attribute(lm, item, settings, MAX_TOKENS, None)[0].scores for item in items]
 
 
-def differences(lm, items, settings=None) -> np.ndarray:
-    """h(x y+) - h(x y-) at the last position of every pair: (N, L, D)."""
-    states = plain_states(lm, items, MAX_TOKENS, gradients=False)
-    return np.stack([(item.last[0, 0] - item.last[0, 1]).numpy()[1:] for item in states])
+def fitted(method: str) -> Callable:
+    """Vectors from pairs, as users make them: encoding, forwards, and what reduces the states."""
+    return lambda lm, items, _: grains.fit(lm, [item.example for item in items], method)
 
 
 CONTENT = replace(PUBLISHED, attribute="content")
@@ -529,17 +528,9 @@ PEERS = {
         CONTENT,
     ),
     "inseq": Peer(f"attribution, {STEPS} points", 2, scores_of),
-    "steering-vectors-mean": Peer(
-        "mean-difference vectors", 24, lambda lm, items, _: differences(lm, items).mean(0)
-    ),
-    "nnsight-mean": Peer(
-        "mean-difference vectors", 24, lambda lm, items, _: differences(lm, items).mean(0)
-    ),
-    "repeng-pca": Peer(
-        "PCA vectors",
-        24,
-        lambda lm, items, _: [pca_vector([r]) for r in differences(lm, items).swapaxes(0, 1)],
-    ),
+    "steering-vectors-mean": Peer("mean-difference vectors", 50, fitted("caa")),
+    "nnsight-mean": Peer("mean-difference vectors", 50, fitted("caa")),
+    "repeng-pca": Peer("PCA vectors", 50, fitted("repe")),
 }
 
 

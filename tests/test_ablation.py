@@ -14,7 +14,7 @@ from helpers.reference import (
 )
 
 from grains import prompts
-from grains.ablation import batches_in_order, hidden_states, plain_states, select
+from grains.ablation import batches_in_order, hidden_states, last_states, plain_states, select
 from grains.attribution import attributed_positions
 from grains.settings import TOPS
 
@@ -188,9 +188,12 @@ def test_examples_together_are_each_alone(tiny, max_tokens):
         lambda module, args, output: counted.append(len(args[0])) if output.any() else None
     )
     found = plain_states(tiny, items, max_tokens)
+    assert counted == {1: [1, 1, 1], 70: [2, 1], 10_000: [3]}[max_tokens]
+    counted.clear()
+    without_gradients = last_states(tiny, items, max_tokens)
     handle.remove()
     assert counted == {1: [1, 1, 1], 70: [2, 1], 10_000: [3]}[max_tokens]
-    for states, item in zip(found, items, strict=True):
+    for states, (last_alone, norms), item in zip(found, without_gradients, items, strict=True):
         prompt = embeds(tiny, item.prompt_ids).requires_grad_()
         total = 0
         gradients = torch.zeros_like(states.gradients)
@@ -199,6 +202,7 @@ def test_examples_together_are_each_alone(tiny, max_tokens):
                 value = log_likelihood(tiny, prompt, response)
             last = torch.stack([output[0, -1] for output in outputs]).detach()
             assert relative(states.last[0, column], last) <= 1e-5
+            assert relative(last_alone[column], last) <= 1e-5
             assert states.log_likelihoods[0, column].item() == pytest.approx(value.item(), abs=1e-4)
             total = (1 - 2 * column) * value / len(response)
             by_layer = torch.autograd.grad(total, outputs)
@@ -207,6 +211,7 @@ def test_examples_together_are_each_alone(tiny, max_tokens):
         assert relative(states.gradients, gradients) <= 5e-5
         alone = hidden_states(tiny, item, [], 50)
         assert relative(states.norms, alone.norms) <= 1e-5
+        assert relative(norms, alone.norms) <= 1e-5
 
 
 def test_batches_in_order_by_hand():

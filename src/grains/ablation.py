@@ -100,24 +100,37 @@ def hidden_states(
     return States(torch.cat(last), torch.cat(log_likelihoods), plain.norms, plain.gradients)
 
 
-def plain_states(
-    lm: LanguageModel, encoded: list[Encoded], max_tokens: int, gradients: bool = True
-) -> list[States]:
+def plain_states(lm: LanguageModel, encoded: list[Encoded], max_tokens: int) -> list[States]:
     """The hidden states of examples as they are, several at a time: `States` with R = 1 each.
 
-    max_tokens, gradients: see `hidden_states`; a gradient's batches are smaller (see
-        `gradient_rows`).
+    max_tokens: see `hidden_states`; a gradient's batches are smaller (see `gradient_rows`).
     """
     states: list[States] = []
     for members in batches_in_order([item.length for item in encoded], max_tokens):
         pairs = [_packed(lm, encoded[index]) for index in members]
         longest = max((pair.captured for pair in pairs), key=lambda item: int(item.lengths))
-        rows, checkpointed = len(pairs), False
-        if gradients:
-            rows, checkpointed = gradient_rows(lm, longest, max_tokens)
+        rows, checkpointed = gradient_rows(lm, longest, max_tokens)
         for start in range(0, len(pairs), rows):
-            states += _plain(lm, pairs[start : start + rows], gradients, checkpointed)
+            states += _plain(lm, pairs[start : start + rows], True, checkpointed)
     return states
+
+
+def last_states(
+    lm: LanguageModel, encoded: list[Encoded], max_tokens: int
+) -> list[tuple[Tensor, Tensor]]:
+    """The hidden states of examples as they are, without gradients and logits.
+
+    That is a forward alone: all that methods need which compare hidden states.
+
+    max_tokens: see `hidden_states`.
+    Returns for each example what `States` calls last, of the plain variant (2, L+1, D), and norms.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+    for members in batches_in_order([item.length for item in encoded], max_tokens):
+        with torch.inference_mode():
+            forward = _Forward(lm, [_packed(lm, encoded[index]) for index in members])
+        kept += zip(forward.last, forward.norms, strict=True)
+    return kept
 
 
 def batches_in_order(lengths: list[int], max_tokens: int) -> list[range]:
@@ -157,6 +170,42 @@ def _packed(lm: LanguageModel, encoded: Encoded) -> _Packed:
     )
 
 
+class _Forward:
+    """A batch of N examples as they are, through all layers.
+
+    final: (N, T, D) the last layer's output. last: (N, 2, L+1, D). norms: (N, L+1).
+    outputs: the states that enter layer 0 and leave each layer, where gradients are wanted.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        pairs: list[_Packed],
+        with_gradients: bool = False,
+        checkpointed: bool = False,
+    ):
+        batch = collate([pair.captured for pair in pairs])
+        reader = _Reader(torch.stack([pair.ends for pair in pairs]))
+        medians: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+        def after(layer: int, states: Tensor) -> None:
+            reader(layer, states)
+            norms = states.detach().float().norm(dim=-1)
+            rows = zip(norms, pairs, strict=True)
+            medians.append(
+                torch.stack([row[: int(pair.captured.lengths)].median() for row, pair in rows])
+            )
+            if with_gradients:
+                self.outputs.append(states)
+
+        embeds = batch.embeds.detach().clone().requires_grad_(with_gradients)
+        after(-1, embeds)
+        self.final = replay(lm, embeds, batch.calls, after=after, checkpointed=checkpointed)
+        self.last = reader.stacked()
+        self.norms = torch.stack([median.cpu() for median in medians], dim=1)
+
+
 def _plain(
     lm: LanguageModel, pairs: list[_Packed], with_gradients: bool, checkpointed: bool
 ) -> list[States]:
@@ -164,19 +213,9 @@ def _plain(
 
     checkpointed: see `replay`.
     """
-    batch = collate([pair.captured for pair in pairs])
-    reader = _Reader(torch.stack([pair.ends for pair in pairs]))
-    outputs: list[Tensor] = []
-
-    def after(layer: int, states: Tensor) -> None:
-        reader(layer, states)
-        outputs.append(states)
-
-    embeds = batch.embeds.detach().clone().requires_grad_(with_gradients)
-    after(-1, embeds)
-    final = replay(lm, embeds, batch.calls, after=after, checkpointed=checkpointed)
+    forward = _Forward(lm, pairs, with_gradients, checkpointed)
     read = ResponseScorer(lm, [pair.terms for pair in pairs])
-    log_likelihoods = read(final[None])[0].view(len(pairs), -1)
+    log_likelihoods = read(forward.final[None])[0].view(len(pairs), -1)
     # The examples of a batch do not see each other, so one backward pass serves all of them.
     gradients: tuple[Tensor, ...] = ()
     if with_gradients:
@@ -184,18 +223,17 @@ def _plain(
             [[len(response) for response in pair.encoded.responses] for pair in pairs]
         )
         chosen, rejected = (log_likelihoods / lengths).sum(0)
-        gradients = torch.autograd.grad(chosen - rejected, outputs)
-    last, detached = reader.stacked(), log_likelihoods.detach()
+        gradients = torch.autograd.grad(chosen - rejected, forward.outputs)
+    detached = log_likelihoods.detach()
     states = []
     for row, pair in enumerate(pairs):
-        prompt, length = len(pair.encoded.prompt_ids), int(pair.captured.lengths)
-        norms = [h.detach()[row, :length].float().norm(dim=-1).median().cpu() for h in outputs]
+        prompt = len(pair.encoded.prompt_ids)
         summed = [gradient[row, :prompt].float().sum(0).cpu() for gradient in gradients]
         states.append(
             States(
-                last[row : row + 1],
+                forward.last[row : row + 1],
                 detached[row : row + 1],
-                torch.stack(norms),
+                forward.norms[row],
                 torch.stack(summed) if summed else None,
             )
         )

@@ -36,6 +36,7 @@ from grains.settings import (
     METHODS,
     MODES,
     NEED_ABLATION,
+    NEED_GRADIENTS,
     AblationSettings,
     AttributionSettings,
     DataSettings,
@@ -159,8 +160,11 @@ def fit(
         tensors = []
         for start in range(0, len(examples), AT_A_TIME):  # not all pictures at once
             group = examples[start : start + AT_A_TIME]
-            made = stage1.plain(lm, list(map(encode, group)), settings)
-            tensors += [item for item, _ in made]
+            encoded = list(map(encode, group))
+            if method in NEED_GRADIENTS:
+                tensors += [item for item, _ in stage1.plain(lm, encoded, settings)]
+            else:
+                tensors += stage1.states_alone(lm, encoded, settings)
             bar.update(len(group))
         bar.close()
     info = manifests.stage1(

@@ -77,6 +77,8 @@ ABLATION_METHODS = ("mean", "pca")
 # Methods that shift single attention heads, for models whose heads are known by name: they are made
 # from the model and the examples, not from hidden states, and are tried where they are asked for.
 OF_HEADS = ("iti", "nl_iti")
+# Methods made from gradients with respect to hidden states.
+NEED_GRADIENTS = ("gradient", "rotated", "shuffled")
 # Methods that need ablated states, and so an attribution or random tokens.
 NEED_ABLATION = (*ABLATION_METHODS, "rand_tokens")
 MODES = ("pos", "both")

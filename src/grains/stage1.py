@@ -175,7 +175,7 @@ def one_example(
         settings.replacement,
         settings.image_replacement,
     )
-    _check_finite(lm, encoded, states)
+    _check_finite(lm, encoded, states.last, states.log_likelihoods)
     tensors = _shared_tensors(states)
     rows = []
     tokens = lm.tokenizer.convert_ids_to_tokens(encoded.prompt_ids)
@@ -226,7 +226,7 @@ def plain(lm: LanguageModel, encoded: list[Encoded], settings: AblationSettings)
     made = []
     all_states = ablation.plain_states(lm, encoded, settings.batch_tokens)
     for item, states in zip(encoded, all_states, strict=True):
-        _check_finite(lm, item, states)
+        _check_finite(lm, item, states.last, states.log_likelihoods)
         pos, neg = states.log_likelihoods[0].tolist()
         row = _columns(item, "pos") | {
             "f": pos - neg,
@@ -235,6 +235,21 @@ def plain(lm: LanguageModel, encoded: list[Encoded], settings: AblationSettings)
         }
         made.append((_shared_tensors(states), [row]))
     return made
+
+
+def states_alone(
+    lm: LanguageModel, encoded: list[Encoded], settings: AblationSettings
+) -> list[dict[str, Tensor]]:
+    """The tensors of `plain` without gradients, by a forward alone.
+
+    Raises UserError for NaN or infinite hidden states.
+    """
+    tensors = []
+    states = ablation.last_states(lm, encoded, settings.batch_tokens)
+    for item, (last, norms) in zip(encoded, states, strict=True):
+        _check_finite(lm, item, last)
+        tensors.append({POS: last[0], NEG: last[1], "norms": norms})
+    return tensors
 
 
 def _columns(encoded: Encoded, top: str) -> dict[str, str]:
@@ -248,8 +263,8 @@ def _columns(encoded: Encoded, top: str) -> dict[str, str]:
     }
 
 
-def _check_finite(lm: LanguageModel, encoded: Encoded, states: ablation.States) -> None:
-    if not torch.isfinite(states.log_likelihoods).all() or not torch.isfinite(states.last).all():
+def _check_finite(lm: LanguageModel, encoded: Encoded, *values: Tensor) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in values):
         raise UserError(
             f"example {encoded.example.id}: {lm.name} gives NaN or infinite hidden "
             f"states in {lm.dtype}; use dtype float32 or bfloat16"

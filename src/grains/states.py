@@ -114,8 +114,8 @@ class States(ABC):
 class StatesInMemory(States):
     """The states of examples without a file.
 
-    tensors: for every example, the tensors that `stage1.one_example` or `stage1.plain`
-        makes. top: the selection. info: the manifest of stage 1.
+    tensors: for every example, the tensors that `stage1.one_example`, `stage1.plain` or
+        `stage1.states_alone` makes. top: the selection. info: the manifest of stage 1.
     """
 
     def __init__(self, tensors: list[dict[str, Tensor]], top: str, info: dict):
@@ -125,9 +125,9 @@ class StatesInMemory(States):
         self._arrays = {
             name: torch.stack([item[source] for item in tensors]).numpy()
             for name, source in names.items()
-            if source in tensors[0]  # `stage1.plain` ablates nothing
+            if source in tensors[0]  # not every method needs all of them
         }
-        self.layers = self._arrays["gradients"].shape[1] - 1
+        self.layers = self._arrays[POS].shape[1] - 1
 
     def _rows(self, name: str, layer: int, start: int, end: int) -> np.ndarray:
         return self._arrays[name][start:end, layer]
