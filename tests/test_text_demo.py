@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from demo import text_figure
+from grains import readable
 
 
 def row(method, alpha, share, rise=None, part="test"):
@@ -95,4 +96,7 @@ def test_the_table_names_what_it_shows(printed):
 
 def test_only_the_users_words_are_shown():
     tokens, scores = ["<s>", "user", "The", "cat", "sat", "</s>"], [0, 0, 0.5, 0, -0.1, 0]
-    assert text_figure.of_the_user(tokens, scores) == (["The", "cat", "sat"], [0.5, 0, -0.1])
+    words = readable.words(tokens, scores)
+    shown = readable.without_template(words)
+    assert [(word.text, word.score) for word in shown] == [("The", 0.5), ("cat", 0), ("sat", -0.1)]
+    assert readable.without_template(words[:2]) == words[:2]

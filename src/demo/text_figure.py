@@ -174,21 +174,15 @@ def picture(
 
 def lines(attributed: pd.DataFrame) -> list[tuple[list[Word], str]]:
     """The first examples' words with their attributions, and the two answers."""
-    from grains.readable import words
+    from grains.readable import without_template, words
 
     return [
         (
-            words(*of_the_user(json.loads(row.tokens), json.loads(row.attributions)[0])),
+            without_template(words(json.loads(row.tokens), json.loads(row.attributions)[0])),
             f"✓ {row.chosen}    ✗ {row.rejected}",
         )
         for row in attributed.drop_duplicates("id").head(EXAMPLES).itertuples()
     ]
-
-
-def of_the_user(tokens: list[str], scores: list[float]) -> tuple[list[str], list[float]]:
-    """Without the template around the user's words, whose scores are all zero."""
-    scored = [index for index, score in enumerate(scores) if score]
-    return tokens[scored[0] : scored[-1] + 1], scores[scored[0] : scored[-1] + 1]
 
 
 if __name__ == "__main__":

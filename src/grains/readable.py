@@ -11,6 +11,7 @@ from tokenizers import decoders
 
 # Pieces of one character that byte-level vocabularies may cut it into (an emoji's four bytes).
 MAX_PIECES = 6
+MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ def words(tokens: Sequence[str], scores: Sequence[float]) -> list[Word]:
         pieces.append(Word(text, float(sum(scores[start:end])), tuple(range(start, end))))
         start = end
     return pieces
+
+
+def without_template(words: list[Word]) -> list[Word]:
+    """The words from the first to the last with a score; all if none has one.
+
+    The template at a prompt's ends is not attributed, so its scores are zero.
+    """
+    scored = [place for place, word in enumerate(words) if word.score]
+    return words[scored[0] : scored[-1] + 1] if scored else words
 
 
 def word_difference(base: str, steered: str) -> tuple[list, list]:

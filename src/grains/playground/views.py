@@ -14,10 +14,10 @@ from PIL import Image
 from grains import readable
 from grains.api import TokenAttribution
 from grains.playground.bench import Curve
+from grains.readable import MINUS
 from grains.settings import ABLATION_METHODS
 from grains.steering import SteeringVectors
 
-MINUS = "\N{MINUS SIGN}"
 WIDTH, HEIGHT = 360, 190  # of the curve, in the units of its drawing
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 16, 24  # its margins
 
@@ -51,9 +51,7 @@ def attribution(scored: TokenAttribution, picture: Image.Image | None) -> str:
     Words and patches are each on a scale of their own: a patch alone says little. The template at
     both ends, which has no scores, is left out.
     """
-    words = readable.words(scored.tokens, scored.scores.tolist())
-    with_score = [place for place, word in enumerate(words) if word.score] or [0, len(words) - 1]
-    words = words[with_score[0] : with_score[-1] + 1]
+    words = readable.without_template(readable.words(scored.tokens, scored.scores.tolist()))
     of_image = scored.scores[scored.image]
     of_words = [word for word in words if not scored.image[word.positions[0]]]
     largest = max((abs(word.score) for word in of_words), default=0.0) or 1.0

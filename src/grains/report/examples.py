@@ -16,12 +16,12 @@ from PIL import Image
 
 from grains import data, readable, vision
 from grains.errors import UserError
-from grains.readable import Word
+from grains.readable import MINUS, Word
 from grains.report import figures
 from grains.report.files import examples_of, manifest_of
 from grains.report.images import WIDTH, Images, as_item
 from grains.report.reading import are, from_json, is_below, is_box, is_finite, is_text, read_table
-from grains.report.text import MINUS, joined, number, p_text, percent
+from grains.report.text import joined, number, p_text, percent
 from grains.steering import BASE
 
 # --- stage 1 ---
@@ -110,10 +110,9 @@ def example_lines(path: Path, rows: pd.DataFrame) -> list[Line]:
     lines = []
     for index, scores in enumerate(attributions):
         words = readable.words(tokens, scores)
-        scored = [i for i, word in enumerate(words) if word.score] or [0, len(words) - 1]
         lines.append(
             Line(
-                words[scored[0] : scored[-1] + 1],
+                readable.without_template(words),
                 scores,
                 {top: set(lists[index]) for top, lists in selected.items()},
             )

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
+from grains.readable import MINUS
+
+NONE = "\N{EN DASH}"
 
 
 def percent(value: float) -> str:
