@@ -6,7 +6,12 @@ that raise the perplexity of validation prose by at most --budget; everything el
 test questions, with facts that neither steered nor chose. Writes a row per question into
 --folder, which a later run takes up, and tables between their markers of --document.
 
+With --gated all vectors, the controls' too, steer behind one gate, fitted between the steering
+pairs and training text that reports no cost. Prose then costs little by construction, so that a
+strength must also hold what is asked where the gate may be open (see `within_all`).
+
     python benchmarks/faithfulness.py --document docs/tables/faithfulness.md
+    python benchmarks/faithfulness.py --gated --document docs/tables/faithfulness.md
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -53,25 +59,35 @@ from grains.settings import (  # noqa: E402
     PromptSettings,
 )
 from grains.states import StatesInMemory  # noqa: E402
-from grains.steering import Configuration, Direction, directions  # noqa: E402
-from grains.study import costs  # noqa: E402
+from grains.steering import Configuration, Direction, Gate, directions  # noqa: E402
+from grains.study import costs, gates  # noqa: E402
 
 METHODS = ("gradient", "mean", "pca", "caa")
 CONTROLS = ("random", "shared_random", "rotated", "rand_tokens")
 STRENGTHS = (0.003, 0.006, 0.01)
+GATED_STRENGTHS = (0.006, 0.01, 0.02, 0.03)
 # The methods that are also tried at the same price, with further strengths: weaker pushes.
 PRICED, LARGER = ("mean", "caa", "random", "rotated"), (0.02, 0.03)
 CONTRARY, AGREEING, BARE = "faithfulness", "faithfulness-agreeing", "faithfulness-bare"
 UNRELATED, PROSE = "unrelated", "prose"
+# The unrelated questions as the contexts' questions are asked, and so behind a passage of prose.
+ALIKE, BEHIND, OWN = "unrelated-alike", "unrelated-behind", "own answers"
 SHOWN = {
     CONTRARY: "contrary contexts",
     AGREEING: "agreeing contexts",
     BARE: "no context",
     UNRELATED: "unrelated questions",
 }
+GATED_SHOWN = {
+    **SHOWN,
+    ALIKE: "unrelated questions, asked alike",
+    BEHIND: "unrelated questions behind a text",
+}
+MAX_TOKENS = AblationSettings().batch_tokens
 BASE, CHOSEN, TURNED = "base", "gradient", "gradient, sign turned"
 HARDEST = "rotated, same strength"
 RESAMPLES = 4999
+OWN_BUDGET = 0.10  # with --gated, the rise of the perplexity of the model's own answers
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,13 +103,21 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--grad_method", default="vanilla")
     flags.add_argument("--layers", nargs="+", default=["8-24"])
     flags.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    flags.add_argument("--gated", action="store_true", help="steer behind a gate")
     flags.add_argument(
-        "--strengths", nargs="+", type=float, default=STRENGTHS, help="to choose from"
+        "--strengths",
+        nargs="+",
+        type=float,
+        help=f"to choose from (default: {STRENGTHS}; behind a gate {GATED_STRENGTHS})",
+    )
+    flags.add_argument(
+        "--priced", nargs="*", choices=PRICED, default=PRICED, help="tried at the same price, too"
     )
     flags.add_argument("--budget", type=float, default=0.02, help="rise of perplexity of prose")
     flags.add_argument("--num_validation", type=int, default=40, help="validation questions")
     flags.add_argument("--num_test", type=int, default=80, help="test questions, of each set")
     flags.add_argument("--num_generations", type=int, default=60, help="free answers to a set")
+    flags.add_argument("--num_own", type=int, default=16, help="own answers to a set (--gated)")
     flags.add_argument("--max_new_tokens", type=int, default=24)
     flags.add_argument("--folder", type=Path, default=ROOT / "src" / "results" / "faithfulness")
     flags.add_argument("--document", type=Path, help="Markdown file of the tables")
@@ -112,12 +136,13 @@ def main() -> None:
 
     every = []
     for seed in args.seeds:
-        path = args.folder / f"{title}_{args.grad_method}_seed{seed}.csv"
+        how = args.grad_method + "_gated" * args.gated
+        path = args.folder / f"{title}_{how}_seed{seed}.csv"
         if not path.exists():
             runs.write_table(path, one_seed(model(), args, seed))
         every.append(pd.read_csv(path, keep_default_na=False, na_values=["nan", ""]))
     rows = pd.concat(every)
-    stem = f"{title}, {args.grad_method}"
+    stem = f"{title}, {args.grad_method}" + ", gated" * args.gated
     print_tables(args.document, stem, summaries(rows, title), {"rows": args.folder})
 
 
@@ -154,58 +179,30 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
     for method, mode, made in vectors.make_all(states, grid, seed):
         (lines[method],) = directions(made, method, mode, grid)
 
-    asked = splits.evaluation_examples(source, seed, {"questions": info["data"]["questions"]})
-    validation = asked["validation"]
-    # The strength within the budget: of the gradient the best on validation questions, of the
-    # others the largest. If none is within it, the smallest.
-    strengths = sorted(args.strengths)
-    tried = [
-        line.at(alpha)
-        for method, line in lines.items()
-        for alpha in ((*strengths, *LARGER) if method in PRICED else strengths)
-        if method in (CHOSEN, *PRICED)
-    ]
-    passages = costs.passages(lm, "validation")
-    rises = costs.perplexity_rise(passages, score_all(lm, passages, tried, ablation.batch_tokens))[
-        1:
-    ]
-    chosen: dict[str, Configuration] = {}
-    for method in {item.method: None for item in tried}:
-        own = [item for item in tried if item.method == method]
-        within = [
-            item
-            for item, cost in zip(tried, rises, strict=True)
-            if item.method == method and cost <= args.budget
-        ]
-        chosen[method] = within[-1] if within else own[0]
-        if method == "gradient" and len(within) > 1:
-            items = [encode(lm, example, args) for example in validation]
-            leads = margins(items, score_all(lm, items, within, ablation.batch_tokens))
-            right = sum((lead > 0).mean(axis=0) for lead in leads.values())[1:]
-            chosen[method] = within[int(right.argmax())]  # of equal ones the weakest
+    if args.gated:
+        gate = fitted_gate(lm, args, pairs, encoded, [*lines.values()], seed)
+        lines = {
+            method: replace(line, vectors=replace(line.vectors, gate=gate))
+            for method, line in lines.items()
+        }
+
+    asked = asked_sets(lm, args, source, seed, info["data"]["questions"])
+    own = {split: own_answers(lm, args, of) for split, of in asked.items()} if args.gated else {}
+    chosen = choose(lm, args, lines, asked["validation"], own.get("validation", []))
     alpha = chosen["gradient"].alpha
 
     tested = {CHOSEN: chosen["gradient"], TURNED: lines["gradient"].at(-alpha)}
     for method in lines:
         if method != "gradient":
             tested[f"{method}, same strength"] = lines[method].at(alpha)
-        if method in PRICED:
-            tested[f"{method}, same price"] = chosen[method]
-    sets = {CONTRARY: asked["test"]}
-    for name in (AGREEING, BARE):
-        of_set = splits.evaluation_examples(
-            DataSettings(name, num_test=args.num_test), seed, {"questions": []}
-        )
-        sets[name] = of_set["test"]
-    encoded_sets = {
-        name: [encode(lm, example, args) for example in examples] for name, examples in sets.items()
-    }
-    encoded_sets[UNRELATED] = costs.unrelated_questions(lm, "test")
+        if method in args.priced:
+            tested[f"{method}, {'chosen alike' if args.gated else 'same price'}"] = chosen[method]
+    encoded_sets = asked["test"]
     rows = [{"set": "attribution", "configuration": "", **row} for row in attributed]
     for name, items in encoded_sets.items():
         labels = [*tested] if name == CONTRARY else [CHOSEN, TURNED]
         asked_of, places = distinct({label: tested[label] for label in labels})
-        leads = margins(items, score_all(lm, items, asked_of, ablation.batch_tokens))
+        leads = margins(items, score_all(lm, items, asked_of, MAX_TOKENS))
         rows += [
             {
                 "seed": seed,
@@ -221,18 +218,157 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
         ]
     passages = costs.passages(lm, "test")
     asked_of, places = distinct(tested)
-    rises = costs.perplexity_rise(
-        passages, score_all(lm, passages, asked_of, ablation.batch_tokens)
-    )
+    rises = costs.perplexity_rise(passages, score_all(lm, passages, asked_of, MAX_TOKENS))
     rows += [
         {"seed": seed, "set": PROSE, "configuration": label, "rise": rises[index]}
         for label, index in places.items()
     ]
+    if args.gated:
+        labels = (CHOSEN, TURNED, HARDEST)
+        scores = score_all(lm, own["test"], [tested[label] for label in labels], MAX_TOKENS)
+        rises = costs.perplexity_rise(own["test"], scores)
+        rows += [
+            {"seed": seed, "set": OWN, "configuration": label, "rise": rise}
+            for label, rise in zip((BASE, *labels), rises, strict=True)
+        ]
     for name, labels in ((CONTRARY, (CHOSEN, TURNED, HARDEST)), (AGREEING, (CHOSEN,))):
         answering = {label: tested[label] for label in labels}
         items = encoded_sets[name][: args.num_generations]
         rows += free_answers(lm, args, seed, name, items, answering)
     return pd.DataFrame(rows)
+
+
+def asked_sets(
+    lm: LanguageModel,
+    args: argparse.Namespace,
+    source: DataSettings,
+    seed: int,
+    steering: list[str],
+) -> dict[str, dict[str, list[Encoded]]]:
+    """Split (validation, test) -> set -> its questions. steering: the keys of the pairs' questions.
+
+    What a gate may cost is measured only with --gated: the sets ALIKE and BEHIND.
+    """
+    asked: dict[str, dict[str, list[Encoded]]] = {"validation": {}, "test": {}}
+    for name in (CONTRARY, AGREEING, BARE):
+        used = {"questions": steering if name == CONTRARY else []}
+        for split, examples in splits.evaluation_examples(
+            replace(source, name=name), seed, used
+        ).items():
+            asked[split][name] = [encode(lm, example, args) for example in examples]
+    for split, sets in asked.items():
+        sets[UNRELATED] = costs.unrelated_questions(lm, split)
+        if args.gated:
+            count = args.num_validation if split == "validation" else args.num_test
+            examples = [item.example for item in sets[UNRELATED][:count]]
+            texts = [item.example.question for item in costs.passages(lm, split)]
+            sets[ALIKE] = [encode(lm, example, args) for example in examples]
+            sets[BEHIND] = [
+                encode(lm, replace(example, context=texts[number % len(texts)]), args)
+                for number, example in enumerate(examples[::2])
+            ]
+    return asked
+
+
+def fitted_gate(
+    lm: LanguageModel,
+    args: argparse.Namespace,
+    pairs: list[Example],
+    encoded: list[Encoded],
+    lines: list[Direction],
+    seed: int,
+) -> Gate:
+    """The gate between the pairs and other text: training passages, training questions in their
+    own style and asked as the pairs are, and the pairs' questions without a context."""
+    questions = costs.unrelated_questions(lm, "training")
+    alike = [encode(lm, item.example, args) for item in questions[1::2]]
+    bare = [encode(lm, replace(pair, context=""), args) for pair in pairs]
+    other = [*costs.training_passages(lm), *questions[::2], *alike, *bare]
+    return gates.fit(lm, encoded, other, [*lines[0].layers], MAX_TOKENS, seed)
+
+
+def own_answers(
+    lm: LanguageModel, args: argparse.Namespace, sets: dict[str, list[Encoded]]
+) -> list[Encoded]:
+    """What the base model answers by itself to questions that steering should leave as they are."""
+    answered = []
+    for name in (AGREEING, BARE, ALIKE):
+        items = sets[name][: args.num_own]
+        for members in decoding_batches(items, [], args.max_new_tokens, MAX_TOKENS):
+            batch = [items[index] for index in members]
+            (texts,) = generate(lm, batch, [], args.max_new_tokens)
+            answered += [
+                replace(item.example, choices=(text,), label=0)
+                for item, text in zip(batch, texts, strict=True)
+                if text
+            ]
+    prompt = PromptSettings(args.prompt_style)
+    return [prompts.encode(lm, example, prompt, finished=False, free=True) for example in answered]
+
+
+def choose(
+    lm: LanguageModel,
+    args: argparse.Namespace,
+    lines: dict[str, Direction],
+    sets: dict[str, list[Encoded]],
+    own: list[Encoded],
+) -> dict[str, Configuration]:
+    """Method -> its strength, chosen on validation.
+
+    Of the gradient the best on contrary contexts (mean of both accuracies) within the budgets, of
+    equal ones the weakest. Of the others without a gate the largest within the budget; behind a
+    gate as of the gradient. If none is within, the smallest.
+    sets, own: of the validation split.
+    """
+    strengths = sorted(args.strengths or (GATED_STRENGTHS if args.gated else STRENGTHS))
+    larger = () if args.gated else LARGER
+    tried = [
+        line.at(alpha)
+        for method, line in lines.items()
+        for alpha in ((*strengths, *larger) if method in args.priced else strengths)
+        if method in (CHOSEN, *args.priced)
+    ]
+    passages = costs.passages(lm, "validation")
+    rises = costs.perplexity_rise(passages, score_all(lm, passages, tried, MAX_TOKENS))[1:]
+    chosen: dict[str, Configuration] = {}
+    for method in {item.method: None for item in tried}:
+        own_line = [item for item in tried if item.method == method]
+        within = [
+            item
+            for item, cost in zip(tried, rises, strict=True)
+            if item.method == method and cost <= args.budget
+        ]
+        chosen[method] = within[-1] if within else own_line[0]
+        if len(within) > 1 and (method == CHOSEN or args.gated):
+            rates = right(lm, sets[CONTRARY], within)[:, 1:].mean(axis=0)
+            best_first = [within[index] for index in np.argsort(-rates, kind="stable")]
+            allowed = (item for item in best_first if not own or within_all(lm, item, sets, own))
+            chosen[method] = next(allowed, own_line[0])
+    return chosen
+
+
+def right(lm: LanguageModel, items: list[Encoded], tried: list[Configuration]) -> np.ndarray:
+    """(questions, 1 + C) whether a question is answered right, the mean of both scores."""
+    leads = margins(items, score_all(lm, items, tried, MAX_TOKENS))
+    return np.mean([lead > 0 for lead in leads.values()], axis=0)
+
+
+def within_all(
+    lm: LanguageModel, item: Configuration, sets: dict[str, list[Encoded]], own: list[Encoded]
+) -> bool:
+    """Whether a strength holds what else is asked, and the model's own answers.
+
+    No set's change (of the mean of both accuracies) has a 95 % interval below zero, and the
+    perplexity of own answers rises by at most `OWN_BUDGET`.
+    """
+    if costs.perplexity_rise(own, score_all(lm, own, [item], MAX_TOKENS))[1] > OWN_BUDGET:
+        return False
+    for name in (ALIKE, BEHIND, BARE, AGREEING):
+        base, steered = right(lm, sets[name], [item]).T
+        change = steered - base
+        if change.mean() + 1.96 * change.std(ddof=1) / len(change) ** 0.5 < 0:
+            return False
+    return True
 
 
 def distinct(tested: dict[str, Configuration]) -> tuple[list[Configuration], dict[str, int]]:
@@ -249,7 +385,7 @@ def encode(lm: LanguageModel, example: Example, args: argparse.Namespace) -> Enc
 
 def fact_of(example: Example, name: str) -> str:
     """The fact that an example is about: what intervals are drawn over."""
-    if name == UNRELATED:
+    if name in (UNRELATED, ALIKE, BEHIND):
         return example.id
     return facts()[example.id]
 
@@ -385,14 +521,16 @@ def summaries(rows: pd.DataFrame, title: str) -> list[tuple[str, pd.DataFrame]]:
         f"{title}, {seeds} seed{'s' * (seeds > 1)}, {tested.id.nunique()} contrary contexts over "
         f"{tested.fact.nunique()} facts of test"
     )
+    gated = (rows.set == OWN).any()
+    shown = GATED_SHOWN if gated else SHOWN
     both = {}
     for label in (BASE, CHOSEN, TURNED, HARDEST):
         both[label] = {
             **{
-                f"{SHOWN[name]}, {'summed' if kind == 'sum' else 'per token'}": level(
+                f"{shown[name]}, {'summed' if kind == 'sum' else 'per token'}": level(
                     rows, name, label, kind
                 )
-                for name in SHOWN
+                for name in shown
                 for kind in SCORES[::-1]
             },
             "free answers that hold the context's answer": level(
@@ -406,6 +544,8 @@ def summaries(rows: pd.DataFrame, title: str) -> list[tuple[str, pd.DataFrame]]:
             ),
             "rise of the perplexity of prose, %": prose(rows, label),
         }
+        if gated:
+            both[label]["rise of the perplexity of own answers, %"] = prose(rows, label, OWN)
     main_table = pd.DataFrame(both)
     gains = {
         label: {
@@ -414,17 +554,19 @@ def summaries(rows: pd.DataFrame, title: str) -> list[tuple[str, pd.DataFrame]]:
                 for a in tested[tested.configuration == label].alpha.drop_duplicates().sort_values()
             ),
             **{
-                f"{SHOWN[CONTRARY]}, {'summed' if kind == 'sum' else 'per token'}": gain(
+                f"{shown[CONTRARY]}, {'summed' if kind == 'sum' else 'per token'}": gain(
                     rows, CONTRARY, label, kind
                 )
                 for kind in SCORES[::-1]
             },
             "free answers": gain(rows, f"{CONTRARY} free", label, "holds"),
             **{
-                f"{SHOWN[name]}, per token": gain(rows, name, label, SCORES[0])
-                for name in (AGREEING, BARE, UNRELATED)
+                f"{shown[name]}, per token": gain(rows, name, label, SCORES[0])
+                for name in shown
+                if name != CONTRARY
             },
             "prose, %": prose(rows, label),
+            **({"own answers, %": prose(rows, label, OWN)} if gated else {}),
         }
         for label in dict.fromkeys(tested.configuration)
         if label != BASE
@@ -452,8 +594,8 @@ def summaries(rows: pd.DataFrame, title: str) -> list[tuple[str, pd.DataFrame]]:
     ]
 
 
-def prose(rows: pd.DataFrame, label: str) -> str:
-    of = rows[(rows.set == PROSE) & (rows.configuration == label)]
+def prose(rows: pd.DataFrame, label: str, name: str = PROSE) -> str:
+    of = rows[(rows.set == name) & (rows.configuration == label)]
     return f"{100 * of.rise.mean():+.1f}" if len(of) else "-"
 
 

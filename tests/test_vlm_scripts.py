@@ -22,7 +22,9 @@ from helpers.hub_stub import Hub
 from PIL import Image
 from safetensors import safe_open
 
+import paper_tables
 from grains import models, prompts, vision
+from grains.cli.flags import VLM
 from grains.data import Example
 
 pytest_plugins = ("helpers.command_line",)
@@ -100,7 +102,28 @@ def hub(model_folder):
                 "test/help-00000-of-00001.parquet": parquet(210, 3, pairs=False),
             },
         )
+        asked = Dataset.from_dict(
+            {
+                "image": [{"bytes": png(number), "path": None} for number in range(4)],
+                "question": [f"What is in picture {number}?" for number in range(4)],
+                "gt_answer": ["A red square."] * 4,
+            },
+            Features(image=ImageColumn(), question=Value("string"), gt_answer=Value("string")),
+        )
+        table = io.BytesIO()
+        asked.to_parquet(table)
+        hub.add(
+            "datasets",
+            "DogNeverSleep/MMHal-Bench",
+            {"data/train-00000-of-00001.parquet": table.getvalue()},
+        )
         yield hub
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    vlm_models.picture(64, 64, seed=seed).save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -350,3 +373,42 @@ def test_a_missing_picture_names_its_example_and_nothing_is_left(finished, comma
     ).error()
     assert f"its picture '{tmp_path}/gone.png' does not exist" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here.png", "rows.jsonl"]
+
+
+@pytest.mark.slow
+def test_rows_of_the_papers_tables_are_filled_and_not_run_again(commands, tmp_path):
+    """Choices with our settings and the published ones, free answers with the first vectors."""
+    by_name = {row.name: row for row in paper_tables.rows_of(VLM)}
+    rows = [
+        by_name[f"{name}_llava-1.6-7b_{settings}"]
+        for name, settings in (("spa-vl", "ours"), ("spa-vl", "published"), ("mmhal-bench", "ours"))
+    ]
+    args = paper_tables.parser(VLM).parse_args(
+        [
+            *("--num_samples", str(STEERING), "--num_validation", str(VALIDATION)),
+            *("--num_test", str(TEST), "--num_prompts", "2", "--dtype", "float32"),
+            *("--output_dir", str(tmp_path)),
+        ]
+    )
+
+    def run(command):
+        short = ["--max_new_tokens", "5"] if command[0] == "steering_generation_vlm.py" else []
+        commands.run(*command, *short).ok()
+
+    paper_tables.run_all(rows, args, run)
+    table = pd.read_csv(tmp_path / "table.csv", dtype=str, keep_default_na=False)
+    assert (table.ours != "").all()
+    by_row = {
+        (name, settings): lines for (name, settings), lines in table.groupby(["data", "settings"])
+    }
+    ours = by_row["spa-vl", "ours"]
+    assert set(ours.method) == {"base", *paper_tables.METHODS} and set(ours.questions) == {
+        str(TEST)
+    }
+    assert set(by_row["spa-vl", "published"].method) == {"base", "pca"}
+    assert set(by_row["mmhal-bench", "ours"].questions) == {"2"}
+    grid = pd.read_csv(next((tmp_path / rows[0].name / "results").glob("*_grid.csv")))
+    base = grid[(grid.method == "base") & (grid.part == "test")].iloc[0]
+    said = ours[(ours.method == "base") & (ours.score == "sum accuracy, %")].ours.iloc[0]
+    assert said.split()[0] == f"{100 * base.accuracy_sum:.3g}"
+    paper_tables.run_all(rows, args, lambda command: pytest.fail("a finished row is run again"))
