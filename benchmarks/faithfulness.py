@@ -283,8 +283,8 @@ def fitted_gate(
     questions = costs.unrelated_questions(lm, "training")
     alike = [encode(lm, item.example, args) for item in questions[1::2]]
     bare = [encode(lm, replace(pair, context=""), args) for pair in pairs]
-    other = [*costs.training_passages(lm), *questions[::2], *alike, *bare]
-    return gates.fit(lm, encoded, other, [*lines[0].layers], MAX_TOKENS, seed)
+    background = [*costs.training_passages(lm), *questions[::2], *alike, *bare]
+    return gates.fit(lm, encoded, background, [*lines[0].layers], MAX_TOKENS, seed)
 
 
 def own_answers(
@@ -511,6 +511,11 @@ def gain(rows: pd.DataFrame, name: str, label: str, column: str) -> str:
     return cell(interval(of.assign(value=of[column].to_numpy() - was)), "+")
 
 
+def shown_of(rows: pd.DataFrame) -> dict[str, str]:
+    """The sets of questions that were measured, with their titles."""
+    return GATED_SHOWN if (rows.set == OWN).any() else SHOWN
+
+
 def summaries(rows: pd.DataFrame, title: str) -> list[tuple[str, pd.DataFrame]]:
     """The tables with their titles."""
     seeds = rows.seed.nunique()
@@ -521,8 +526,8 @@ def summaries(rows: pd.DataFrame, title: str) -> list[tuple[str, pd.DataFrame]]:
         f"{title}, {seeds} seed{'s' * (seeds > 1)}, {tested.id.nunique()} contrary contexts over "
         f"{tested.fact.nunique()} facts of test"
     )
-    gated = (rows.set == OWN).any()
-    shown = GATED_SHOWN if gated else SHOWN
+    shown = shown_of(rows)
+    gated = shown is GATED_SHOWN
     both = {}
     for label in (BASE, CHOSEN, TURNED, HARDEST):
         both[label] = {

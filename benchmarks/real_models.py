@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 import faithfulness  # noqa: E402
-from faithfulness import BASE, CHOSEN, CONTRARY, SHOWN  # noqa: E402
+from faithfulness import BASE, CHOSEN, CONTRARY  # noqa: E402
 
 from grains import cpu, data, models, prompts, runs, splits, stats  # noqa: E402
 from grains.attribution import attribute  # noqa: E402
@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--parts", nargs="+", choices=TABLES, default=[*TABLES], metavar="PART")
     flags.add_argument("--seeds", nargs="+", type=int, default=[0])
     flags.add_argument("--truthfulqa", metavar="PATH", help="file of TruthfulQA, if at hand")
+    flags.add_argument("--gated", action="store_true", help="steer behind a gate")
     flags.add_argument("--num_attributed", type=int, default=6, help="pairs that are attributed")
     flags.add_argument("--num_questions", type=int, default=133, help="of each set, for the base")
     flags.add_argument("--num_samples", type=int, default=40, help="steering pairs")
@@ -95,7 +96,8 @@ def main() -> None:
     cpu.keep_freed_memory()
     chosen = [model for model in MODELS if model.name in args.models]
     for part in args.parts:
-        print_tables(args.document, part, TABLES[part](chosen, args), {"rows": args.folder})
+        stem = "faithfulness, gated" if part == "faithfulness" and args.gated else part
+        print_tables(args.document, stem, TABLES[part](chosen, args), {"rows": args.folder})
 
 
 # --- measuring ---
@@ -125,7 +127,12 @@ def steered_rows(model: Measured, args: argparse.Namespace) -> pd.DataFrame:
 
     return pd.concat(
         [
-            kept(model, args, f"faithfulness_seed{seed}", partial(one_seed, seed))
+            kept(
+                model,
+                args,
+                f"faithfulness{'_gated' * args.gated}_seed{seed}",
+                partial(one_seed, seed),
+            )
             for seed in args.seeds
         ]
     )
@@ -134,7 +141,9 @@ def steered_rows(model: Measured, args: argparse.Namespace) -> pd.DataFrame:
 def recipe_of(model: Measured, args: argparse.Namespace) -> argparse.Namespace:
     """What faithfulness.py takes; its other settings are those of docs/tables/faithfulness.md."""
     words = ["--prompt_style", model.style, "--layers", model.layers]
-    words += ["--strengths", *map(str, (*SMALLER, *faithfulness.STRENGTHS))]
+    strengths = faithfulness.GATED_STRENGTHS if args.gated else faithfulness.STRENGTHS
+    words += ["--strengths", *map(str, (*SMALLER, *strengths))]
+    words += ["--gated", "--priced", "rotated"] if args.gated else []
     for name in ("num_samples", "num_validation", "num_test", "num_generations"):
         words += [f"--{name}", str(getattr(args, name))]
     return faithfulness.parser().parse_args(words)
@@ -280,18 +289,23 @@ def levels(steered: dict[str, pd.DataFrame]) -> pd.DataFrame:
         for label, title in ((BASE, "base"), (CHOSEN, "`gradient`")):
             columns[f"{name}, {title}"] = {
                 **{
-                    f"{SHOWN[of_set]}, {TITLES[kind]}": faithfulness.level(
-                        rows, of_set, label, kind
-                    )
-                    for of_set in SHOWN
+                    f"{title_of_set}, {TITLES[kind]}": faithfulness.level(rows, of_set, label, kind)
+                    for of_set, title_of_set in faithfulness.shown_of(rows).items()
                     for kind in SCORES[::-1]
                 },
                 "free answers that hold the context's answer": faithfulness.level(
                     rows, f"{CONTRARY} free", label, "holds"
                 ),
                 "rise of the perplexity of prose, %": faithfulness.prose(rows, label),
+                **own_answers(rows, label),
             }
     return pd.DataFrame(columns)
+
+
+def own_answers(rows: pd.DataFrame, label: str) -> dict[str, str]:
+    """What is measured behind a gate only."""
+    rise = faithfulness.prose(rows, label, faithfulness.OWN)
+    return {"rise of the perplexity of own answers, %": rise} if rise != "-" else {}
 
 
 def gains(steered: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -5,6 +5,8 @@ import random
 import re
 from collections import Counter
 
+import faithfulness
+import numpy as np
 import pandas as pd
 import pytest
 from faithfulness import gain, interval, level
@@ -13,6 +15,7 @@ from scipy.stats import binom
 
 from demo.answers import core, holds
 from grains import data
+from grains.steering import Configuration
 
 FIELDS = ["id", "topic", "fact", "form", "split", "question", "context", "agreeing_context"]
 ANSWERS = ["context_answer", "common_answer"]
@@ -171,3 +174,62 @@ def test_gains_are_paired_by_seed_and_question():
     assert gain(rows, "s", "steered", "token").startswith("+75.0 [")
     assert level(rows, "s", "base", "token").startswith("25.0 [")
     assert gain(rows, "s", "unknown", "token") == "-"
+
+
+class Line:
+    """A direction of which only the strengths matter."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def at(self, alpha):
+        return Configuration(self.method, "", (1,), alpha)
+
+
+# Strength -> right of 10 contrary contexts, and the rise of the perplexity of prose.
+RIGHT = {0.0: 5, 0.006: 7, 0.01: 8, 0.02: 9, 0.03: 10}
+RISES = {0.0: 0.0, 0.006: 0.0, 0.01: 0.01, 0.02: 0.015, 0.03: 0.03}
+
+
+@pytest.mark.parametrize(
+    "lost, own, expected",
+    [
+        ({}, 0.05, 0.02),  # the best, 0.03, costs too much prose
+        ({0.02: 6}, 0.05, 0.01),  # a set loses more than its interval allows
+        ({0.02: 1}, 0.05, 0.02),  # one question of ten may be chance
+        ({}, 0.2, 0.006),  # of none that holds own answers, the smallest
+    ],
+)
+def test_behind_a_gate_the_best_strength_that_holds_the_rest_is_chosen(
+    monkeypatch, lost, own, expected
+):
+    def right(lm, items, tried):
+        rows = []
+        for alpha in (0.0, *(item.alpha for item in tried)):
+            count = RIGHT[alpha] if items == faithfulness.CONTRARY else 10 - lost.get(alpha, 0)
+            rows.append([1.0] * count + [0.0] * (10 - count))
+        return np.array(rows).T
+
+    monkeypatch.setattr(faithfulness, "right", right)
+    monkeypatch.setattr(faithfulness, "score_all", lambda lm, items, tried, size: tried)
+    monkeypatch.setattr(faithfulness.costs, "passages", lambda lm, split: "prose")
+
+    def rise(items, tried):
+        return np.array([0.0, *(own if items == "own" else RISES[item.alpha] for item in tried)])
+
+    monkeypatch.setattr(faithfulness.costs, "perplexity_rise", rise)
+    args = faithfulness.parser().parse_args(["--gated", "--priced", "rotated"])
+    sets = {name: name for name in faithfulness.GATED_SHOWN}
+    lines = {method: Line(method) for method in ("gradient", "mean", "rotated")}
+    chosen = faithfulness.choose(None, args, lines, sets, "own")
+    assert {method: item.alpha for method, item in chosen.items()} == {
+        "gradient": expected,
+        "rotated": expected,
+    }
+    # Without a gate: of the gradient the best within the budget, of a control the largest.
+    args = faithfulness.parser().parse_args(["--strengths", "0.006", "0.01", "--priced", "rotated"])
+    chosen = faithfulness.choose(None, args, lines, sets, [])
+    assert {method: item.alpha for method, item in chosen.items()} == {
+        "gradient": 0.01,
+        "rotated": 0.02,
+    }
