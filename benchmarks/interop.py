@@ -21,6 +21,7 @@ import textwrap
 import time
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,14 @@ from grains import export, models
 from grains.export import folders, objects
 from grains.export.plan import adding
 from grains.export.plan import logits as logits_of
+from grains.positions import newest
+from grains.steering import steered
 
 TOLERANCE = 2e-4
 COUNT = 40  # greedy tokens
+POSITIONS = "response"  # of the row with some positions alone
+# How a program steers, as the table shows it.
+WAYS = {"alone": "h + λv", "norm": "norm kept", "response": f"norm kept, positions `{POSITIONS}`"}
 ALPHA = 0.015
 PAIRS = [
     ("Is glass a slow liquid?", "No, it is an amorphous solid.", "Yes, old windows show it."),
@@ -79,23 +85,48 @@ def greedy(lm: grains.lm.LanguageModel, ids: list[int]) -> list[int]:
     return longer[0, len(ids) :].tolist()
 
 
-def references(lm: Any, vectors: Any, ids: list[int], first: int) -> dict[str, Any]:
-    """Our own logits with layers from `first` on: added alone, with the norm kept, one lower."""
-    layers = range(first, len(lm.layers))
-    added = vectors.scaled(ALPHA, layers)
+@dataclass(frozen=True)
+class Reference:
+    """What a program should give: logits (T, V), the greedy text's ids; logits of mistakes."""
+
+    logits: np.ndarray
+    greedy: list[int]
+    wrong: dict[str, np.ndarray]
+
+
+def references(lm: Any, vectors: Any, ids: list[int], first: int) -> dict[str, Reference]:
+    """Our own steering of the layers from `first` on, by its way (see WAYS)."""
+    added = vectors.scaled(ALPHA, range(first, len(lm.layers)))
     lower = {layer - 1: vector for layer, vector in added.items() if layer > 0}
-    text = torch.tensor([ids])
+    prompt = torch.zeros(len(ids), dtype=torch.bool)
 
-    def alone(by_layer: dict[int, torch.Tensor]) -> Any:
-        return adding({lm.layers[layer]: vector for layer, vector in by_layer.items()})
+    def where(count: int) -> torch.Tensor:
+        """Of the whole prompt, or of a token behind it."""
+        return newest([POSITIONS], [prompt], [len(ids) + (count == 1)], count)
 
-    with alone(lower):
-        shifted = logits_of(lm.model, text).numpy()
-    with alone(added):
-        plain = logits_of(lm.model, text).numpy(), greedy(lm, ids)
-    with vectors.apply(lm, ALPHA, layers):
-        norm = logits_of(lm.model, text).numpy(), greedy(lm, ids)
-    return {"alone": plain, "norm": norm, "shifted": shifted}
+    blocks = {
+        "alone": lambda by: adding({lm.layers[layer]: vector for layer, vector in by.items()}),
+        "norm": lambda by: steered(lm, by),
+        "response": lambda by: steered(lm, by, where=where),
+    }
+    logits, texts, shifted = {}, {}, {}
+    for way, block in blocks.items():
+        with block(lower):
+            shifted[way] = logits_of(lm.model, torch.tensor([ids])).numpy()
+        with block(added):
+            logits[way] = logits_of(lm.model, torch.tensor([ids])).numpy()
+            texts[way] = greedy(lm, ids)
+    mistakes = {
+        "alone": ("steering with the norm kept", "norm"),
+        "norm": ("steering with the norm lost", "alone"),
+        "response": ("steering everywhere", "norm"),
+    }
+    return {
+        way: Reference(
+            logits[way], texts[way], {"vectors one layer lower": shifted[way], name: logits[of]}
+        )
+        for way, (name, of) in mistakes.items()
+    }
 
 
 @contextmanager
@@ -192,8 +223,9 @@ def main() -> None:
     text = lm.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = lm.tokenizer(text, add_special_tokens=False).input_ids
     ours = {first: references(lm, vectors, ids, first) for first in (0, 1)}
-    effect = differences(ours[0]["norm"][0], logits_of(lm.model, torch.tensor([ids])).numpy())
-    lost = differences(ours[0]["norm"][0], ours[0]["alone"][0])
+    base = logits_of(lm.model, torch.tensor([ids])).numpy()
+    effect = differences(ours[0]["norm"].logits, base)
+    lost = differences(ours[0]["norm"].logits, ours[0]["alone"].logits)
     rows, problems = [], []
 
     def compare(
@@ -204,16 +236,11 @@ def main() -> None:
         logits_and_text: tuple,
         of_server: bool = False,
     ) -> None:
-        """A row of the table. way: alone or norm. of_server: these are what `llama` reads."""
+        """A row of the table. way: see WAYS. of_server: these are what `llama` reads."""
         read = next_logits if of_server else lambda values: values
-        expected, text = ours[first][way]
-        opposite = "norm" if way == "alone" else "alone"
-        wrong = {
-            "vectors one layer lower": read(ours[first]["shifted"]),
-            f"steering with the norm {'kept' if opposite == 'norm' else 'lost'}": read(
-                ours[first][opposite][0]
-            ),
-        }
+        reference = ours[first][way]
+        expected, text = reference.logits, reference.greedy
+        wrong = {name: read(values) for name, values in reference.wrong.items()}
         logits, greedy_ids = logits_and_text
         said = verdict(logits, read(expected), wrong)
         # llama-server leaves out the token that ends the text.
@@ -224,7 +251,7 @@ def main() -> None:
         gap = differences(logits, read(expected))
         nearest = min(differences(logits, values)[0] for values in wrong.values())
         rows.append(
-            f"| {name} | {version} | {'h + λv' if way == 'alone' else 'norm kept'} | "
+            f"| {name} | {version} | {WAYS[way]} | "
             f"{first}-29 | {gap[0]:.1e} | {gap[1]:.1e} | {'same' if same else 'differs'} | "
             f"{nearest:.2f} |"
         )
@@ -235,6 +262,7 @@ def main() -> None:
         for to in ("hf-bias", "hf", "peft", "lm-eval", "gguf-bias"):
             export.write(lm, vectors, to, work / to, ALPHA)
         export.write(lm, vectors, "gguf", work / "gguf", ALPHA, ["1-29"])
+        export.write(lm, vectors, "hf", work / "hf-positions", ALPHA, positions=POSITIONS)
         case = {"model": str(models.embedded_model()), "ids": ids, "count": COUNT}
         (work / "case.json").write_text(json.dumps(case))
 
@@ -257,6 +285,7 @@ def main() -> None:
             ("AutoModel on `peft`", "peft_auto", "alone", args.python, 0),
             ("`--model steered` on `lm-eval`", "lm_eval", "alone", args.python, 0),
             ("AutoModel on `hf`", "transformers_code", "norm", args.python, 0),
+            ("the same, `--positions`", "transformers_positions", "response", args.python, 0),
             ("ControlModel on `gguf`", "repeng", "alone", args.peers, 1),
             ("the same, normalize=True", "repeng_norm", "norm", args.peers, 1),
         ):
@@ -342,7 +371,8 @@ def main() -> None:
         f"{effect[1]:.1f} in the mean; without the norm they differ by at most {lost[0]:.2f}, "
         f"{lost[1]:.3f} in the mean. Equal means at most {TOLERANCE:g}. The last column is the "
         "smaller of the maximal differences from vectors one layer lower and from the other way "
-        "with the norm: what the comparison would show of such a mistake. llama-server's logits "
+        "with the norm, or from steering everywhere: what the comparison would show of such a "
+        "mistake. llama-server's logits "
         f"are those of the next word behind {len(PREFIXES)} prefixes of the prompt, with the file "
         "and its cache in F32, their mean taken away."
     )

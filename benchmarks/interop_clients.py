@@ -50,6 +50,13 @@ def transformers_code(folder: Path, model: str) -> Client:
     return plain(load(folder / "hf", trust_remote_code=True))
 
 
+def transformers_positions(folder: Path, model: str) -> Client:
+    """Where the prompt ends a forward must be told; generate knows."""
+    loaded = load(folder / "hf-positions", trust_remote_code=True)
+    _, go_on = plain(loaded)
+    return lambda ids: loaded(ids, use_cache=False, prompt_length=ids.shape[1]).logits, go_on
+
+
 def peft(folder: Path, model: str) -> Client:
     from peft import PeftModel
 
@@ -97,6 +104,7 @@ def repeng_norm(folder: Path, model: str) -> Client:
 CLIENTS: dict[str, tuple[Callable[[Path, str], Client], tuple[str, ...]]] = {
     "transformers_bias": (transformers_bias, ("transformers",)),
     "transformers_code": (transformers_code, ("transformers",)),
+    "transformers_positions": (transformers_positions, ("transformers",)),
     "peft": (peft, ("peft",)),
     "peft_auto": (peft_auto, ("peft", "transformers")),
     "lm_eval": (lm_eval, ("lm_eval",)),

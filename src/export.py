@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
         help="; ".join(f"{name}: {meaning}" for name, meaning in EXPORTS.items()),
     )
     group.add_argument("--alpha", type=flags.finite, required=True, help="strength")
+    flags.add_positions(group)
     group.add_argument("--gguf", type=flags.file, help="for gguf-bias: the model's GGUF file")
     group.add_argument(
         "--measured",
@@ -54,7 +55,7 @@ def main() -> None:
     )
     lm = entry.load_model(args)
     strength = args.alpha, args.layers, args.alpha_units
-    planned = plan.make(lm, vectors, args.to, *strength)
+    planned = plan.make(lm, vectors, args.to, *strength, args.positions)
     measured = card.measured(Path(args.measured), planned) if args.measured else None
     check = export.write(
         lm,
@@ -62,6 +63,7 @@ def main() -> None:
         args.to,
         folder,
         *strength,
+        positions=args.positions,
         gguf=args.gguf,
         measured=measured,
         licence=args.license,
@@ -78,7 +80,7 @@ def main() -> None:
             "lost, as the norm is not kept": check.lost,
         }.items():
             print(f"{name:34}{pair[0]:>10.2g}{pair[1]:>10.2g}")
-        print(f"use: {card.USE[args.to]}")
+        print(f"use: {card.use(planned, args.to)}")
     print(f"folder: {folder}")
 
 

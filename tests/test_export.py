@@ -135,7 +135,12 @@ def test_gates_go_into_a_folder_with_code_alone(make_tiny, tmp_path):
     check = export.write(lm, v, "hf", tmp_path / "hf", 0.2, LAYERS)
     assert check.written[0] < 2e-4 and check.effect[1] > 0.01
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config["steering"] == {"modules": "model.layers", "layers": LAYERS, "gated": True}
+    assert config["steering"] == {
+        "modules": "model.layers",
+        "layers": LAYERS,
+        "gated": True,
+        "positions": "all",
+    }
     open_gate = replace(v, gate=Gate(0 * weights, torch.full((4,), 50.0)))
     with v.apply(lm, 0.2, LAYERS):
         gated = own_logits(lm, [5, 6, 7])

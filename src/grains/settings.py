@@ -91,7 +91,7 @@ EXPORTS = {
     "hf-bias": "folder of a model with the vectors as biases (Llama layouts); adds alone",
     "peft": "BEFT adapter on down_proj; adds alone",
     "lm-eval": ".pt file for lm-eval's `steered` model; adds alone",
-    "hf": "folder of a model with code of its own; keeps norm and gates",
+    "hf": "folder of a model with code of its own; keeps norm, gates and positions",
 }
 # Which positions are steered. A slice of a prompt, such as 0:10 or -5:, may be given as well.
 POSITIONS = ("all", "prompt", "response", "last", "image")

@@ -105,6 +105,13 @@ def evaluation_parser(
     add_attribution(flags)
     add_states(flags)
     add_grid(flags, chosen_by_default)
+    add_positions(flags)
+    add_evaluation(flags)
+    add_evaluate_on(flags)
+    return flags
+
+
+def add_positions(flags: argparse._ActionsContainer) -> None:
     flags.add_argument(
         "--positions",
         default=GridSettings.positions,
@@ -113,9 +120,6 @@ def evaluation_parser(
         "are predicted from); last (of the prompt); image; or a slice of the prompt such as 0:10 "
         "(with a minus: --positions=-5:)",
     )
-    add_evaluation(flags)
-    add_evaluate_on(flags)
-    return flags
 
 
 def add_model(flags: argparse.ArgumentParser) -> None:

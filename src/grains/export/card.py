@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from grains.errors import UserError
+from grains.export.folders import auto_class
 from grains.export.plan import KEEPS_NORM, Check, Plan
 from grains.settings import EXPORTS, MODELS
 from grains.steering import BASE
@@ -17,9 +18,14 @@ USE = {
     "hf-bias": 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
     "peft": 'PeftModel.from_pretrained(model, "THIS_FOLDER")',
     "lm-eval": "lm_eval --model steered --model_args pretrained=MODEL,steer_path=steer.pt",
-    "hf": 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
+    "hf": '{}.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
 }
 LIBRARY = {"peft": "peft", "hf": "transformers", "hf-bias": "transformers"}
+
+
+def use(plan: Plan, to: str) -> str:
+    """How what was written is loaded, in a line."""
+    return USE[to].format(auto_class(plan.lm))
 
 
 def measured(path: Path, plan: Plan) -> dict:
@@ -38,6 +44,7 @@ def measured(path: Path, plan: Plan) -> dict:
         (table.method == info.get("method"))
         & (table.layers == layers)
         & (table.alpha.astype(float) == plan.alpha)
+        & (table.configuration.map(_positions) == plan.positions)
         & table.part.isin(["test", "all"])
     ]
     base = table[(table.method == BASE.method) & table.part.isin(["test", "all"])]
@@ -61,10 +68,27 @@ def measured(path: Path, plan: Plan) -> dict:
     return known
 
 
+def _positions(label: str) -> str:
+    """The positions that a configuration's label ends in (see `Configuration.label`)."""
+    return label[label.rindex("(") + 1 : -1] if label.endswith(")") else "all"
+
+
 def _interval(row: pd.Series) -> str:
     values = (row.accuracy_token, row.accuracy_token_low, row.accuracy_token_high)
     share, low, high = (f"{float(value):.1%}" for value in values)
     return f"{share} [{low}, {high}]"
+
+
+def where(positions: str) -> str:
+    """What the folder's model needs to know to steer at some positions alone."""
+    if positions == "image":
+        return "Steered at the tokens of a picture alone; a text without one is refused."
+    return (
+        f"Steered at positions `{positions}` alone: `generate()` takes all it is given as the "
+        "prompt. A forward cannot know where the prompt ends: give it `prompt_length`, the number "
+        "of the prompt's tokens in each row without padding, as in `model(input_ids, "
+        "prompt_length=12)`. Without it a forward is refused, and so is a cache of fixed size."
+    )
 
 
 def card(plan: Plan, to: str, check: Check, measured: dict | None, licence: str | None) -> str:
@@ -101,7 +125,9 @@ def card(plan: Plan, to: str, check: Check, measured: dict | None, licence: str 
         )
     lines += [f"| measured: {name} | {value} |" for name, value in (measured or {}).items()]
     lines += [f"| licence | {licence or 'that of the base model'} |"]
-    lines += ["", "```", USE[to], "```", ""]
+    lines += ["", "```", use(plan, to), "```", ""]
+    if plan.positions != "all":
+        lines += [where(plan.positions), ""]
     if to not in KEEPS_NORM:
         lines += [
             "The vectors are added, and the length of the hidden states is not restored: at large "

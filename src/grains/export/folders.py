@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -56,8 +57,6 @@ def write_hf(plan: Plan, folder: Path) -> None:
     Whoever loads it must pass trust_remote_code=True: the code is `steered_model.py` as it is here.
     """
     model = plan.lm.model
-    if plan.lm.processor is not None:
-        raise UserError(f"{plan.lm.name} reads pictures: export of such models to hf is not there")
     gate = plan.vectors.gate
     layers = [*plan.added]
     buffers = {"steering_vectors": torch.stack([*plan.added.values()])}
@@ -71,11 +70,17 @@ def write_hf(plan: Plan, folder: Path) -> None:
     try:
         for name, tensor in buffers.items():
             model.register_buffer(name, tensor)
-        model.save_pretrained(folder)
-        plan.lm.tokenizer.save_pretrained(folder)
+        # Under the names of this class: for code of its own, transformers converts no older ones.
+        model.save_pretrained(folder, save_original_format=False)
+        (plan.lm.processor or plan.lm.tokenizer).save_pretrained(folder)
         saved = type(config).from_pretrained(folder)
-        saved.steering = {"modules": path, "layers": layers, "gated": gate is not None}
-        saved.auto_map = {"AutoModelForCausalLM": f"{CODE.removesuffix('.py')}.SteeredModel"}
+        saved.steering = {
+            "modules": path,
+            "layers": layers,
+            "gated": gate is not None,
+            "positions": plan.positions,
+        }
+        saved.auto_map = {auto_class(plan.lm): f"{CODE.removesuffix('.py')}.SteeredModel"}
         saved.architectures = ["SteeredModel"]
         saved.save_pretrained(folder)
     finally:
@@ -89,27 +94,45 @@ def write_hf(plan: Plan, folder: Path) -> None:
     (folder / CODE).write_text(code, encoding="utf-8")
 
 
+def auto_class(lm: LanguageModel) -> str:
+    """The class of transformers that loads such a model."""
+    return "AutoModelForImageTextToText" if lm.processor else "AutoModelForCausalLM"
+
+
 LOAD = """
-import sys, numpy, torch
-from transformers import AutoModelForCausalLM
-folder, ids, output, dtype = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(
+import sys, torch, transformers
+from safetensors.torch import load_file, save_file
+name, folder, inputs, output, dtype = sys.argv[1:]
+model = getattr(transformers, name).from_pretrained(
     folder, trust_remote_code=True, dtype=getattr(torch, dtype)
 ).eval()
 with torch.no_grad():
-    logits = model(torch.from_numpy(numpy.load(ids)), use_cache=False).logits[0]
-numpy.save(output, logits.float().numpy())
+    logits = model(**load_file(inputs), use_cache=False).logits[0]
+save_file({"logits": logits.float()}, output)
 """
 
 
-def hf_logits(lm: LanguageModel, folder: Path, ids: Tensor) -> Tensor:
-    """(T, V) logits of the folder's model, loaded by transformers in a process of its own."""
+def hf_logits(lm: LanguageModel, folder: Path, ids: Tensor, **inputs: Tensor) -> Tensor:
+    """(T, V) logits of the folder's model, loaded by transformers in a process of its own.
+
+    inputs: what its forward is given beside the ids.
+    """
     with tempfile.TemporaryDirectory() as temporary:
-        inputs, output = Path(temporary, "ids.npy"), Path(temporary, "logits.npy")
-        np.save(inputs, ids.cpu().numpy())
+        given, output = Path(temporary, "inputs"), Path(temporary, "logits")
+        tensors = {"input_ids": ids, **inputs}
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, given)
         precision = str(lm.dtype).removeprefix("torch.")
         ended = subprocess.run(
-            [sys.executable, "-c", LOAD, folder.resolve(), inputs, output, precision],
+            [
+                sys.executable,
+                "-c",
+                LOAD,
+                auto_class(lm),
+                folder.resolve(),
+                given,
+                output,
+                precision,
+            ],
             capture_output=True,
             text=True,
             env=_offline(temporary),
@@ -118,7 +141,7 @@ def hf_logits(lm: LanguageModel, folder: Path, ids: Tensor) -> Tensor:
             raise UserError(
                 f"the folder cannot be loaded again: {ended.stderr.strip().splitlines()[-1]}"
             )
-        return torch.from_numpy(np.load(output, allow_pickle=False))
+        return load_file(output)["logits"]
 
 
 def _offline(modules: str) -> dict[str, str]:

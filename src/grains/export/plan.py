@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from grains.calls import first_tensor, with_states
 from grains.errors import UserError
 from grains.lm import LanguageModel
-from grains.settings import EXPORTS
-from grains.steering import SteeringVectors, layer_ranges
+from grains.positions import newest
+from grains.settings import EXPORTS, parse_positions
+from grains.steering import SteeringVectors, layer_ranges, steered
 
-KEEPS_NORM = ("hf",)  # the others add the vectors, and leave the state longer or shorter
+# What keeps norm, gates and positions; the others add the vectors at every position, and leave the
+# state longer or shorter.
+KEEPS_NORM = ("hf",)
 TEXT = (
     "The lighthouse keeper wrote down the weather every evening: wind from the west, rain until "
     "noon, and a ship that passed far out at sea without an answer to his light."
@@ -30,6 +33,7 @@ class Plan:
     """Vectors of a model at one strength.
 
     added: layer -> (D,) in fp32, with the strength included.
+    positions: those that are steered (see `grains.settings.parse_positions`).
     """
 
     lm: LanguageModel
@@ -37,13 +41,15 @@ class Plan:
     alpha: float
     units: str
     added: dict[int, Tensor]
+    positions: str = "all"
 
     @property
     def label(self) -> str:
         """Method, layers and strength, as tables show them."""
         method = " ".join(filter(None, (self.vectors.info.get("method"), self._mode)))
         layers = ",".join(layer_ranges([*self.added]))
-        return f"{method or 'vectors'} @ {layers} x {self.alpha:g} ({self.units})"
+        where = "" if self.positions == "all" else f", positions {self.positions}"
+        return f"{method or 'vectors'} @ {layers} x {self.alpha:g} ({self.units}{where})"
 
     @property
     def _mode(self) -> str:
@@ -59,8 +65,19 @@ class Plan:
         return content.hexdigest()[:16]
 
     def steer(self) -> AbstractContextManager:
-        """A `with` block that steers the model as this project does."""
+        """A `with` block that steers the model as this project does, at all positions."""
         return self.vectors.apply(self.lm, self.alpha, [*self.added], self.units)
+
+    def steer_text(self, prompt: Tensor, length: int) -> AbstractContextManager:
+        """A `with` block that steers the model at its positions of a text of `length` tokens.
+
+        prompt: (P,) bool, which of its first tokens, those of the prompt, are of a picture.
+        Raises UserError if no position of the prompt is meant.
+        """
+        gate = self.vectors.gate
+        gates = {layer: gate.at(layer) for layer in self.added} if gate else None
+        where = newest([self.positions], [prompt], [length], length)
+        return steered(self.lm, self.added, gates, lambda count: where)
 
 
 @dataclass(frozen=True)
@@ -84,11 +101,12 @@ def make(
     alpha: float,
     layers: Iterable[int | str] | None = None,
     units: str = "relative",
+    positions: str = "all",
 ) -> Plan:
     """What a target holds of vectors at a strength.
 
-    Raises UserError for an unknown target, for gates that the target cannot hold, for vectors of
-    another model, and as `SteeringVectors.scaled` does.
+    Raises UserError for an unknown target, for gates and positions that the target cannot hold, for
+    vectors of another model, and as `SteeringVectors.scaled` does.
     """
     if to not in EXPORTS:
         raise UserError(f"unknown target '{to}': expected {', '.join(EXPORTS)}")
@@ -102,6 +120,13 @@ def make(
             f"these vectors are behind gates, which '{to}' cannot hold, so they would steer "
             f"everywhere: export to {' or '.join(KEEPS_NORM)}, which holds them"
         )
+    if parse_positions(positions) != "all" and to not in KEEPS_NORM:
+        raise UserError(
+            f"positions '{positions}' cannot be held by '{to}', so it would steer everywhere: "
+            f"export to {' or '.join(KEEPS_NORM)}, which holds them"
+        )
+    if positions == "image" and lm.processor is None:
+        raise UserError(f"positions 'image': {lm.name} reads no pictures")
     added = {layer: vector for layer, vector in added.items() if vector.any()}
     if not added:
         raise UserError(f"strength {alpha:g} adds nothing at these layers: give another one")
@@ -110,7 +135,7 @@ def make(
             "llama.cpp cannot steer behind block 0 (it refuses a file with direction.0): give "
             f"layers from 1 on, such as 1-{len(lm.layers) - 1}, or export to gguf-bias"
         )
-    return Plan(lm, vectors, alpha, units, added)
+    return Plan(lm, vectors, alpha, units, added, positions)
 
 
 @contextmanager
@@ -132,6 +157,6 @@ def adding(added: dict[nn.Module, Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """(T, V) logits of one text in fp32, on the CPU. ids: (1, T)."""
-    return model(input_ids=ids, use_cache=False).logits[0].float().cpu()
+def logits(model: nn.Module, ids: Tensor, **inputs: Any) -> Tensor:
+    """(T, V) logits of one text in fp32, on the CPU. ids: (1, T). inputs: others of the forward."""
+    return model(input_ids=ids, use_cache=False, **inputs).logits[0].float().cpu()

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from grains import models, runs
+from grains import models, runs, vision
 from grains.errors import UserError
 from grains.export import card, files, folders
 from grains.export.plan import KEEPS_NORM, TEXT, Check, Plan, adding, logits, make
 from grains.gguf_files import SUFFIX
 from grains.lm import LanguageModel
-from grains.settings import EMBEDDED
+from grains.settings import EMBEDDED, parse_positions
 from grains.steering import SteeringVectors
 
-Readers = dict[str, Callable[[LanguageModel, Path, Tensor], Tensor]]
+Readers = dict[str, Callable[..., Tensor]]
 WRITERS: dict[str, Callable[[Plan, Path], None]] = {
     "gguf": files.write_gguf,
     "peft": files.write_peft,
@@ -46,6 +48,7 @@ def write(
     layers: Iterable[int | str] | None = None,
     units: str = "relative",
     *,
+    positions: str = "all",
     gguf: str | Path | None = None,
     measured: dict | None = None,
     licence: str | None = None,
@@ -55,6 +58,7 @@ def write(
     """Write vectors at a strength for another program, into a folder with a model card.
 
     to: see `grains.settings.EXPORTS`. alpha, layers, units: see `SteeringVectors.scaled`.
+    positions: those that are steered (see `grains.settings.parse_positions`).
     gguf: for gguf-bias, the model's GGUF file; None: the one that the model was loaded from.
     measured: a row of stage 2's table or of an experiment's, for the card (see `card.measured`).
     licence: of the model, for the card. text: on which logits are compared.
@@ -62,7 +66,7 @@ def write(
     Raises UserError for what the target cannot hold, and if what was written, loaded again, does
     not give the logits that it should: then nothing is left.
     """
-    plan = make(lm, vectors, to, alpha, layers, units)
+    plan = make(lm, vectors, to, alpha, layers, units, positions)
     writers = dict(WRITERS)
     if to == "gguf-bias":
         source = _model_file(lm, gguf)
@@ -78,6 +82,8 @@ def write(
         "licence": licence,
         "text": text,
         "versions": runs.versions(),
+        # Not in the manifests of older exports, which steer all positions.
+        **({"positions": positions} if positions != "all" else {}),
     }
     checks: list[Check] = []
 
@@ -93,15 +99,19 @@ def write(
 def check(plan: Plan, to: str, folder: Path, text: str) -> Check:
     """Load what was written, and compare logits. Raises UserError if it is not what it should."""
     lm = plan.lm
-    ids = lm.tokenizer(text, return_tensors="pt").input_ids.to(lm.device)
-    base = logits(lm.model, ids)
-    with plan.steer():
-        steered = logits(lm.model, ids)
+    ids, more = _inputs(plan, to, text)
+    base = logits(lm.model, ids, **more)
+    length = _prompt_length(ids)
+    image = torch.isin(ids[0, :length].cpu(), torch.tensor([lm.image_token_id or -1]))
+    with plan.steer_text(image, ids.shape[1]):
+        steered = logits(lm.model, ids, **more)
     expected = steered
     if to not in KEEPS_NORM:
         with adding({lm.layers[layer]: vector for layer, vector in plan.added.items()}):
             expected = logits(lm.model, ids)
-    loaded = READERS[to](lm, folder, ids)
+    if plan.positions != "all":
+        more |= {"prompt_length": torch.tensor([length])}
+    loaded = READERS[to](lm, folder, ids, **more)
     result = Check(
         *(_difference(*pair) for pair in ((loaded, expected), (expected, steered), (steered, base)))
     )
@@ -113,6 +123,39 @@ def check(plan: Plan, to: str, folder: Path, text: str) -> Check:
             "this model cannot be exported so; nothing is left of it"
         )
     return result
+
+
+def _inputs(plan: Plan, to: str, text: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """The ids (1, T) of the text that logits are compared on, and the forward's other inputs.
+
+    Of a model that reads pictures, the folder is compared on a picture too. A text that is shorter
+    than the slice of a prompt that is steered is repeated.
+    """
+    lm = plan.lm
+    if to in KEEPS_NORM and lm.processor is not None:
+        inputs = vision.model_inputs(lm, [vision.placeholder(lm) + text], [_picture()])
+        return inputs.pop("input_ids"), inputs
+    ids = lm.tokenizer(text, return_tensors="pt").input_ids.to(lm.device)
+    bounds = parse_positions(plan.positions)
+    if isinstance(bounds, slice):
+        farthest = max(abs(bound or 0) for bound in (bounds.start, bounds.stop))
+        ids = ids.repeat(1, 1 + farthest // _prompt_length(ids))
+    if lm.max_positions and ids.shape[1] > lm.max_positions:
+        raise UserError(
+            f"positions '{plan.positions}': {lm.name} was made for {lm.max_positions} positions"
+        )
+    return ids, {}
+
+
+def _prompt_length(ids: Tensor) -> int:
+    """How many of the T tokens of a text count as its prompt: three quarters."""
+    return 3 * ids.shape[1] // 4
+
+
+def _picture() -> Image.Image:
+    """A picture of coloured stripes."""
+    values = np.indices((96, 96)).sum(0)[..., None] * np.array([2, 5, 9]) % 256
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _difference(first: Tensor, second: Tensor) -> tuple[float, float]:
