@@ -91,11 +91,21 @@ def direction(layer: int, size: int) -> Tensor:
 
 
 def steered(family: Family, layer: int | None) -> AbstractContextManager[None]:
-    """The untouched model with `direction` added behind a layer, its norm kept."""
+    """The untouched model with `direction` added behind a layer, its norm kept.
+
+    Hidden states that a token has side by side are steered as one.
+    """
+    lm = family.lm
 
     def steer(states: Tensor) -> Tensor:
-        shifted = states + direction(layer, states.shape[-1])
-        return shifted * states.norm(dim=-1, keepdim=True) / shifted.norm(dim=-1, keepdim=True)
+        sizes, of_a_token = [1] * states.dim(), [-1]
+        sizes[-1] = -1
+        if lm.streams:
+            place, sizes[lm.streams[0]] = lm.streams
+            of_a_token.append(place)
+        shifted = states + direction(layer, lm.hidden_size).view(sizes)
+        before, after = (some.norm(dim=of_a_token, keepdim=True) for some in (states, shifted))
+        return shifted * before / after
 
     return hooked({} if layer is None else {family.layers[layer]: steer})
 
@@ -139,9 +149,10 @@ def scores(family: Family) -> float:
 
 
 def steered_scores(family: Family) -> float:
-    """Log-likelihoods of all answers of both questions in one batch, two layers steered in turn."""
+    """Log-likelihoods of all answers of both questions in one batch, three layers in turn."""
     items, size = family.encode(), family.lm.hidden_size
-    layers = (1, len(family.lm.layers) - 1)
+    count = len(family.lm.layers)
+    layers = (0, count // 2, count - 1)  # what is above the first is computed again for the others
     grid = [Configuration("x", "", (n,), 1.0, {n: direction(n, size)}) for n in layers]
     results = score(family.lm, items, grid, 2048)
     worst = 0.0
@@ -175,7 +186,7 @@ def gradients(family: Family) -> float:
         (gradient,) = torch.autograd.grad(
             sign * picked(logits, prompt, response).sum(), entering[0]
         )
-        expected += gradient[0, :prompt]
+        expected += family.lm.joined(gradient)[0, :prompt]
     return ((grads[0] - expected).norm() / expected.norm()).item()
 
 
@@ -188,7 +199,9 @@ def states(family: Family) -> float:
         read: list[Tensor] = []
         handles = [
             layer.register_forward_hook(
-                lambda module, args, output, read=read: read.append(first_tensor(output)[0, -1])
+                lambda module, args, output, read=read: read.append(
+                    family.lm.joined(first_tensor(output))[0, -1]
+                )
             )
             for layer in family.layers
         ]

@@ -76,7 +76,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 24, "mamba_d_ssm": 96},
     "gemma2": {"head_dim": 12, "sliding_window": WINDOW, "final_logit_softcapping": 5.0} | MIXED,
     "gemma3n_text": MIXED
-    | {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+    | {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
     "gemma4_text": {"global_head_dim": 12, "num_kv_shared_layers": 2} | MIXED,
     "gpt_neo": {
         "num_layers": LAYERS,

@@ -8,7 +8,9 @@ from __future__ import annotations
 import families
 import pytest
 
+import grains
 from grains.errors import UserError
+from grains.export import plan
 from grains.selfcheck import can_decode, can_pad, check_decoding
 
 pytestmark = pytest.mark.slow
@@ -38,6 +40,7 @@ APART = {
     "mpt",
     "qwen3_next",
     "qwen3_5_text",
+    "gemma3n_text",
     "gemma4_text",
     "granitemoehybrid",
     "lfm2",
@@ -45,6 +48,7 @@ APART = {
     "mamba2",
     "jamba",
     "bert",
+    "deepseek_v4",
 }
 # Recurrent states in the cache, or what else a running batch of keys and values cannot hold.
 OWN_DECODING = {
@@ -56,16 +60,18 @@ OWN_DECODING = {
     "minimax",
     "mamba2",
     "jamba",
+    "gemma3n_text",
     "gemma4_text",
+    "deepseek_v4",
     "longcat_flash",
 }
-OWN_HEAD = {"gemma2", "cohere2", "granite", "nanochat"}
-OWN_EMBEDDINGS = {"gpt2", "gpt_neo", "opt", "bloom", "granite", "nanochat", "bert"}
-REFUSED = {
-    "gemma3n_text": "several hidden states for each token",
-    "zamba": "also take the embeddings",
-    "roberta": "depend on the words before it",
-}
+# Several hidden states for each token, and where in a layer's tensor they lie.
+STREAMS = {"gemma3n_text": (0, 4), "deepseek_v4": (2, 4)}
+# Layers that read the keys and values of those below.
+READ_BELOW = {"gemma3n_text", "gemma4_text"}
+OWN_HEAD = {"gemma2", "cohere2", "granite", "nanochat", *STREAMS}
+OWN_EMBEDDINGS = {"gpt2", "gpt_neo", "opt", "bloom", "granite", "nanochat", "bert", *STREAMS}
+REFUSED = {"zamba": "also take the embeddings", "roberta": "depend on the words before it"}
 
 
 @pytest.fixture(scope="module", params=sorted(PACKED | APART))
@@ -78,8 +84,10 @@ def test_how_it_is_replayed(family):
     assert lm.packs == (name in PACKED)
     # Layers that count the positions in their cache themselves, or keep two caches each.
     assert lm.keeps_prefix == (name in PACKED - {"llama4_text", "longcat_flash"})
-    assert lm.batches == (name != "bloom")
-    assert can_pad(lm) == (name != "minimax")
+    assert lm.batches == (name not in {"bloom", "deepseek_v4"})
+    assert lm.streams == STREAMS.get(name)
+    assert lm.resumes == (name not in READ_BELOW)
+    assert can_pad(lm) == (name not in {"minimax", "deepseek_v4"})
     assert can_decode(lm) == (name not in OWN_DECODING)
     assert lm.own_head == (name in OWN_HEAD)
     assert lm.own_embeddings == (name in OWN_EMBEDDINGS)
@@ -103,3 +111,21 @@ def test_a_family_whose_own_decoding_is_wrong_does_not_write():
     lm = families.load("rwkv").lm
     with pytest.raises(UserError, match="its own decoding"):
         check_decoding(lm)
+
+
+def test_states_side_by_side_are_one_longer_state(tmp_path):
+    """Gemma-3n: vectors of all of a token's states are fitted, kept, applied; not exported."""
+    lm = families.load("gemma3n_text").lm
+    pairs = [("Is glass a slow liquid?", "No", "Yes"), ("Are bats blind?", "No, no", "Yes")]
+    vectors = grains.fit(lm, pairs, method="caa")
+    assert vectors.vectors.shape == (4, 4 * lm.model.config.hidden_size)
+    vectors.save(tmp_path / "v.safetensors")
+    read = grains.SteeringVectors.load(tmp_path / "v.safetensors")
+    asked = "Is it?", ["No", "Yes"]
+    with vectors.apply(lm, alpha=0.5, layers=[1, 2]):
+        steered = grains.score(lm, *asked)
+    assert abs(steered - grains.score(lm, *asked)).max() > 0.01
+    with read.apply(lm, alpha=0.5, layers=[1, 2]):
+        assert (grains.score(lm, *asked) == steered).all()
+    with pytest.raises(UserError, match="4 hidden states for each token"):
+        plan.make(lm, vectors, "lm-eval", 0.5)

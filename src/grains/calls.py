@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +61,12 @@ class Calls:
     samples: Tensor | None = None
     experts: Experts | None = None
 
+    @property
+    def hand_on(self) -> bool:
+        """Whether layers fill what those above them read: a mapping, empty as long as they idle."""
+        values = (value for layer in self.layers for value in layer.values())
+        return any(isinstance(value, MutableMapping) and not value for value in values)
+
     def rows(self, index: Tensor) -> Calls:
         """The calls for R rows of hidden states; row r is of sequence index[r], (R,)."""
         if self.sequences:
@@ -94,18 +100,28 @@ def map_tensors(layers: list[dict], change: Callable[[str, Tensor], Tensor]) -> 
 
 
 def first_tensor(output: Any) -> Tensor:
-    """A layer's hidden states, which some families return as the first item of a tuple."""
+    """What a module returns, or the first item of it: some layers return a tuple."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+def with_first(output: Any, tensor: Tensor) -> Any:
+    """What a module returned, with another tensor in the place of `first_tensor`."""
+    return (tensor, *output[1:]) if isinstance(output, (tuple, list)) else tensor
+
+
+def states_of(lm: LanguageModel, output: Any) -> Tensor:
+    """The hidden states (B, T, D) in what a layer returned."""
+    return lm.joined(first_tensor(output))
+
+
+def with_states(lm: LanguageModel, output: Any, states: Tensor) -> Any:
+    """What a layer returned, with other hidden states (B, T, D) in it."""
+    return with_first(output, lm.side_by_side(states))
+
+
 def _as_returned(lm: LanguageModel, states: Tensor) -> Any:
-    """Hidden states as a layer of this model returns them."""
+    """Hidden states, in a layer's own layout, as a layer of this model returns them."""
     return (states, *[None] * (lm.layer_outputs - 1)) if lm.layer_outputs else states
-
-
-def with_states(output: Any, states: Tensor) -> Any:
-    """A layer's output with other hidden states in it."""
-    return (states, *output[1:]) if isinstance(output, (tuple, list)) else states
 
 
 @contextmanager
@@ -151,8 +167,8 @@ def record(lm: LanguageModel, inputs: dict) -> tuple[Tensor, Calls]:
 
         return forward
 
-    def zeros(hidden_states: Tensor) -> Tensor:
-        return hidden_states.new_zeros(*hidden_states.shape[:-1], lm.head.out_features)
+    def one_logit(hidden_states: Tensor) -> Tensor:
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], 1)
 
     # Of every kind of layer once: most models have one kind, and many layers.
     kinds = {type(layer): layer for layer in lm.layers}
@@ -160,9 +176,10 @@ def record(lm: LanguageModel, inputs: dict) -> tuple[Tensor, Calls]:
     substitutes: dict[nn.Module, Callable] = {
         layer: idle(index, signatures[type(layer)]) for index, layer in enumerate(lm.layers)
     }
-    with torch.no_grad(), substituted(substitutes | {lm.head: zeros}):
+    with torch.no_grad(), substituted(substitutes | {lm.head: one_logit}):
         try:
-            lm.model(**inputs, use_cache=False, logits_to_keep=1)
+            # Of all positions: some layers compute those alone whose logits are asked for.
+            lm.model(**inputs, use_cache=False)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -181,8 +198,10 @@ def record(lm: LanguageModel, inputs: dict) -> tuple[Tensor, Calls]:
     missing = [index for index in range(len(lm.layers)) if index not in entered]
     if missing:
         raise UserError(f"{lm.name}: its forward does not call decoder layers {missing}")
-    added = {index: states for index, states in entered.items() if index and states.any()}
-    return entered[0].detach(), Calls(layers, added)
+    added = {
+        index: lm.joined(states) for index, states in entered.items() if index and states.any()
+    }
+    return lm.joined(entered[0]).detach(), Calls(layers, added)
 
 
 def _takes(layer: dict, embeds: Tensor | None) -> bool:
@@ -205,7 +224,8 @@ def own_logits(lm: LanguageModel, states: Tensor) -> Tensor:
 
     def idle(index: int) -> Callable:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            output = states[None] if index == len(lm.layers) - 1 else hidden_states
+            is_last = index == len(lm.layers) - 1
+            output = lm.side_by_side(states[None]) if is_last else hidden_states
             return _as_returned(lm, output)
 
         return forward

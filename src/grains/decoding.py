@@ -302,7 +302,12 @@ class Decoder:
             inputs["position_ids"] = (lengths - back).clamp_min(0)
         part = where_steered(rows, [row.length for row in rows], width)
         vectors, gates = steering
-        with steered(self.lm, vectors, gates, lambda _: part), grouped_attention(self.lm):
+
+        def where(count: int) -> Tensor | None:
+            # Some layers may compute the last position alone.
+            return None if part is None else part[:, -count:]
+
+        with steered(self.lm, vectors, gates, where), grouped_attention(self.lm):
             return self.lm.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def _choose(self, rows: list[Row], logits: Tensor) -> list[Step]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grains.errors import UserError
@@ -37,6 +37,11 @@ class LanguageModel:
     memory: how many bytes the activations that are kept for a gradient may take.
     layer_outputs: items of the tuple that a layer returns, hidden states first; 0 if it returns a
         tensor.
+    streams: where a layer passes on several hidden states for each token, side by side (Gemma-3n's
+        AltUp): the dimension of its tensor in which they lie, and how many they are. Everywhere
+        else here they are one state of D values, one after the other (see `joined`).
+    resumes: whether a replay can start at any layer; if not, layers hand more than hidden states to
+        those above (keys and values, in Gemma-4), so it starts at the first.
     packs: whether several sequences may be packed in one row; if not, each is computed alone.
     keeps_prefix: whether positions that never change may be computed once, and their keys and
         values kept in the layers' cache.
@@ -58,6 +63,8 @@ class LanguageModel:
     processor: Any = None
     memory: int = 4 * 2**30
     layer_outputs: int = 0
+    streams: tuple[int, int] | None = None
+    resumes: bool = True
     packs: bool = True
     keeps_prefix: bool = False
     batches: bool = True
@@ -83,7 +90,19 @@ class LanguageModel:
     @property
     def hidden_size(self) -> int:
         """D."""
-        return self.model.config.get_text_config().hidden_size
+        size = self.model.config.get_text_config().hidden_size
+        return size * self.streams[1] if self.streams else size
+
+    def joined(self, states: Tensor) -> Tensor:
+        """A layer's hidden states as (B, T, D): those side by side in one (see `streams`)."""
+        return states.movedim(self.streams[0], -2).flatten(-2) if self.streams else states
+
+    def side_by_side(self, states: Tensor) -> Tensor:
+        """Hidden states (B, T, D) as a layer takes and returns them."""
+        if not self.streams:
+            return states
+        dimension, count = self.streams
+        return states.unflatten(-1, (count, -1)).movedim(-2, dimension)
 
     @property
     def max_positions(self) -> int | None:

@@ -136,7 +136,7 @@ def load(
             f"{len(left_out)} weights in all): give the config that belongs to the weights"
         )
     check_tokenizer(name, source, tokenizer)
-    quantized.keep_gradients(model)
+    quantized.round_weights_alone(model)
     cpu.use_onednn(model)
     lm = wrap(name, model, tokenizer, processor, self_check)
     memory = free_memory(lm.device) if max_memory is None else int(max_memory * 2**30)
@@ -146,12 +146,12 @@ def load(
 def _quantizing(
     name: str, config: PretrainedConfig, quantize: str | None, dtype: torch.dtype | str
 ) -> dict[str, Any]:
-    """What `from_pretrained` is given for weights that are quantised now; none if they are already.
+    """What `from_pretrained` is given for weights that are quantised, now or already.
 
     Raises UserError if both is asked for.
     """
     if quantize is None:
-        return {}
+        return quantized.unpacked(config)
     if already := quantized.method(config):
         raise UserError(
             f"model '{name}' is quantised already ({already}): leave out quantize {quantize}"
@@ -281,12 +281,23 @@ def wrap(
         f"{name}: its forward fails on a short text",
         "is the model whole, and of the kind that its config names?",
     ):
-        layers, norm, layer_outputs = find_parts(model, name)
+        parts = find_parts(model, name)
     lm = LanguageModel(
-        name, model, tokenizer, layers, norm, head, embed, processor, layer_outputs=layer_outputs
+        name,
+        model,
+        tokenizer,
+        parts.layers,
+        parts.norm,
+        head,
+        embed,
+        processor,
+        layer_outputs=parts.layer_outputs,
+        streams=parts.streams,
     )
-    # What a quantised head computes is its package's affair.
-    lm = replace(lm, own_head=bool(lm.quantization) and not quantized.is_plain(head.weight))
+    # What makes one state of several is the model's affair, what a quantised head computes its
+    # package's.
+    quantized_head = bool(lm.quantization) and not quantized.is_plain(head.weight)
+    lm = replace(lm, own_head=bool(lm.streams) or quantized_head)
     if self_check:
         lm = check_replay(lm)
     return lm

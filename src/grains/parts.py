@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +12,26 @@ from transformers import PreTrainedModel
 from grains.errors import UserError
 from grains.lm import execution_device
 
+TOKENS = 7  # of the text that shows the parts: more than any model has streams
 
-def find_parts(model: PreTrainedModel, name: str) -> tuple[nn.ModuleList, nn.Module, int]:
-    """The decoder's layers, what follows them before the head, and the items that a layer returns.
 
-    The model's forward runs on four tokens. The layers are the list of modules that it calls one
+@dataclass(frozen=True)
+class Parts:
+    """The decoder's layers, and the norm: what follows them before the head.
+
+    layer_outputs, streams: see `LanguageModel`.
+    """
+
+    layers: nn.ModuleList
+    norm: nn.Module
+    layer_outputs: int
+    streams: tuple[int, int] | None
+
+
+def find_parts(model: PreTrainedModel, name: str) -> Parts:
+    """The parts of a model's decoder.
+
+    The model's forward runs on a few tokens. The layers are the list of modules that it calls one
     after the other, as many as the config says if there is such a list, with hidden states. What
     it calls between the last of them and the head is the norm.
     Raises UserError if there is no such list.
@@ -36,7 +52,7 @@ def find_parts(model: PreTrainedModel, name: str) -> tuple[nn.ModuleList, nn.Mod
         for module in model.modules()
     ]
     device = execution_device(model.get_input_embeddings())
-    ids = torch.full((1, 4), int(getattr(config, "vocab_size", 8)) // 2, device=device)
+    ids = torch.full((1, TOKENS), int(getattr(config, "vocab_size", 8)) // 2, device=device)
     try:
         with torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -52,28 +68,34 @@ def find_parts(model: PreTrainedModel, name: str) -> tuple[nn.ModuleList, nn.Mod
         places = [order.get(id(layer), -1) for layer in layers]
         if len(layers) < 2 or min(places) < 0 or places != sorted(places):
             continue
-        dimensions = _dimensions(calls[places[0]])
-        if dimensions == 3:
+        shape = _shape(calls[places[0]])
+        streams = _streams(shape) if len(layers) == config.num_hidden_layers else None
+        if len(shape) == 3 or streams:
             output = calls[places[0]][2]
             layer_outputs = len(output) if isinstance(output, (tuple, list)) else 0
-            return layers, _between(calls, places[-1], model), layer_outputs
-        if dimensions == 4 and len(layers) == config.num_hidden_layers:
-            raise UserError(
-                f"{name}: {type(model).__name__}'s layers pass on several hidden states for each "
-                "token, side by side; this architecture is not supported"
-            )
+            return Parts(layers, _between(calls, places[-1], model), layer_outputs, streams)
     raise UserError(
         f"{name}: {type(model).__name__} does not call {config.num_hidden_layers} decoder layers "
         "one after the other on the hidden states of a text; this architecture is not supported"
     )
 
 
-def _dimensions(call: tuple[nn.Module, Any, Any]) -> int:
-    """Of the first tensor that a module was called with, 3 for hidden states (B, T, D); 0 if it is
-    none. call: module, arguments, output."""
+def _shape(call: tuple[nn.Module, Any, Any]) -> tuple[int, ...]:
+    """Of the first tensor that a module was called with: three sizes of hidden states (B, T, D);
+    none if it is no such tensor. call: module, arguments, output."""
     _, args, _ = call
     first = args[0] if args else None
-    return first.dim() if isinstance(first, Tensor) and first.is_floating_point() else 0
+    return tuple(first.shape) if isinstance(first, Tensor) and first.is_floating_point() else ()
+
+
+def _streams(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The dimension and the number of the hidden states that a token has side by side, in the shape
+    of what a layer is called with for one row of TOKENS; None if there is a single one."""
+    *sizes, _ = shape or (0,)
+    others = [place for place, size in enumerate(sizes) if size not in (1, TOKENS)]
+    if len(sizes) != 3 or len(others) != 1 or sizes.count(1) != 1:
+        return None
+    return others[0], sizes[others[0]]
 
 
 def _between(

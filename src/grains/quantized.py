@@ -59,6 +59,19 @@ def method(config: PretrainedConfig) -> str:
     return f"{name} {type(kind).__name__}" if name == "torchao" else str(name)
 
 
+def unpacked(config: PretrainedConfig) -> dict[str, Any]:
+    """What `from_pretrained` is given for a checkpoint that is quantised already.
+
+    compressed-tensors unpacks its weights at the first call of the model, and until then its layers
+    have none: they are unpacked at loading.
+    """
+    used = getattr(config, "quantization_config", None)
+    if isinstance(used, dict) and used.get("quant_method") == "compressed-tensors":
+        config.quantization_config = used | {"dequantize": True}
+        return {"config": config}
+    return {}
+
+
 def is_plain(weight: Tensor) -> bool:
     """Whether a weight is an ordinary matrix of numbers, not a package's own kind of tensor."""
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype.is_floating_point
@@ -85,12 +98,17 @@ def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
     return [storage for name in names for storage in storages(getattr(tensor, name))]
 
 
-def keep_gradients(model: PreTrainedModel) -> None:
-    """Let bitsandbytes compute alike with and without gradients.
+def round_weights_alone(model: PreTrainedModel) -> None:
+    """Let layers compute what their weights say, alike with and without gradients.
 
-    In 0.50.2, on processors with AVX512-BF16, the first call without gradients packs the weights of
-    a 4-bit layer anew; from then on it computes in bfloat16, and gives no gradient and no error.
+    compressed-tensors would round what passes through some, so that f had steps and no gradient.
+
+    bitsandbytes 0.50.2, on processors with AVX512-BF16, packs the weights of a 4-bit layer anew at
+    the first call without gradients; from then on it computes in bfloat16, and gives no gradient
+    and no error.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "quantization_scheme"):
+            module.quantization_enabled = False

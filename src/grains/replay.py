@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from grains import cpu, experts
-from grains.calls import Calls, SingleSequence, first_tensor, map_tensors, record
+from grains.calls import Calls, SingleSequence, map_tensors, record, states_of
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.logprobs import LOGIT_ROWS, VOCABULARY_SLICE
@@ -404,7 +404,8 @@ def replay(
 ) -> Tensor:
     """Run decoder layers start to stop-1 on hidden states.
 
-    hidden_states: (R, T, D) the input of layer `start`.
+    hidden_states: (R, T, D) the input of layer `start`. Where `LanguageModel.resumes` is False, the
+        layers below must last have been replayed with these calls for the same rows.
     calls: what the layers are called with for R rows (see `Calls.rows`); if all rows are of one
         sequence, what was captured for that sequence alone.
     stop: the first layer that is not run; None runs all.
@@ -434,7 +435,7 @@ def _layer(lm: LanguageModel, index: int, calls: Calls, states: Tensor) -> Tenso
         if index in calls.added:
             states = states + calls.added[index]
         with _routing(calls, index, 0, states.shape[1]):
-            return first_tensor(layer(states, **calls.layers[index]))
+            return states_of(lm, layer(lm.side_by_side(states), **calls.layers[index]))
     output = torch.zeros_like(states)
     for place, sequence in enumerate(calls.sequences):
         rows = torch.arange(len(states))
@@ -447,7 +448,7 @@ def _layer(lm: LanguageModel, index: int, calls: Calls, states: Tensor) -> Tenso
             if index in sequence.added:
                 entering = entering + sequence.added[index]
             with _routing(calls, index, place, len(nodes)):
-                left = first_tensor(layer(entering, **sequence.layers[index]))
+                left = states_of(lm, layer(lm.side_by_side(entering), **sequence.layers[index]))
             output[some[:, None].to(states.device), nodes[own]] = left[:, own]
     return output
 

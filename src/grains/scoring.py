@@ -2,8 +2,9 @@
 
 All choices of a question are packed behind its prompt, and several questions make a batch. The
 base model's hidden states are kept at each layer where a configuration begins to steer, so that the
-configuration computes only the layers above it. The positions that all prompts of a batch begin
-with (a system prompt, shots) are computed once for each configuration.
+configuration computes only the layers above it (all, where a replay must start at the first). The
+positions that all prompts of a batch begin with (a system prompt, shots) are computed once for each
+configuration.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def _steered(
     vectors: layer -> (c, D), layers in ascending order.
     where: (Q, T) bool, the steered positions; None: all.
     """
-    first, *later = vectors
+    first = next(iter(vectors))
     gates = {layer: gate.at(layer) if gate else None for layer in vectors}
     count = len(vectors[first])
     if first == len(lm.layers) - 1:
@@ -220,15 +221,24 @@ def _steered(
         vector = vectors[first][:, None]
         return read(part.kept[first], lambda picked: steer(picked, vector, gates[first], scored))
 
+    start = first + 1 if lm.resumes else 0
+
     def above(part: _Part) -> tuple[Tensor, Calls, Callable[[int, Tensor], Tensor | None]]:
-        """What enters the layer above the first steered one, (c Q, T, D), and its replay."""
-        states = part.kept[first]
-        questions = len(states)
+        """What enters layer `start`, (c Q, T, D), and its replay."""
+        questions = len(part.captured.embeds)
         own = None if where is None else where[:questions, part.positions]
         by_row_where = None if own is None else own.repeat(count, 1)
-        by_row = {layer: vectors[layer].repeat_interleave(questions, 0)[:, None] for layer in later}
-        entering = steer(states, vectors[first][:, None, None], gates[first], own).flatten(0, 1)
-        rows = torch.arange(questions, device=states.device).repeat(count)
+        by_row = {
+            layer: vector.repeat_interleave(questions, 0)[:, None]
+            for layer, vector in vectors.items()
+            if layer >= start
+        }
+        if lm.resumes:
+            states, vector = part.kept[first], vectors[first][:, None, None]
+            entering = steer(states, vector, gates[first], own).flatten(0, 1)
+        else:
+            entering = part.captured.embeds.repeat(count, 1, 1)
+        rows = torch.arange(questions, device=entering.device).repeat(count)
         return (
             entering,
             part.captured.calls.rows(rows),
@@ -240,9 +250,9 @@ def _steered(
     states, calls, after = above(parts[-1])
     for part in parts[:-1]:
         before, its_calls, steers = above(part)
-        caches = keys_and_values(lm, before, its_calls, first + 1, steers)
+        caches = keys_and_values(lm, before, its_calls, start, steers)
         calls = with_caches(lm, calls, caches)
-    final = replay(lm, states, calls, start=first + 1, after=after)
+    final = replay(lm, states, calls, start=start, after=after)
     return read(final.unflatten(0, (count, -1)))
 
 

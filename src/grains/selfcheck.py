@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from grains import decoding, prompts, sampling
-from grains.calls import first_tensor
+from grains.calls import states_of
 from grains.data import Example
 from grains.errors import UserError, refusing
 from grains.lm import LanguageModel
@@ -66,7 +66,13 @@ def _checked(lm: LanguageModel) -> LanguageModel:
     if not lm.own_head:
         plain_end = logits(lm, states[0][-len(expected[0]) :])
         lm = replace(lm, own_head=_distance(plain_end, expected[0]) > _limit(lm))
-    lm = replace(lm, packs=not _length_matters(lm), own_embeddings=not _looks_up(lm, short))
+    captured = capture(lm, short)
+    lm = replace(
+        lm,
+        packs=not _length_matters(lm),
+        own_embeddings=not _looks_up(lm, short, captured.embeds),
+        resumes=not captured.calls.hand_on,
+    )
     cases = [(short, expected, "")]
     if lm.own_embeddings:
         packs = lm.packs and _embeds_alone(lm, short, responses)
@@ -105,6 +111,11 @@ def _checked(lm: LanguageModel) -> LanguageModel:
                 "supported"
             )
         lm = replace(lm, batches=_can_batch(lm, short, responses))
+        if not (lm.batches or lm.resumes):  # rows one at a time would read what another filled
+            raise UserError(
+                f"{lm.name}: its layers hand on more than hidden states, and its rows cannot be "
+                "computed together; this architecture is not supported"
+            )
     if lm.quantization:
         _check_gradients(lm, short)
     return lm
@@ -244,10 +255,10 @@ def _borders(lm: LanguageModel) -> list[int]:
 
 
 @torch.no_grad()
-def _looks_up(lm: LanguageModel, prompt: dict) -> bool:
-    """Whether what enters layer 0 is what the embedding module gives."""
-    entering, looked_up = capture(lm, prompt).embeds, lm.embed(prompt["input_ids"])
-    return _close(entering, looked_up)
+def _looks_up(lm: LanguageModel, prompt: dict, entering: Tensor) -> bool:
+    """Whether what enters layer 0 (1, T, D) is what the embedding module gives."""
+    looked_up = lm.embed(prompt["input_ids"])
+    return entering.shape == looked_up.shape and _close(entering, looked_up)
 
 
 def _length_matters(lm: LanguageModel) -> bool:
@@ -267,7 +278,7 @@ def _own(
     """
     outputs: list[Tensor] = []
     handle = lm.layers[-1].register_forward_hook(
-        lambda module, args, output: outputs.append(first_tensor(output)[0])
+        lambda module, args, output: outputs.append(states_of(lm, output)[0])
     )
     try:
         own = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from grains.calls import first_tensor, with_states
+from grains.calls import states_of, with_states
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.runs import read_tensors, write_tensors
@@ -99,9 +99,9 @@ def steered(
             computed.add(own)
             if not own:
                 return None
-            states = first_tensor(output)
+            states = states_of(lm, output)
             part = where(states.shape[-2]) if where else None
-            return with_states(output, steer(states, vector, gate, part))
+            return with_states(lm, output, steer(states, vector, gate, part))
 
         return change
 

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from grains.calls import first_tensor, with_states
+from grains.calls import first_tensor, with_first
 from grains.data import Example
 from grains.prompts import Encoded
 
@@ -81,7 +81,7 @@ def hooked(changes):
     """
     handles = [
         module.register_forward_hook(
-            lambda module, args, output, change=change: with_states(
+            lambda module, args, output, change=change: with_first(
                 output, change(first_tensor(output))
             )
         )

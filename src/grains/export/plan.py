@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grains.calls import first_tensor, with_states
+from grains.calls import first_tensor, with_first
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.positions import newest
@@ -111,6 +111,11 @@ def make(
     if to not in EXPORTS:
         raise UserError(f"unknown target '{to}': expected {', '.join(EXPORTS)}")
     vectors.check_model(lm)
+    if lm.streams:
+        raise UserError(
+            f"{lm.name}: its layers pass on {lm.streams[1]} hidden states for each token, which "
+            f"'{to}' cannot steer; steer it here"
+        )
     added = {
         layer: vector.float().cpu()
         for layer, vector in vectors.scaled(alpha, layers, units).items()
@@ -144,7 +149,7 @@ def adding(added: dict[nn.Module, Tensor]) -> Iterator[None]:
 
     def hook(vector: Tensor, module: nn.Module, args: tuple, output: Any) -> Any:
         states = first_tensor(output)
-        return with_states(output, states + vector.to(states))
+        return with_first(output, states + vector.to(states))
 
     handles = [
         module.register_forward_hook(partial(hook, vector)) for module, vector in added.items()
