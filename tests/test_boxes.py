@@ -65,7 +65,7 @@ def _views(name, boxes):
     side = SIDES.get(name, 14)
     if name == "smolvlm":  # tiles of four by four, then all of it; small tokens, far smeared
         return [(boxes[:-16], 4), (boxes[-16:], 4)]
-    if name in ("idefics3", "internvl", "aya_vision"):  # of two by two
+    if name in ("idefics3", "internvl", "aya_vision", "llama4"):  # of two by two
         return [(boxes[:-4], side), (boxes[-4:], side)]
     if name == "llava_onevision":
         # Features that are interpolated mix with those beside them: a smear of half a token.

@@ -126,7 +126,10 @@ def model_inputs(
             f"the image processor of {lm.name} refuses a picture ({sizes}): {error}"
         ) from error
     return {
-        key: value.to(lm.device) if isinstance(value, Tensor) else value
+        # Llama 4's pixels are in bfloat16, which its tower does not take in another precision.
+        key: value.to(lm.device, lm.dtype if value.dtype == torch.bfloat16 else value.dtype)
+        if isinstance(value, Tensor)
+        else value
         for key, value in inputs.items()
         if key != "labels"  # of PaliGemma, whose model would compute a loss
     }
@@ -283,16 +286,46 @@ def _padded_square(
     scaled = [max(round(length * edge / max(size)), pictures.min_size) for length in size]
     whole = max(scaled)
     before = [(whole - length) // 2 for length in scaled]
-    boxes: list[Box | None] = []
-    for box in _grid(side, side):
-        assert box
-        corners = [
-            min(max((box[corner] * whole - before[corner % 2]) / scaled[corner % 2], 0.0), 1.0)
-            for corner in range(4)
-        ]
-        left, top, right, bottom = corners
-        boxes.append((left, top, right, bottom) if left < right and top < bottom else None)
-    return boxes
+    return [
+        _clipped([(box[i] * whole - before[i % 2]) / scaled[i % 2] for i in range(4)])
+        for box in _grid(side, side)
+        if box
+    ]
+
+
+def _clipped(corners: list[float]) -> Box | None:
+    """The part of a box that lies in the unit square, None if there is none."""
+    left, top, right, bottom = (min(max(corner, 0.0), 1.0) for corner in corners)
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def _top_left_tiles(
+    lm: LanguageModel, inputs: dict, size: tuple[int, int], count: int
+) -> list[Box | None] | None:
+    """Llama 4: tiles, by the separators in the prompt, of a canvas in whose upper left corner the
+    scaled picture lies; then, if there are several, the whole picture squeezed into a square."""
+    # Needs torchvision, as the family's processor does.
+    from transformers.models.llama4.image_processing_llama4 import get_max_res_without_distortion
+
+    tokens = lm.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+    rows = max(1, tokens.count(lm.processor.tile_global_token))
+    columns = tokens.count(lm.processor.tile_token) // rows + 1
+    several = rows * columns > 1
+    views = rows * columns + several
+    side = math.isqrt(count // views)
+    if side**2 * views != count:
+        return None
+    pictures = lm.processor.image_processor
+    edge, (width, height) = pictures.size["height"], size
+    most = rows * edge, columns * edge
+    if not pictures.resize_to_max_canvas:
+        most = min(max(height, edge), most[0]), min(max(width, edge), most[1])
+    scaled = get_max_res_without_distortion((height, width), most)
+    # Of the canvas as a share of the scaled picture, across and down.
+    canvas = columns * edge / max(scaled[1], 1), rows * edge / max(scaled[0], 1)
+    tiles = _tiles(rows, columns, rows * columns * side**2, whole=False) or []
+    boxes = [_clipped([box[i] * canvas[i % 2] for i in range(4)]) for box in tiles if box]
+    return [*boxes, *_grid(side, side)] if several else boxes
 
 
 def _pooled(
@@ -455,6 +488,7 @@ LAYOUTS: dict[
     "aya_vision": _got_tiles,
     "deepseek_vl": _padded_square,
     "gemma4": _pooled,
+    "llama4": _top_left_tiles,
     "gemma3": _square,
     "shieldgemma2": _square,
     "paligemma": _square,

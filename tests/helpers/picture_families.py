@@ -27,6 +27,8 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
@@ -396,17 +398,50 @@ def gemma4(local: bool):
     return Gemma4ForConditionalGeneration(config), processor
 
 
+def llama4(local: bool):
+    from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
+    from transformers.models.llama4.processing_llama4 import Llama4Processor
+
+    names = ("image", "image_start", "image_end", "patch", "tile_x_separator", "tile_y_separator")
+    tokenizer = tokenizer_of({}, *(f"<|{name}|>" for name in names))
+    token = tokenizer.convert_tokens_to_ids
+    config = Llama4Config(
+        vision_config=VISION
+        | {
+            "num_hidden_layers": 0 if local else 2,
+            "intermediate_size": 96,  # four patches of 24 are put together
+            **dict.fromkeys(("vision_output_dim", "projector_input_dim"), 24),
+            "projector_output_dim": 24,
+        },
+        text_config=decoder(
+            tokenizer,
+            "llama4_text",
+            head_dim=12,
+            intermediate_size_mlp=80,
+            num_local_experts=2,
+            attention_chunk_size=12,
+        ),
+        image_token_index=token("<|patch|>"),
+        boi_token_index=token("<|image_start|>"),
+        eoi_token_index=token("<|image_end|>"),
+    )
+    pictures = Llama4ImageProcessor(size={"height": SIDE, "width": SIDE}, max_patches=6)
+    processor = Llama4Processor(pictures, tokenizer, patch_size=PATCH, pixel_shuffle_ratio=0.5)
+    return Llama4ForConditionalGeneration(config), processor
+
+
 # transformers cannot load their processors without these packages, which nothing else here needs.
 NEEDS = {
     "mistral3": ("torchvision",),
     "gemma4": ("torchvision",),
+    "llama4": ("torchvision",),
     "smolvlm": ("torchvision", "num2words"),
 }
 FAMILIES = {
     make.__name__: make
     for make in (
         *(llava, mistral3, idefics3, smolvlm, internvl, aya_vision, llava_onevision),
-        *(glm4v, qwen2_vl, qwen3_vl, paligemma, deepseek_vl, gemma4),
+        *(glm4v, qwen2_vl, qwen3_vl, paligemma, deepseek_vl, gemma4, llama4),
     )
 }
 
