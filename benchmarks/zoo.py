@@ -77,6 +77,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 12, "sliding_window": WINDOW, "final_logit_softcapping": 5.0} | MIXED,
     "gemma3n_text": MIXED
     | {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+    # A tower of timm's own tests instead of 300 million weights; vocabularies one after the other.
+    "gemma3n": {
+        "vision_config": {
+            "model_type": "gemma3n_vision",
+            "architecture": "test_efficientnet",
+            "hidden_size": 256,
+            "vocab_offset": VOCABULARY - 20,
+            "vocab_size": 10,
+        },
+        "vision_soft_tokens_per_image": 4,
+    },
+    "gemma3n_audio": {"vocab_offset": VOCABULARY - 10, "vocab_size": 10},
     "gemma4_text": {"global_head_dim": 12, "num_kv_shared_layers": 2} | MIXED,
     "gpt_neo": {
         "num_layers": LAYERS,
@@ -174,6 +186,7 @@ KNOWN = {
     "gemma2": "Gemma 2",
     "gemma3": "Gemma 3",
     "gemma3_text": "Gemma 3, words alone",
+    "gemma3n": "Gemma 3n",
     "gemma3n_text": "Gemma 3n, words alone",
     "gemma4": "Gemma 4",
     "gemma4_text": "Gemma 4, words alone",

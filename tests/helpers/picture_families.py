@@ -18,6 +18,8 @@ from transformers import (
     DeepseekVLProcessor,
     Gemma4Config,
     Gemma4ForConditionalGeneration,
+    Gemma3nConfig,
+    Gemma3nForConditionalGeneration,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm4vProcessor,
@@ -398,6 +400,50 @@ def gemma4(local: bool):
     return Gemma4ForConditionalGeneration(config), processor
 
 
+def gemma3n(local: bool):
+    from transformers.models.gemma3n.feature_extraction_gemma3n import Gemma3nAudioFeatureExtractor
+    from transformers.models.gemma3n.processing_gemma3n import Gemma3nProcessor
+
+    names = ("image", "boi", "eoi", "audio", "boa", "eoa")
+    tokenizer = tokenizer_of({f"{name}_token": f"<{name}>" for name in names})
+    token = tokenizer.convert_tokens_to_ids
+    words = len(tokenizer)
+    config = Gemma3nConfig(
+        vision_config={
+            "architecture": "test_efficientnet",  # of timm's own tests
+            "hidden_size": 256,
+            "vocab_offset": words,
+            "vocab_size": 8,
+        },
+        audio_config={
+            "vocab_offset": words + 8,
+            "vocab_size": 8,
+            "hidden_size": 24,
+            "conf_num_attention_heads": 2,
+            "conf_num_hidden_layers": 1,
+        },
+        text_config=decoder(
+            tokenizer,
+            "gemma3n_text",
+            head_dim=12,
+            vocab_size=words + 16,
+            vocab_size_per_layer_input=words,
+            hidden_size_per_layer_input=8,
+            laurel_rank=8,
+            num_kv_shared_layers=2,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+        ),
+        vision_soft_tokens_per_image=4,
+        **{f"{name}_token_id": token(f"<{name}>") for name in names},
+    )
+    pictures = SiglipImageProcessorPil(size={"height": 64, "width": 64})
+    processor = Gemma3nProcessor(
+        Gemma3nAudioFeatureExtractor(), pictures, tokenizer, image_seq_length=4
+    )
+    return Gemma3nForConditionalGeneration(config), processor
+
+
 def llama4(local: bool):
     from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
     from transformers.models.llama4.processing_llama4 import Llama4Processor
@@ -433,6 +479,7 @@ def llama4(local: bool):
 # transformers cannot load their processors without these packages, which nothing else here needs.
 NEEDS = {
     "mistral3": ("torchvision",),
+    "gemma3n": ("timm", "torchvision"),
     "gemma4": ("torchvision",),
     "llama4": ("torchvision",),
     "smolvlm": ("torchvision", "num2words"),
@@ -441,7 +488,7 @@ FAMILIES = {
     make.__name__: make
     for make in (
         *(llava, mistral3, idefics3, smolvlm, internvl, aya_vision, llava_onevision),
-        *(glm4v, qwen2_vl, qwen3_vl, paligemma, deepseek_vl, gemma4, llama4),
+        *(glm4v, qwen2_vl, qwen3_vl, paligemma, deepseek_vl, gemma3n, gemma4, llama4),
     )
 }
 
