@@ -43,6 +43,7 @@ def parser(kind: Kind, description: str | None = __doc__) -> argparse.ArgumentPa
     flags.add_data(parser)
     flags.add_attribution(parser)
     flags.add_grid(parser)
+    flags.add_positions(parser)
     flags.add_evaluation(parser)
     parser.set_defaults(methods=[*STUDY_GRID.methods], alphas=None)
     group = parser.add_argument_group("experiment")

@@ -26,6 +26,7 @@ from pytest import approx
 
 import ablations
 import experiment
+import grains
 from grains import attribution, models, prompts, runs, splits, stage1, stats
 from grains.cli.flags import LLM
 from grains.data import Example
@@ -165,6 +166,40 @@ def tables(folder):
         pd.read_csv(grid, keep_default_na=False, na_values=["nan", ""]),
         pd.read_csv(front, keep_default_na=False),
     )
+
+
+def test_every_configuration_steers_at_the_positions_alone(commands, small, tmp_path):
+    """Scores, costs and trained vectors; the search of strengths by prose is refused."""
+    flags = small | {
+        "datasets": small["datasets"][:1],
+        "positions": "last",
+        "lora": "none",
+        "output_dir": tmp_path,
+    }
+    asked = arguments_of(flags)
+    commands.run("experiment.py", *asked, short_texts=True).ok()
+    (path,) = tmp_path.glob("*positions-last*_grid.csv")
+    grid = pd.read_csv(path, keep_default_na=False, na_values=["nan", ""])
+    labels = grid.configuration[grid.method != "base"]
+    assert len(labels) > 6 and all(label.endswith(" (last)") for label in labels)
+    assert [*tmp_path.glob("*_parts/first_seed0_trained_last.safetensors")]
+    row = rows_of(tmp_path, "random", "validation").iloc[0]
+    lm = models.load(str(small["model_name"]))
+    steering = the_vectors(tmp_path, row).at(0.3, positions="last")
+    settings = experiment.study_settings(experiment.parser(LLM).parse_args(asked))
+    leads = []
+    for example in study.draw(settings, settings.sources[0], 0).evaluated["validation"]:
+        scores = grains.score(lm, example.question, example.choices, steering=steering)
+        sizes = [len(ids) for ids in prompts.encode(lm, example, "qa").responses]
+        per_token = scores / sizes
+        others = [value for i, value in enumerate(per_token) if i != example.label]
+        leads.append(per_token[example.label] - max(others))
+    assert row.margin_token == approx(np.mean(leads), abs=1e-3)
+    assert row.accuracy_token == approx(np.mean(np.array(leads) > 0))
+    with pytest.raises(UserError, match="positions last: of prose they are the first token"):
+        experiment.study_settings(
+            experiment.parser(LLM).parse_args(["--positions", "last", "--methods", "caa"])
+        )
 
 
 def test_every_question_is_in_one_split(made):

@@ -112,7 +112,7 @@ def test_experiments_that_try_something_else_share_parts_and_have_other_tables()
                 {"modes": ("pos", "both")},
                 {"alphas": (0.1,)},
                 {"units": "absolute"},
-                {"positions": "-5:"},
+                {"positions": "response"},
             )
         ),
     ]

@@ -4,6 +4,7 @@ test_playground_browser.py."""
 from __future__ import annotations
 
 import re
+import threading
 from html import unescape
 from itertools import pairwise
 
@@ -66,6 +67,41 @@ def test_answers_grow_to_what_generate_gives(lm, bench, steering):
         grains.generate(lm, TEXTS[0], style="qa", max_new_tokens=12, steering=item)
         for item in (None, configuration)
     ]
+
+
+def test_answers_to_a_picture_grow_too(monkeypatch):
+    """They are written in a thread, which the caller's block steers as well."""
+    lm = vlm_models.make("qwen2.5-vl")
+    picture, asked = vlm_models.picture(60, 40), "What is it?"
+    shape = len(lm.layers), lm.hidden_size
+    directions = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    v = SteeringVectors(directions, torch.full(shape[:1], 40.0), {})
+    more = {"image": picture, "style": "chat", "max_new_tokens": 10}
+    configuration = v.at(0.6, ["1-2"], positions="image")
+    expected = [grains.generate(lm, asked, steering=s, **more) for s in (None, configuration)]
+    texts = list(grains.stream(lm, asked, [configuration], **more))
+    assert len(texts) == 10 and texts[-1] == expected and expected[0] != expected[1]
+    for before, after in pairwise(texts):
+        assert all(new.startswith(old.rstrip()) for old, new in zip(before, after, strict=True))
+
+    threads = threading.active_count()
+    with v.apply(lm, 0.6, ["1-2"]):
+        inside = grains.generate(lm, asked, **more)
+        stream = grains.stream(lm, asked, **more)
+        first = next(stream)
+        assert inside.startswith(first[0]) and first != [inside]
+        stream.close()  # as when the page is left
+        assert threading.active_count() == threads
+        assert [*grains.stream(lm, asked, **more)][-1] == [inside] != expected[:1]
+    assert not any(layer._forward_hooks for layer in lm.layers)
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("in the model")
+
+    monkeypatch.setattr(lm.model, "generate", broken)
+    with pytest.raises(ZeroDivisionError, match="in the model"):
+        next(grains.stream(lm, asked, **more))
+    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize(

@@ -41,31 +41,35 @@ def norms(lm):
     return torch.arange(1.0, 1.0 + len(lm.layers))
 
 
-def own_values(lm, group, added=None):
-    """(n, C) log-likelihoods, every response a sequence of its own, vectors added by hooks."""
+def own_values(lm, group, added=None, last=False):
+    """(n, C) log-likelihoods, every response a sequence of its own, vectors added by hooks.
+
+    last: whether they are added at the last position of the prompt alone.
+    """
+    length = 0
 
     def steered(layer, vector):
         def steer(output):
             weight, bias = gate(lm).at(layer)
             unit = output / output.norm(dim=-1, keepdim=True)
             moved = output + vector / (1 + torch.exp(-(unit @ weight + bias)))[..., None]
-            return moved * output.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
+            moved = moved * output.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True)
+            if last:
+                before, behind = output[..., : length - 1, :], output[..., length:, :]
+                moved = torch.cat([before, moved[..., length - 1 : length, :], behind], -2)
+            return moved
 
         return steer
 
     changes = {lm.layers[layer]: steered(layer, vector) for layer, vector in (added or {}).items()}
+    values = []
     with hooked(changes):
-        return torch.stack(
-            [
-                torch.stack(
-                    [
-                        log_likelihood(lm, embeds(lm, item.prompt_ids), response)
-                        for response in item.responses
-                    ]
-                )
-                for item in group
-            ]
-        )
+        for item in group:
+            prompt, length = embeds(lm, item.prompt_ids), len(item.prompt_ids)
+            values.append(
+                torch.stack([log_likelihood(lm, prompt, response) for response in item.responses])
+            )
+    return torch.stack(values)
 
 
 def own_loss(pairs, texts, questions, answers, base, lengths):
@@ -95,12 +99,12 @@ def own_loss(pairs, texts, questions, answers, base, lengths):
     return loss + torch.relu(rises - trained.ALLOWED).mean()
 
 
-def own_training(lm, groups, rate, kept):
+def own_training(lm, groups, rate, kept, last=False):
     """kept: for every run and step what the layers' vectors are multiplied by."""
-    return sum(own_run(lm, groups, rate, of_run) for of_run in kept) / len(kept)
+    return sum(own_run(lm, groups, rate, of_run, last) for of_run in kept) / len(kept)
 
 
-def own_run(lm, groups, rate, kept):
+def own_run(lm, groups, rate, kept, last):
     lengths = [
         torch.tensor([[len(response) for response in item.responses] for item in group])
         for group in groups
@@ -119,6 +123,7 @@ def own_run(lm, groups, rate, kept):
                     layer: stretch * factors[row] * norms(lm)[layer] * vectors[row]
                     for row, layer in enumerate(LAYERS)
                 },
+                last,
             )
             for group, stretch in zip(groups, (1, 1.5, 1.5, 1), strict=True)
         ]
@@ -141,8 +146,8 @@ def train(lm, epochs=3, rate=1e-2, **options):
     return sum(map(run, range(trained.RUNS))) / trained.RUNS
 
 
-@pytest.mark.parametrize("weight", [0.0, 3.0])
-def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight):
+@pytest.mark.parametrize(("weight", "where"), [(0.0, "all"), (3.0, "all"), (3.0, "last")])
+def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight, where):
     """So few items make one group each. At the start the texts' loss has an edge, which rounding
     falls on either side of: its weight begins to count in a second test, from other vectors."""
     monkeypatch.setattr(trained, "TEXT_WEIGHT", weight)
@@ -161,8 +166,8 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight):
     monkeypatch.setattr(trained, "RUNS", len(kept))
     steps = iter(kept.flatten(0, 1))
     monkeypatch.setattr(trained, "dropout", lambda layers, generator: next(steps))
-    found = train(lm)
-    expected = own_training(lm, items(lm), 1e-2, kept)
+    found = train(lm, where=where)
+    expected = own_training(lm, items(lm), 1e-2, kept, where == "last")
     assert relative(found[LAYERS], expected) <= 0.02
     assert (found[[0, 2]] == 0).all()
     assert no_hooks(lm)

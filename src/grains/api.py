@@ -334,8 +334,7 @@ def stream(
     """The model's answer to a prompt, and its answers steered in some ways, as they are written.
 
     Yields 1 + len(steering) texts after every step of their common batch, the base model's first.
-    The last are those of `generate`, greedy, thoughts included. An answer to a picture, and one of
-    a model whose cache holds more than keys and values, comes whole, at once.
+    The last are those of `generate`, greedy, thoughts included.
     image, style, max_new_tokens: see `generate`. Raises UserError as that does.
     """
     style = style or ("chat" if lm.tokenizer.chat_template else "qa")

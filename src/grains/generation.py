@@ -7,7 +7,8 @@ more than keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -27,7 +28,7 @@ from grains.sampling import Choice
 from grains.scoring import batches
 from grains.selfcheck import can_decode, can_pad, check_decoding
 from grains.settings import AblationSettings, DecodingSettings
-from grains.steering import BASE, Configuration, steered
+from grains.steering import BASE, Configuration, compute_for, steered
 
 # Decoding keeps only keys and values, much less than the activations of a whole forward, and its
 # time is spent on reading the weights. So its batches hold this many times more positions.
@@ -143,33 +144,98 @@ def stream(
 ) -> Iterator[list[str]]:
     """The greedy texts of one prompt as they are written, by the base model and each configuration.
 
-    Yields 1 + len(configurations) texts after every step of the running batch, the base first; the
-    last are those of `generate`. Where the model itself decodes (see `write`) they come at once.
-    Raises UserError as `write`.
+    Yields 1 + len(configurations) texts after every step of their batch, the base first; the last
+    are those of `generate`. Raises UserError as `write`.
     """
-    if encoded.image.any() or not can_decode(lm):
-        yield [texts[0] for texts in generate(lm, [encoded], [*configurations], max_new_tokens)]
-        return
     check_limit(lm, max_new_tokens)
     _check_positions(encoded, configurations)
     how = sampling.choosing(lm, DecodingSettings())
     ids = encoded.prompt_ids
     limit = row_limit(lm, ids, max_new_tokens)
     rows = [
-        Row(ids, configuration, Choice(lm, how, ids, limit), limit)
+        Row(ids, configuration, Choice(lm, how, ids, limit), limit, image=encoded.image)
         for configuration in (BASE, *configurations)
     ]
-    decoder = Decoder(lm, WIDTH * AblationSettings.batch_tokens)
-    for row in rows:
-        decoder.submit(row)
-    while not decoder.idle:
-        decoder.step()
+    by_model = encoded.image.any() or not can_decode(lm)
+    for _ in _model_steps(lm, encoded, rows) if by_model else _steps(lm, rows):
         # The last character of a text that goes on may be half of one.
         texts = [text_of(lm, row) for row in rows]
         yield [
             text if row.ended else text.rstrip("\ufffd")
             for text, row in zip(texts, rows, strict=True)
         ]
+
+
+def _steps(lm: LanguageModel, rows: list[Row]) -> Iterator[None]:
+    """Write rows in a running batch; yields after each of its steps."""
+    decoder = Decoder(lm, WIDTH * AblationSettings.batch_tokens)
+    for row in rows:
+        decoder.submit(row)
+    while not decoder.idle:
+        decoder.step()
+        yield
+
+
+def _model_steps(lm: LanguageModel, encoded: Encoded, rows: list[Row]) -> Iterator[None]:
+    """Write rows of one prompt by the model's own decoding; yields after each token."""
+    check_decoding(lm)
+
+    @torch.inference_mode()
+    def write(pause: Callable[[], None]) -> None:
+        _continue(lm, [encoded] * len(rows), rows, pause)
+
+    yield from _in_turns(write)
+
+
+class _Closed(BaseException):
+    """Nobody waits any more for what a thread computes."""
+
+
+def _in_turns(work: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    """Run a function in a thread that computes only while the caller waits for its next step.
+
+    work: is given a function to be called after each step. What it computes is steered by the
+    blocks in which the caller waits. A caller that stops iterating ends it at its next step.
+    """
+    go, stepped = threading.Semaphore(0), threading.Semaphore(0)
+    caller, closed, done, failed = 0, False, False, None
+
+    def turn() -> None:
+        go.acquire()
+        if closed:
+            raise _Closed
+        compute_for(caller)
+
+    def pause() -> None:
+        stepped.release()
+        turn()
+
+    def run() -> None:
+        nonlocal done, failed
+        try:
+            turn()
+            work(pause)
+        except BaseException as error:
+            failed = error
+        done = True
+        stepped.release()
+
+    thread = threading.Thread(target=run, name="model's decoding", daemon=True)
+    thread.start()
+    try:
+        while True:
+            caller = threading.get_ident()
+            go.release()
+            stepped.acquire()
+            if done:
+                break
+            yield
+    finally:
+        closed = True
+        go.release()
+        thread.join()
+    if failed:
+        raise failed
 
 
 def _check_positions(encoded: Encoded, configurations: Iterable[Configuration]) -> None:
@@ -281,8 +347,16 @@ def draw_together(
     return texts
 
 
-def _continue(lm: LanguageModel, encoded: list[Encoded], rows: list[Row]) -> None:
-    """Write the texts of a batch by the model's own `generate`."""
+def _continue(
+    lm: LanguageModel,
+    encoded: list[Encoded],
+    rows: list[Row],
+    after: Callable[[], None] | None = None,
+) -> None:
+    """Write the texts of a batch by the model's own `generate`.
+
+    after: called when all rows have a token more.
+    """
     inputs = _inputs(lm, encoded)
     start = inputs["input_ids"].shape[1]
     ends = sampling.end_tokens(lm)
@@ -291,6 +365,9 @@ def _continue(lm: LanguageModel, encoded: list[Encoded], rows: list[Row]) -> Non
         lengths = [len(row.prompt_ids) + computed[0] - start for row in rows]
         return where_steered(rows, lengths, count)
 
+    ending: list[StoppingCriteria] = [_Stops(lm, rows, start)] if rows[0].stop else []
+    if after:
+        ending.append(_After(lm, rows, ends, after))
     chosen = [] if all(row.choice.is_greedy for row in rows) else [_Rows(rows, start)]
     with (
         _computed(lm) as computed,
@@ -303,10 +380,10 @@ def _continue(lm: LanguageModel, encoded: list[Encoded], rows: list[Row]) -> Non
             pad_token_id=lm.replacement_id("pad"),
             do_sample=False,
             logits_processor=chosen,
-            stopping_criteria=[_Stops(lm, rows, start)] if rows[0].stop else [],
+            stopping_criteria=ending,
         )
     for row, ids in zip(rows, output[:, start:].tolist(), strict=True):
-        for token in ids:
+        for token in ids[len(row.new) :]:
             if not row.ended:
                 take(lm, row, token, ends)
         row.ended = row.ended or "length"
@@ -356,6 +433,22 @@ class _Stops(StoppingCriteria):
             for row, text in zip(self.rows, texts, strict=True)
         ]
         return torch.tensor(ended, device=input_ids.device)
+
+
+class _After(StoppingCriteria):
+    """Gives every row its newest token, and says so; ends none."""
+
+    def __init__(
+        self, lm: LanguageModel, rows: list[Row], ends: Collection[int], say: Callable[[], None]
+    ):
+        self.lm, self.rows, self.ends, self.say = lm, rows, ends, say
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.ended:
+                take(self.lm, row, token, self.ends)
+        self.say()
+        return torch.zeros(len(self.rows), dtype=torch.bool, device=input_ids.device)
 
 
 def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:

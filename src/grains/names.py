@@ -361,8 +361,9 @@ class StudyNames:
     def gate(self) -> Path:
         return self.folder / f"{self.stem}_gate.safetensors"
 
-    def trained(self) -> Path:
-        return self.folder / f"{self.stem}_trained.safetensors"
+    def trained(self, positions: str = "all") -> Path:
+        at = "" if positions == "all" else f"_{slug(positions)}"
+        return self.folder / f"{self.stem}_trained{at}.safetensors"
 
     def lora(self, objective: str) -> Path:
         return self.folder / f"{self.stem}_lora_{objective}.safetensors"

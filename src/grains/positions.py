@@ -12,12 +12,12 @@ from grains.prompts import Encoded
 from grains.settings import parse_positions
 
 
-def in_prompt(positions: str, image: Tensor) -> Tensor:
+def in_prompt(positions: str, image: Tensor, may_stay: bool = False) -> Tensor:
     """(P,) bool, which positions of a prompt are steered.
 
     positions: see `grains.settings.parse_positions`. image: (P,) bool, the positions of a picture.
-    Raises UserError for an unknown word, and if no position of this prompt is meant, so that
-    nothing would be steered.
+    Raises UserError for an unknown word, and, unless it `may_stay` as it is, if no position of this
+    prompt is meant, so that nothing would be steered.
     """
     part = parse_positions(positions)
     steered = torch.zeros(len(image), dtype=torch.bool)
@@ -28,7 +28,7 @@ def in_prompt(positions: str, image: Tensor) -> Tensor:
     else:
         # The last position of the prompt predicts the response's first token.
         steered[-1 if part in ("response", "last") else 0 :] = True
-    if not steered.any():
+    if not steered.any() and not may_stay:
         missing = "it has no picture" if part == "image" else f"it has {len(image)} positions"
         raise UserError(f"positions '{positions}' name nothing in a prompt: {missing}")
     return steered
@@ -49,7 +49,7 @@ def of_batch(positions: str, encoded: list[Encoded], length: int) -> Tensor | No
         return None
     rows = torch.full((len(encoded), length), in_response(positions))
     for row, item in zip(rows, encoded, strict=True):
-        row[: len(item.image)] = in_prompt(positions, item.image)
+        row[: len(item.image)] = in_prompt(positions, item.image, item.may_stay)
     return rows
 
 

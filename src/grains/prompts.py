@@ -38,6 +38,8 @@ class Encoded:
     spans_border: whether a token would span the border between the prompt and an answer.
     has_turn_mark: whether the data's words hold that with which the chat template ends the user's
         turn, where this is made of words and not of control tokens.
+    may_stay: whether steering may leave this prompt as it is, because the steered positions name
+        nothing in it: so with texts that costs are measured on.
     """
 
     example: Example
@@ -51,6 +53,7 @@ class Encoded:
     control_words: tuple[str, ...] = ()
     spans_border: bool = False
     has_turn_mark: bool = False
+    may_stay: bool = False
 
     @property
     def prompt_ids(self) -> list[int]:

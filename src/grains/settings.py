@@ -383,8 +383,8 @@ class StudySettings:
     gated: methods of the grid that are also tried behind a gate.
     train_vectors: whether vectors are trained as well; lora: dpo, sft or none.
     num_generations: questions of a split that are answered freely, with max_new_tokens at most.
-    Raises UserError for data sets of one name, for a gated method that the grid lacks, and for
-    methods that need an ablation without one.
+    Raises UserError for data sets of one name, for a gated method that the grid lacks, for methods
+    that need an ablation without one, and for some positions without strengths.
     """
 
     sources: tuple[DataSettings, ...]
@@ -411,6 +411,12 @@ class StudySettings:
             raise UserError(
                 f"grad_method {NO_ATTRIBUTION} ablates nothing, which {', '.join(ablating)} need: "
                 "give another grad_method, or leave these methods out"
+            )
+        if not self.grid.alphas and self.grid.positions not in ("all", "response"):
+            raise UserError(
+                f"positions {self.grid.positions}: of prose they are the first token at most, so "
+                "its perplexity says nothing of their cost and no strengths can be searched by it: "
+                "give alphas"
             )
         missing = [method for method in self.gated if method not in self.grid.methods]
         if missing:

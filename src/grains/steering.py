@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -72,6 +73,19 @@ def steer(
     return torch.where(where.to(changed.device)[..., None], changed, hidden_states)
 
 
+# The thread for which this one computes, while that one waits.
+_CALLER: ContextVar[int | None] = ContextVar("caller", default=None)
+
+
+def compute_for(thread: int) -> None:
+    """Let what this thread computes from now on be steered as what another thread computes.
+
+    The other one, by its `threading.get_ident`, waits meanwhile. Blocks that this thread opens
+    itself steer it as ever.
+    """
+    _CALLER.set(thread)
+
+
 @contextmanager
 def steered(
     lm: LanguageModel,
@@ -81,7 +95,8 @@ def steered(
 ) -> Iterator[LanguageModel]:
     """Steer the outputs of decoder layers within the block; afterwards the model is unchanged.
 
-    What other threads compute meanwhile with the same model is not steered.
+    What other threads compute meanwhile with the same model is not steered, unless they compute
+    for this one (see `compute_for`).
 
     vectors: layer -> (D,), or (R, 1, D) for R rows of a batch, with the strength included.
     gates: layer -> w and b (see `steer`); None: no gate.
@@ -95,7 +110,7 @@ def steered(
 
     def hook(vector: Tensor, gate: tuple[Tensor, Tensor] | None) -> Callable:
         def change(module: nn.Module, args: tuple, output: Any) -> Any:
-            own = threading.get_ident() == owner or _is_autograds()
+            own = owner in (threading.get_ident(), _CALLER.get()) or _is_autograds()
             computed.add(own)
             if not own:
                 return None

@@ -1,6 +1,7 @@
 """What steering costs: does the model still predict ordinary text and answer easy questions?
 
-Both are measured as steered at inference: at every position, by replay above the base pass.
+Both are measured as steered at inference, by replay above the base pass: at every position, unless
+some are chosen. A passage counts as the response to its first token.
 Passages and unrelated questions are split into train, validation and test: vectors and gates are
 trained on the first, strengths and configurations are chosen on the second, and costs are reported
 on test only.
@@ -9,6 +10,7 @@ on test only.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -66,6 +68,11 @@ def unrelated_questions(lm: LanguageModel, split: str) -> list[Encoded]:
 def training_passages(lm: LanguageModel) -> list[Encoded]:
     """The passages of prose and of other kinds that gates and vectors are trained on."""
     return passages(lm, "training") + passages(lm, "training", VARIED)
+
+
+def may_stay(items: list[Encoded]) -> list[Encoded]:
+    """Texts that are no mistake where the steered positions name nothing in them."""
+    return [replace(item, may_stay=True) for item in items]
 
 
 def perplexity_of(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:

@@ -65,7 +65,7 @@ def costs_of(
     """The columns (1 + C,) of costs, and a row for each configuration and unrelated question."""
 
     def scored(items: list[Encoded], name: str) -> list[np.ndarray]:
-        return scores_of(lm, study, items, configurations, f"{split}_{name}")
+        return scores_of(lm, study, costs.may_stay(items), configurations, f"{split}_{name}")
 
     def increase(items: list[Encoded], name: str) -> np.ndarray:
         return costs.perplexity_rise(items, scored(items, name))

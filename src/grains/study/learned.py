@@ -100,13 +100,15 @@ def trained_vectors(
 
     manifest: of the gate.
     """
-    path, settings, ablation = study.names.trained(), study.settings, study.ablation
+    settings, ablation, where = study.settings, study.ablation, study.settings.grid.positions
+    path = study.names.trained(where)
     layers = later_layers(settings.grid.layers, len(lm.layers))
     answers = own_answers(lm, study, "training")
     manifest = manifest | {
         "trained": {**trained.RECIPE, "layers": layers},
         "answers": data.fingerprint(answers),
         "max_new_tokens": settings.max_new_tokens,
+        **({"positions": where} if where != "all" else {}),
     }
     norms = study.states.norms()
 
@@ -115,14 +117,15 @@ def trained_vectors(
         return trained.trainer(
             lm,
             pairs(),
-            costs.training_passages(lm),
-            costs.unrelated_questions(lm, "training"),
+            costs.may_stay(costs.training_passages(lm)),
+            costs.may_stay(costs.unrelated_questions(lm, "training")),
             encode_answers(lm, answers, ablation.prompt),
             norms,
             gate,
             layers,
             seed=study.seed,
             max_tokens=ablation.batch_tokens,
+            where=where,
         )
 
     def save(made: Iterator[dict[str, Tensor]]) -> None:
@@ -142,9 +145,12 @@ def trained_vectors(
     # The same object as the other methods' gate, so that they are scored in one batch.
     vectors = replace(SteeringVectors.load(path), gate=gate)
     return [
-        TrainedDirection("trained", "", tuple(layers), vectors),
-        TrainedDirection(TRAINED_RANDOM, "", tuple(layers), random_like(vectors, study.seed)),
-        TrainedDirection(TRAINED_ROTATED, "", tuple(layers), rotated(vectors, study.seed)),
+        TrainedDirection(name, "", tuple(layers), made, where)
+        for name, made in {
+            "trained": vectors,
+            TRAINED_RANDOM: random_like(vectors, study.seed),
+            TRAINED_ROTATED: rotated(vectors, study.seed),
+        }.items()
     ]
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, logsigmoid
 from tqdm import tqdm
 
+from grains import positions
 from grains.calls import Calls
 from grains.errors import UserError
 from grains.lm import LanguageModel
@@ -78,6 +79,7 @@ def trainer(
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     max_tokens: int = 2048,
+    where: str = "all",
 ) -> Callable[[int], Tensor]:
     """Prepare the training of one vector a layer, in `RUNS` runs; the model leaves as it came.
 
@@ -87,7 +89,8 @@ def trainer(
     norms: (L,) median ||h_l||, the unit of each layer's vector in training.
     gate: scales the vectors at each position, in training as later.
     layers: those that are steered. max_tokens: positions computed at a time, which changes no
-        more than rounding.
+        more than rounding. where: the positions that are steered, in training as later (see
+        `grains.settings.parse_positions`).
     Returns a function from the number of a run to (L, D), zero at layers that are not steered. The
     mean of all runs has strength 1 in absolute units. A run depends on its number alone, not on
     the process or the order. Raises UserError if pairs, texts, questions or answers are missing;
@@ -108,7 +111,7 @@ def trainer(
     fits = [fitting(remaining, items, max_tokens) for items in kinds]
     width, checkpointed = min(width for width, _ in fits), any(flag for _, flag in fits)
     terms = [
-        _Term(lm, min(layers), width, *settings)
+        _Term(lm, min(layers), width, where, *settings)
         for settings in (
             (pairs, PAIRS, PAIR_WEIGHT, 1.0, pair_losses),
             (texts, TEXTS, TEXT_WEIGHT, HELD_AT, text_losses),
@@ -126,12 +129,11 @@ def trainer(
         vectors = torch.zeros(len(layers), lm.hidden_size, requires_grad=True)
         optimizer = torch.optim.Adam([vectors], lr=learning_rate, betas=(0.9, 0.95))
 
-        def after(stretch: Tensor, layer: int, states: Tensor) -> Tensor:
+        def after(stretch: Tensor, part: Tensor | None, layer: int, states: Tensor) -> Tensor:
             if layer not in row:
                 return states
-            return steer(
-                states, stretch[row[layer]] * norms[layer] * vectors[row[layer]], gate.at(layer)
-            )
+            vector = stretch[row[layer]] * norms[layer] * vectors[row[layer]]
+            return steer(states, vector, gate.at(layer), part)
 
         plan = plans[index]
         bar = tqdm(
@@ -216,6 +218,7 @@ class _Batch:
     states: (n, T, D) base output of the first steered layer, which no vector changes.
     calls: what the layers are called with. read: gives the log-likelihoods.
     base: (n, C) the base model's log-likelihoods; lengths: (n, C) the responses' tokens.
+    where: (n, T) bool, the steered positions; None: all.
     """
 
     states: Tensor
@@ -223,6 +226,7 @@ class _Batch:
     read: ResponseScorer
     base: Tensor
     lengths: Tensor
+    where: Tensor | None
 
 
 _Group = list[_Batch]
@@ -238,7 +242,8 @@ class _Term:
     """A term of the loss: the items it is computed on, in groups of similar length.
 
     The base model computes every item once; a step replays the layers above `first`.
-    first: the first steered layer. width: positions computed at a time. size: items of a group.
+    first: the first steered layer. width: positions computed at a time. where: the steered ones
+    (see `grains.settings.parse_positions`). size: items of a group.
     stretch: scale of the vectors in this loss.
     """
 
@@ -247,6 +252,7 @@ class _Term:
         lm: LanguageModel,
         first: int,
         width: int,
+        where: str,
         items: list[Encoded],
         size: int,
         weight: float,
@@ -254,7 +260,7 @@ class _Term:
         losses: Callable[[Tensor, Tensor, Tensor], Tensor],
     ):
         self.lm, self.first, self.weight, self.losses = lm, first, weight, losses
-        self.stretch = stretch
+        self.stretch, self.where = stretch, where
         order = sorted(range(len(items)), key=lambda index: items[index].length)
         members = [
             [items[index] for index in order[start : start + size]]
@@ -274,27 +280,31 @@ class _Term:
         states = replay(self.lm, captured.embeds, captured.calls, stop=self.first + 1)
         final = replay(self.lm, states, captured.calls, start=self.first + 1)
         lengths = torch.tensor([list(map(len, item.responses)) for item in items])
-        return _Batch(states, captured.calls, read, read(final[None]).view(lengths.shape), lengths)
+        base = read(final[None]).view(lengths.shape)
+        where = positions.of_batch(self.where, items, states.shape[1])
+        where = None if where is None else where.to(states.device)
+        return _Batch(states, captured.calls, read, base, lengths, where)
 
     def backward(
         self,
         group: _Group,
         checkpointed: bool,
         vectors: Tensor,
-        after: Callable[[int, Tensor], Tensor],
+        after: Callable[[Tensor | None, int, Tensor], Tensor],
     ) -> float:
         """Add the gradient of a group's weighted mean loss to the vectors'; returns the loss.
 
-        after, checkpointed: see `replay`.
+        after: what steers the positions of a batch; it and checkpointed: see `replay`.
         """
         total, count = 0.0, sum(len(batch.base) for batch in group)
         for batch in group:
+            steers = partial(after, batch.where)
             final = replay(
                 self.lm,
-                after(self.first, batch.states),
+                steers(self.first, batch.states),
                 batch.calls,
                 start=self.first + 1,
-                after=after,
+                after=steers,
                 checkpointed=checkpointed,
             )
             values = batch.read(final[None]).view(batch.base.shape)
