@@ -278,12 +278,8 @@ def fitted_gate(
     lines: list[Direction],
     seed: int,
 ) -> Gate:
-    """The gate between the pairs and other text: training passages, training questions in their
-    own style and asked as the pairs are, and the pairs' questions without a context."""
-    questions = costs.unrelated_questions(lm, "training")
-    alike = [encode(lm, item.example, args) for item in questions[1::2]]
-    bare = [encode(lm, replace(pair, context=""), args) for pair in pairs]
-    background = [*costs.training_passages(lm), *questions[::2], *alike, *bare]
+    """The gate between the pairs and other text (see `costs.gate_background`)."""
+    background = costs.gate_background(lm, pairs, PromptSettings(args.prompt_style))
     return gates.fit(lm, encoded, background, [*lines[0].layers], MAX_TOKENS, seed)
 
 

@@ -119,6 +119,7 @@ def main(kind: Kind = LLM) -> None:
 
     from grains import generation, manifests, prompts, rendering, runs, sampling, thinking
     from grains.cli import stages
+    from grains.study import gates
 
     names = flags.names_of(args)
     grid, chosen = configured(args, names)
@@ -129,7 +130,7 @@ def main(kind: Kind = LLM) -> None:
     lm = entry.load_model(args)
     generation.check_limit(lm, args.max_new_tokens)
     how = sampling.choosing(lm, decoding)
-    configurations, _ = stages.configurations(args, lm, grid, states)
+    configurations, _ = stages.configurations(args, lm, grid, states, gates.around)
     prompt = settings.prompt
     has_template = bool(rendering.chat_template(lm, prompt))
     style = args.generation_style or ("chat" if has_template else prompt.style)
@@ -277,6 +278,7 @@ def chosen_grid(path: Path) -> GridSettings:
         (best["alpha"],),
         best["alpha_units"],
         best.get("positions", "all"),
+        bool(best.get("gate")),
     )
 
 

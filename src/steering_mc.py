@@ -60,7 +60,7 @@ def main(kind: Kind = LLM) -> None:
     from grains.cli import stages
     from grains.scoring import margins, question_batches, score, target_scores
     from grains.steering import BASE
-    from grains.study import costs
+    from grains.study import costs, gates
 
     budget = args.max_ppl_increase
     outputs = flags.names_of(args).multiple_choice(
@@ -71,7 +71,7 @@ def main(kind: Kind = LLM) -> None:
     lm = entry.load_model(args)
     entry.say_prompt(lm, settings.prompt)
     stages.say_other_prompts(states["pos"], settings.prompt)
-    configurations, made = stages.configurations(args, lm, grid, states)
+    configurations, made = stages.configurations(args, lm, grid, states, gates.around)
 
     asked = [example for questions in examples.values() for example in questions]
     if alone := next((example for example in asked if len(example.choices) < 2), None):
@@ -201,11 +201,12 @@ def chosen(
     return {
         "configuration": best.configuration,
         "method": best.method,
-        "mode": best["mode"],
+        "mode": best["mode"].removesuffix("gated").strip(),
         "layers": [int(layer) for layer in best.layers.split()],
         "alpha": float(best.alpha),
         "alpha_units": grid.units,
         **({"positions": grid.positions} if grid.positions != "all" else {}),
+        **({"gate": True} if grid.gate else {}),
         "chosen_on": split,
         "controls": [method for method in grid.methods if method in CONTROLS],
     }

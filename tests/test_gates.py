@@ -1,23 +1,30 @@
 """Gates: by hand, against scikit-learn on the model's own states, and wherever they steer."""
 
 import copy
+import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from helpers import tiny
 from helpers.decoding import greedy, random_configuration, text_of
 from helpers.reference import encoded, layer_outputs, own_loss_log_likelihood, relative, words
 from sklearn.linear_model import LogisticRegression
 
+from grains import data, models, prompts, splits
 from grains.errors import UserError
 from grains.generation import generate
 from grains.runs import write_tensors
-from grains.scoring import score
+from grains.scoring import score, score_all
+from grains.settings import AblationSettings, DataSettings, PromptSettings
 from grains.steering import Direction, Gate, SteeringVectors, steer, steered
-from grains.study import gates
+from grains.study import costs, gates
 
 pytestmark = pytest.mark.slow
+
+pytest_plugins = ("helpers.command_line",)
 
 W = words(120, seed=5)
 QUESTIONS = [
@@ -205,3 +212,71 @@ def test_vectors_keep_their_gate(lm, tmp_path):
         expected = own_loss_log_likelihood(lm, prompt, responses[0])
     assert values[1, 0] == pytest.approx(expected, abs=1e-3)
     assert (np.diff(np.sort(values[:, 0])) > 0.01).all()
+
+
+def test_the_scripts_steer_behind_a_gate(commands, tmp_path):
+    """Stage 2 fits it once, keeps it with the vectors of all methods, and stage 3 takes it up."""
+    model = tiny.save_model(tmp_path / "tiny", max_position_embeddings=2048)
+    rows = [row | {"context": f"It is said: {row['question']}"} for row in tiny.question_rows()]
+    questions = tiny.write_jsonl(tmp_path / "q.jsonl", rows)
+    flags = ["--model_name", model, "--dataset_name", "q", "--dataset_path", questions]
+    flags += ["--num_samples", 4]
+    states, folder = tmp_path / "states.safetensors", tmp_path / "vectors"
+    commands.run(
+        *("token_ablation.py", *flags, "--grad_method", "none"),
+        *("--output_path_meta", tmp_path / "t.csv", "--output_path_hidden", states),
+    ).ok()
+    stage2 = ["steering_mc.py", *flags, "--grad_method", "none", "--methods", "gradient", "rotated"]
+    stage2 += ["--alphas", 0.5, "--layer_idxs", 0, 1, "--num_validation", 4, "--num_test", 4]
+    stage2 += ["--hidden_states_path", states, "--steering_vectors_dir", folder]
+    stage2 += ["--output_dir", tmp_path / "out"]
+    commands.run(*stage2).ok()
+    commands.run(*stage2, "--gate").ok()
+    files = {path.stem: path for path in folder.glob("*.safetensors")}
+    gated = {name: path for name, path in files.items() if name.endswith("_gated")}
+    assert len(files) == 4 and len(gated) == 2
+    made = {name: SteeringVectors.load(path) for name, path in files.items()}
+    by_method = {made[name].info["method"]: made[name] for name in gated}
+    gate = by_method["gradient"].gate
+    assert torch.equal(gate.weights, by_method["rotated"].gate.weights)
+    # The same gate from the library, and what it does to a test question.
+    lm = models.load(str(model))
+    drawn = splits.steering_examples(DataSettings("q", str(questions), 4), 0)
+    pairs = [example.pair() for example in drawn]
+    asked = [prompts.encode(lm, pair) for pair in pairs]
+    background = costs.gate_background(lm, pairs, PromptSettings())
+    assert sum("It is said" in item.text for item in background) == 0
+    assert sum(pair.question in item.text for pair in pairs for item in background) >= 4
+    size = AblationSettings().batch_tokens  # positions are drawn batch by batch
+    expected = gates.fit(lm, asked, background, [*range(len(lm.layers))], size)
+    assert torch.allclose(gate.weights, expected.weights, rtol=1e-3, atol=1e-3)
+    (grid,) = (tmp_path / "out").glob("*gate-True*_grid.csv")
+    table = pd.read_csv(grid, keep_default_na=False)
+    own = table[(table.method == "gradient") & (table.part == "test")].iloc[0]
+    assert own["mode"] == "gated"
+    (answers,) = (tmp_path / "out").glob("*gate-True*_questions.csv")
+    asked = pd.read_csv(answers, keep_default_na=False)
+    asked = asked[asked.part == "test"].groupby("configuration")
+    steered_rows = asked.get_group(own.configuration)
+    by_id = {
+        example.id: example for example in data.examples(*data.load("q", "train", questions), 0)
+    }
+    items = [prompts.encode(lm, by_id[name]) for name in steered_rows.id]
+    vectors = replace(by_method["gradient"], gate=expected)
+    scored = score_all(lm, items, [vectors.at(0.5, [0, 1])], 4096)
+    for values, written in zip(scored, steered_rows.log_likelihoods, strict=True):
+        assert relative(json.loads(written), values[1]) < 1e-3
+    plain = replace(vectors, gate=None).at(0.5, [0, 1])
+    assert relative(score_all(lm, items, [plain], 4096)[0][1], scored[0][1]) > 1e-3
+    # Stage 3 takes the chosen configuration, with its gate.
+    (chosen,) = (tmp_path / "out").glob("*gate-True*_chosen.json")
+    assert json.loads(chosen.read_text())["gate"] is True
+    commands.run(
+        *("steering_generation.py", *flags, "--grad_method", "none", "--chosen_path", chosen),
+        *("--num_validation", 4, "--num_test", 4, "--num_prompts", 2, "--max_new_tokens", 5),
+        *("--hidden_states_path", states, "--steering_vectors_dir", folder),
+        *("--output_dir", tmp_path / "texts"),
+    ).ok()
+    (texts,) = (tmp_path / "texts").glob("*.csv")
+    written = pd.read_csv(texts, keep_default_na=False)
+    assert written.configuration.str.contains("gradient gated").any()

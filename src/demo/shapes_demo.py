@@ -47,6 +47,7 @@ def main() -> None:
     from demo import measures
     from grains import runs
     from grains.cli import stages
+    from grains.study import gates
 
     folder = Path(args.output_dir or "results/vlm/demo")
     tried = flags.names_of(args).multiple_choice(grid, flags.GRID, "token", args.output_dir)["grid"]
@@ -56,7 +57,8 @@ def main() -> None:
     pointing = measures.pointing_game(lm, asked, args.batch_tokens)
     runs.write_table(folder / "pointing_game.csv", pointing)
 
-    configurations, _ = stages.configurations(args, lm, grid, stages.states_files(args, grid))
+    states = stages.states_files(args, grid)
+    configurations, _ = stages.configurations(args, lm, grid, states, gates.around)
     table, best = measures.captions(
         lm,
         configurations,

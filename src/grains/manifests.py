@@ -92,6 +92,7 @@ def evaluation(
             "seed": settings.seed,
             # Not among the flags of older files, which steered all positions.
             **({"positions": grid.positions} if grid.positions != "all" else {}),
+            **({"gate": True} if grid.gate else {}),
         },
         "versions": runs.versions(),
     }

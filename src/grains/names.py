@@ -146,11 +146,20 @@ class Names:
         return {top: base.with_name(f"{base.stem}_{top}{base.suffix}") for top in tops}
 
     def vectors(
-        self, states: Path, method: str, mode: str, folder: str | Path | None = None
+        self,
+        states: Path,
+        method: str,
+        mode: str,
+        folder: str | Path | None = None,
+        gate: bool = False,
     ) -> Path:
-        """The steering vectors that a method makes from a file of hidden states."""
+        """The steering vectors that a method makes from a file of hidden states.
+
+        gate: whether a gate is with them.
+        """
         folder = Path(folder or Path("data", self.kind, "steering_vectors"))
-        return _vectors(folder, states, method, mode, self.ablation.seed)
+        plain = _vectors(folder, states, method, mode, self.ablation.seed)
+        return plain.with_stem(f"{plain.stem}_gated") if gate else plain
 
     def multiple_choice(
         self,
@@ -271,6 +280,7 @@ def grid_parts(grid: GridSettings, default: GridSettings) -> list[str]:
                 "alphas": "alphas",
                 "units": "units",
                 "positions": "positions",
+                "gate": "gate",
             },
         ),
     ]

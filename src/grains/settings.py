@@ -353,6 +353,7 @@ class GridSettings:
     units: relative (alpha times the median activation norm, along the unit vector) or absolute
         (alpha times the vector as its method gives it, as in the paper).
     positions: the positions that are steered (see `parse_positions`).
+    gate: whether all vectors, the controls' too, steer behind a gate (see `grains.study.gates`).
     """
 
     methods: tuple[str, ...]
@@ -362,6 +363,7 @@ class GridSettings:
     alphas: tuple[float, ...] = ()
     units: str = "relative"
     positions: str = "all"
+    gate: bool = False
 
 
 STUDY_SEEDS = (0, 1, 2)

@@ -106,6 +106,12 @@ def evaluation_parser(
     add_states(flags)
     add_grid(flags, chosen_by_default)
     add_positions(flags)
+    flags.add_argument(
+        "--gate",
+        action="store_true",
+        help="steer only where hidden states look like those of the steering examples: a gate is "
+        "fitted between them and other text, and scales all vectors at each position",
+    )
     add_evaluation(flags)
     add_evaluate_on(flags)
     return flags
@@ -597,6 +603,7 @@ def grid_settings(args: argparse.Namespace, default: GridSettings = UNSET) -> Gr
         tuple(dict.fromkeys(args.alphas or default.alphas)),
         args.alpha_units,
         getattr(args, "positions", default.positions),
+        getattr(args, "gate", default.gate),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from grains.settings import (
     selections,
 )
 from grains.states import StatesFile
-from grains.steering import Configuration, SteeringVectors, directions
+from grains.steering import Configuration, Gate, SteeringVectors, directions
+
+FitGate = Callable[[LanguageModel, list[Example], PromptSettings, int, int], Gate]
 
 
 def states_files(args: argparse.Namespace, grid: GridSettings) -> dict[str, StatesFile]:
@@ -100,29 +103,70 @@ def head_vectors(
     path: the file of these vectors. Where the flags name other data than that of the states, they
     are read from it. Raises UserError if they are not there.
     """
+    if again := steering_pairs(args, states):
+        pairs, prompt = again
+        encoded = (prompts.encode(lm, pair, prompt) for pair in pairs)
+        return heads.make(lm, encoded, args.seed, method)
+    if path.is_file():
+        made = SteeringVectors.load(path)
+        if made.info["data"]["fingerprint"] == states.info["data"]["fingerprint"]:
+            return made.vectors, made.info["heads"]
+    raise _other_data(f"method {method}", states)
+
+
+def gate_of(
+    args: argparse.Namespace,
+    lm: LanguageModel,
+    states: StatesFile,
+    made: SteeringVectors,
+    path: Path,
+    fit_gate: FitGate,
+) -> Gate:
+    """The gate in the file of these vectors, or a new one at all layers.
+
+    made: the vectors without a gate. path: their file. Raises UserError if there is none and the
+    flags name other data than that of the states.
+    """
+    if path.is_file():
+        kept = SteeringVectors.load(path)
+        if kept.gate and kept.info == made.info:
+            return kept.gate
+    if not (again := steering_pairs(args, states)):
+        raise _other_data("a gate", states)
+    return fit_gate(lm, *again, args.batch_tokens, args.seed)
+
+
+def steering_pairs(
+    args: argparse.Namespace, states: StatesFile
+) -> tuple[list[Example], PromptSettings] | None:
+    """The examples that hidden states are of and how they are asked; None for other data."""
     source, settings = flags.data_settings(args), flags.ablation_settings(args, ("pos",))
     recorded = states.info["data"]
     pairs = [example.pair() for example in splits.steering_examples(source, settings.seed)]
-    if data.fingerprint(pairs) == recorded["fingerprint"]:
-        prompt = splits.with_shots(settings.prompt, source, settings.seed, recorded["questions"])
-        encoded = (prompts.encode(lm, pair, prompt) for pair in pairs)
-        return heads.make(lm, encoded, settings.seed, method)
-    if path.is_file():
-        made = SteeringVectors.load(path)
-        if made.info["data"]["fingerprint"] == recorded["fingerprint"]:
-            return made.vectors, made.info["heads"]
-    raise UserError(
-        f"method {method} needs the steering examples of the hidden states ({recorded['name']}), "
-        "and this data has others: run steering_mc.py with it on the data of stage 1 first, with "
-        "the same seed and number of examples"
+    if data.fingerprint(pairs) != recorded["fingerprint"]:
+        return None
+    questions = recorded["questions"]
+    return pairs, splits.with_shots(settings.prompt, source, settings.seed, questions)
+
+
+def _other_data(what: str, states: StatesFile) -> UserError:
+    return UserError(
+        f"{what} needs the steering examples of the hidden states "
+        f"({states.info['data']['name']}), and this data has others: run steering_mc.py with it on "
+        "the data of stage 1 first, with the same seed and number of examples"
     )
 
 
 def configurations(
-    args: argparse.Namespace, lm: LanguageModel, grid: GridSettings, states: dict[str, StatesFile]
+    args: argparse.Namespace,
+    lm: LanguageModel,
+    grid: GridSettings,
+    states: dict[str, StatesFile],
+    fit_gate: FitGate,
 ) -> tuple[list[Configuration], dict[Path, SteeringVectors]]:
     """The configurations of a grid, and the file of each of their vectors.
 
+    fit_gate: see `grains.study.gates.around`.
     Raises UserError if the hidden states are of another model.
     """
     for file in states.values():
@@ -132,13 +176,18 @@ def configurations(
     files: dict[Path, SteeringVectors] = {}
 
     def path_of(method: str, mode: str) -> Path:
-        return names.vectors(states["pos"].path, method, mode, args.steering_vectors_dir)
+        folder = args.steering_vectors_dir
+        return names.vectors(states["pos"].path, method, mode, folder, grid.gate)
 
     def of_heads(method: str) -> vectors.HeadVectors:
         return head_vectors(args, lm, states["pos"], method, path_of(method, ""))
 
+    gate = None
     for method, mode, by_layer in vectors.make_all(states, grid, args.seed, of_heads):
         path = path_of(method, mode)
+        if grid.gate:
+            gate = gate or gate_of(args, lm, states["pos"], by_layer, path, fit_gate)
+            by_layer = replace(by_layer, gate=gate)
         files[path] = by_layer
         if not by_layer.vectors.any():  # pos and neg ablate the same where k is not exceeded
             entry.say(

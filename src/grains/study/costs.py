@@ -22,6 +22,7 @@ from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.prompts import Encoded, encode
+from grains.settings import PromptSettings
 
 NEUTRAL = data.PACKAGED / "neutral_text.jsonl"
 VARIED = data.PACKAGED / "varied_text.jsonl"
@@ -73,6 +74,21 @@ def training_passages(lm: LanguageModel) -> list[Encoded]:
 def may_stay(items: list[Encoded]) -> list[Encoded]:
     """Texts that are no mistake where the steered positions name nothing in them."""
     return [replace(item, may_stay=True) for item in items]
+
+
+def gate_background(
+    lm: LanguageModel, pairs: list[Example], prompt: PromptSettings
+) -> list[Encoded]:
+    """The text that a gate is fitted to stay shut on, all of it for training, so that it reports no
+    cost: passages, questions in their own style and in that of the pairs, and the pairs' questions
+    without their context.
+
+    pairs: the steering examples. prompt: how these are asked.
+    """
+    questions = unrelated_questions(lm, "training")
+    alike = [encode(lm, item.example, prompt) for item in questions[1::2]]
+    bare = [encode(lm, replace(pair, context=""), prompt) for pair in pairs if pair.context]
+    return [*training_passages(lm), *questions[::2], *alike, *bare]
 
 
 def perplexity_of(encoded: list[Encoded], scores: list[np.ndarray]) -> np.ndarray:

@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
-from grains.prompts import Encoded
+from grains.prompts import Encoded, encode
 from grains.replay import replay
 from grains.scoring import batches, packed_batch
+from grains.settings import PromptSettings
 from grains.steering import Gate
 
 POSITIONS = 4096  # positions read of each kind of text, about
@@ -78,6 +80,21 @@ def fit(
         weights[layer] = torch.from_numpy(weight)
         biases[layer] = float(regression.intercept_[0] - weight @ scaler.mean_)
     return Gate(weights, biases)
+
+
+def around(
+    lm: LanguageModel, pairs: list[Example], prompt: PromptSettings, max_tokens: int, seed: int
+) -> Gate:
+    """The gate at all layers between steering examples and other text.
+
+    That text is training text of this project, and the examples' questions without their context
+    (see `costs.gate_background`). max_tokens, seed: see `fit`.
+    """
+    from grains.study import costs  # late: it takes scipy along, and most runs have no gate
+
+    encoded = [encode(lm, pair, prompt) for pair in pairs]
+    background = costs.gate_background(lm, pairs, prompt)
+    return fit(lm, encoded, background, [*range(len(lm.layers))], max_tokens, seed)
 
 
 @torch.inference_mode()
