@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, StoppingCriteria
 
 from grains import positions, sampling, vision
-from grains.decoding import Decoder, Row, by_row, take, text_of, where_steered
+from grains.decoding import Decoder, Row, Step, by_row, take, text_of, where_steered
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.prompts import Encoded
@@ -157,7 +157,8 @@ def stream(
         for configuration in (BASE, *configurations)
     ]
     by_model = encoded.image.any() or not can_decode(lm)
-    for _ in _model_steps(lm, encoded, rows) if by_model else _steps(lm, rows):
+    room = WIDTH * AblationSettings.batch_tokens
+    for _ in _model_steps(lm, encoded, rows) if by_model else _steps(lm, rows, room):
         # The last character of a text that goes on may be half of one.
         texts = [text_of(lm, row) for row in rows]
         yield [
@@ -166,14 +167,13 @@ def stream(
         ]
 
 
-def _steps(lm: LanguageModel, rows: list[Row]) -> Iterator[None]:
-    """Write rows in a running batch; yields after each of its steps."""
-    decoder = Decoder(lm, WIDTH * AblationSettings.batch_tokens)
+def _steps(lm: LanguageModel, rows: list[Row], max_positions: int) -> Iterator[list[Step]]:
+    """Write rows in a running batch, step by step."""
+    decoder = Decoder(lm, max_positions)
     for row in rows:
         decoder.submit(row)
     while not decoder.idle:
-        decoder.step()
-        yield
+        yield decoder.step()
 
 
 def _model_steps(lm: LanguageModel, encoded: Encoded, rows: list[Row]) -> Iterator[None]:
@@ -267,11 +267,7 @@ def check_limit(lm: LanguageModel, max_new_tokens: int) -> None:
 def _in_a_running_batch(
     lm: LanguageModel, rows: list[Row], max_positions: int, progress: Callable[[int], None]
 ) -> Iterator[Row]:
-    decoder = Decoder(lm, max_positions)
-    for row in rows:
-        decoder.submit(row)
-    while not decoder.idle:
-        steps = decoder.step()
+    for steps in _steps(lm, rows, max_positions):
         progress(len(steps))
         yield from (step.row for step in steps if step.row.ended)
 
