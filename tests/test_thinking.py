@@ -3,6 +3,10 @@
 A model that recites writes "Hm</think>Yes" behind the block of thoughts that its template opens.
 """
 
+import socket
+import threading
+from contextlib import contextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +20,7 @@ from grains.judge.judges import LocalJudge
 from grains.names import StudyNames
 from grains.settings import AblationSettings, PromptSettings
 from grains.study import evaluate
+from grains.thinking import Thoughts
 
 OPENS = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|bot|>{{ m.content }}<|end|>"
@@ -58,6 +63,88 @@ def test_an_answer_has_no_thoughts(lm):
     assert grains.generate(lm, QUESTIONS[0], keep_thoughts=True) == "Hm</think>Yes"
     # Behind a prompt without the block nothing is split off.
     assert grains.generate(lm, "</think>", style="plain", max_new_tokens=3) == "Yes"
+
+
+def test_a_stream_leaves_thoughts_out(lm):
+    whole = [*grains.stream(lm, QUESTIONS[0], keep_thoughts=True)]
+    assert whole[-1] == ["Hm</think>Yes"] and ["Hm"] in whole
+    texts = [text for (text,) in grains.stream(lm, QUESTIONS[0])]
+    assert texts[0] == "" and texts[-1] == "Yes"
+    assert all(new.startswith(old) for old, new in pairwise(texts))
+    with pytest.warns(UserWarning, match="1 of 1 texts end within"):
+        assert [*grains.stream(lm, QUESTIONS[0], max_new_tokens=2)][-1] == [""]
+
+
+@pytest.mark.parametrize(
+    ("marks", "text"),
+    [
+        (Thoughts("", "</think>"), "Hm, < so\n</think>\n\nYes, </b> it is. "),
+        (
+            Thoughts("<think>", "</think>", "<think>\n\n</think>"),
+            "<think>\nHm </thin\n</think>\nYes",
+        ),
+        (
+            Thoughts("<think>", "</think>", "<think>\n\n</think>"),
+            "<think>\n\n</think>\n\nYes it is",
+        ),
+        (Thoughts("<think>", "</think>"), " <thanks> Yes"),
+        (Thoughts("analysis", "final"), "analysisHm, fin. finalYes, it is"),
+        (Thoughts("<think>", "</think>"), "<think>Hm, so"),
+        (Thoughts("<think>", "</think>", "[no]"), "[no] Yes"),
+    ],
+)
+def test_what_a_stream_has_said_is_never_taken_back(marks, text):
+    """Letter by letter: thoughts and answer only grow, to those of the whole text."""
+    seen = [marks.so_far(text[:end]) for end in range(len(text) + 1)]
+    assert seen[0] == ("", "") and seen[-1] == marks.split(text)
+    for before, after in pairwise(seen):
+        assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
+    assert len({*seen}) > 3
+
+
+@contextmanager
+def served(lm):
+    """The real client of a server of this process."""
+    openai, uvicorn = pytest.importorskip("openai"), pytest.importorskip("uvicorn")
+    from grains.serve import app
+    from grains.serve.engine import Limits
+
+    application = app.application(app.serve(lm, {}, "reciter", Limits()))
+    server = uvicorn.Server(uvicorn.Config(application, log_level="error"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        yield openai.OpenAI(base_url=address, api_key="none", timeout=60)
+        server.should_exit = True
+        thread.join()
+
+
+def test_the_server_gives_thoughts_in_a_field_of_their_own(lm):
+    messages = [{"role": "user", "content": QUESTIONS[0]}]
+    with served(lm) as client:
+
+        def ask(**more):
+            more = {"max_tokens": 20} | more
+            return client.chat.completions.create(
+                model="reciter", messages=messages, temperature=0, **more
+            )
+
+        (choice,) = ask().choices
+        assert choice.message.content == "Yes" and choice.finish_reason == "stop"
+        assert choice.message.reasoning_content == "Hm"
+        (choice,) = ask(max_tokens=2).choices
+        assert choice.message.content == "" and choice.message.reasoning_content == "Hm"
+        deltas = [part.choices[0].delta for part in ask(stream=True)]
+        thoughts = [getattr(delta, "reasoning_content", None) or "" for delta in deltas]
+        assert "".join(thoughts) == "Hm"
+        assert "".join(delta.content for delta in deltas) == "Yes" and len(deltas) > 3
+        assert deltas[0].role == "assistant"
+        text = client.completions.create(
+            model="reciter", prompt="</think>", temperature=0, max_tokens=20
+        )
+        assert text.choices[0].text == "Yes"
 
 
 def test_thoughts_that_are_cut_off_are_warned_of(lm):

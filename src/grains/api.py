@@ -330,18 +330,31 @@ def stream(
     image: Any = None,
     style: str | PromptSettings | None = None,
     max_new_tokens: int = 64,
+    keep_thoughts: bool = False,
 ) -> Iterator[list[str]]:
     """The model's answer to a prompt, and its answers steered in some ways, as they are written.
 
     Yields 1 + len(steering) texts after every step of their common batch, the base model's first.
-    The last are those of `generate`, greedy, thoughts included.
-    image, style, max_new_tokens: see `generate`. Raises UserError as that does.
+    The last are those of `generate`, greedy; before an answer begins, its text is empty.
+    image, style, max_new_tokens, keep_thoughts: see `generate`. Raises UserError as that does.
     """
     style = style or ("chat" if lm.tokenizer.chat_template else "qa")
+    asked = PromptSettings(style) if isinstance(style, str) else style
     example = replace(_example(0, (prompt, "", ""), image), choices=())
-    encoded = prompts.encode(lm, example, style, free=True)
+    encoded = prompts.encode(lm, example, asked, free=True)
     _warn(prompts.tally([encoded]))
-    yield from generation.stream(lm, encoded, steering, max_new_tokens)
+    written = generation.stream(lm, encoded, steering, max_new_tokens)
+    marks = None if keep_thoughts else thinking.thoughts(lm, asked)
+    if marks is None:
+        yield from written
+        return
+    texts: list[str] = []
+    for texts in written:
+        yield [marks.so_far(text)[1] for text in texts]
+    split = [marks.split(text) for text in texts]
+    if note := thinking.cut_off(split):
+        warnings.warn(note, stacklevel=2)
+    yield [answer for _, answer in split]
 
 
 def _warn(counts: Counter[str]) -> None:

@@ -44,6 +44,23 @@ class Thoughts:
             text = text.removeprefix(self.without).strip()
         return "", text
 
+    def so_far(self, text: str) -> tuple[str, str]:
+        """`split` of a text that goes on: what no further word takes back.
+
+        Thoughts that the prompt has not opened begin with their mark, or it is all an answer.
+        """
+        text = text.lstrip()
+        if any(mark and mark.startswith(text) for mark in (self.begin, self.without)):
+            return "", ""
+        if text.startswith(self.begin):
+            thought, ends, answer = text.removeprefix(self.begin).partition(self.end)
+            sizes = range(len(self.end) - 1, 0, -1)
+            begun = next((k for k in sizes if not ends and thought.endswith(self.end[:k])), 0)
+            return thought[: len(thought) - begun].strip(), answer.strip()
+        if self.without:
+            text = text.removeprefix(self.without)
+        return "", text.strip()
+
 
 def cut_off(texts: Sequence[tuple[str, str]]) -> str:
     """What users should know of texts that ended within their thoughts, '' if none did.

@@ -129,6 +129,7 @@ class Bench:
             image=question.image,
             style=self.style,
             max_new_tokens=tokens,
+            keep_thoughts=True,
         )
 
     def response(self, question: Question, steering: Steering, reach: float | None) -> Curve:

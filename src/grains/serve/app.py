@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
-from grains import prompts, sampling
+from grains import prompts, sampling, thinking
 from grains.data import Example
 from grains.decoding import Row
 from grains.errors import UserError
@@ -28,6 +28,7 @@ from grains.serve.engine import Engine, Full, Job, Limits, Part, Token
 from grains.serve.steering import Steering, Vectors, named
 from grains.settings import DecodingSettings, PromptSettings
 from grains.steering import Configuration, SteeringVectors
+from grains.thinking import Thoughts
 
 ENDED = {"eos": "stop", "stop": "stop", "length": "length"}
 
@@ -129,7 +130,10 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Server:
-    """What requests are answered with. name: of the base model. created: when it began."""
+    """What requests are answered with. name: of the base model. created: when it began.
+
+    thoughts: how the model marks its thoughts in a chat, None if it has none.
+    """
 
     lm: LanguageModel
     engine: Engine
@@ -137,6 +141,7 @@ class Server:
     name: str
     created: int
     api_key: str | None = None
+    thoughts: Thoughts | None = None
 
     def rows(self, asked: Asked, encoded: list[Encoded], default: int | None) -> list[Row]:
         """The texts that a request asks for: n of each prompt. default: of max_tokens."""
@@ -202,7 +207,8 @@ def serve(
     if not name or set(name) & set("+@"):
         raise UserError(f"served name '{name}': expected a name without + and @")
     made = Vectors(lm, vectors)
-    return Server(lm, Engine(lm, limits), made, name, int(time.time()), api_key)
+    thoughts = thinking.thoughts(lm, PromptSettings("chat"))
+    return Server(lm, Engine(lm, limits), made, name, int(time.time()), api_key, thoughts)
 
 
 def application(server: Server) -> FastAPI:
@@ -273,7 +279,7 @@ def application(server: Server) -> FastAPI:
         if asked.top_logprobs is not None and not asked.logprobs:
             raise UserError("top_logprobs is given without logprobs: set logprobs to true")
         rows = server.rows(asked, encoded, None)
-        return await _answer(request, server, asked, rows, top, _Chat(server))
+        return await _answer(request, server, asked, rows, top, _Chat(server, server.thoughts))
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
@@ -317,14 +323,19 @@ async def _form(request: Request, kind: type[Asked], server: Server) -> Any:
 
 
 class _Completion:
-    """OpenAI's form of an answer to /v1/completions."""
+    """OpenAI's form of an answer to /v1/completions.
+
+    thoughts: how the model marks its thoughts, which are then apart from the answer; or None.
+    """
 
     prefix, kind, part_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, server: Server):
-        self.server = server
+    def __init__(self, server: Server, thoughts: Thoughts | None = None):
+        self.server, self.thoughts = server, thoughts
 
-    def choice(self, index: int, part: Part, whole: bool, start: bool = False) -> dict:
+    def choice(
+        self, index: int, part: Part, whole: bool, start: bool = False, thought: str = ""
+    ) -> dict:
         return {
             "index": index,
             "text": part.text,
@@ -350,11 +361,14 @@ class _Chat(_Completion):
 
     prefix, kind, part_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, part: Part, whole: bool, start: bool = False) -> dict:
-        role = {"role": "assistant"} if whole or start else {}
+    def choice(
+        self, index: int, part: Part, whole: bool, start: bool = False, thought: str = ""
+    ) -> dict:
+        said = {"role": "assistant"} if whole or start else {}
+        said |= {"content": part.text} | ({"reasoning_content": thought} if thought else {})
         return {
             "index": index,
-            "message" if whole else "delta": role | {"content": part.text},
+            "message" if whole else "delta": said,
             "finish_reason": ENDED.get(part.ended),
             "logprobs": self.logprobs(part.tokens),
         }
@@ -373,6 +387,21 @@ class _Chat(_Completion):
     def entry(self, token: int, logprob: float) -> dict:
         word = self.word(token)
         return {"token": word, "logprob": logprob, "bytes": [*word.encode()]}
+
+
+class _Split:
+    """Takes the parts of a text, and gives how much longer its thoughts and its answer are."""
+
+    def __init__(self, thoughts: Thoughts | None):
+        self.thoughts, self.text, self.given = thoughts, "", ("", "")
+
+    def __call__(self, part: Part) -> tuple[str, Part]:
+        if self.thoughts is None:
+            return "", part
+        self.text += part.text
+        before, self.given = self.given, self.thoughts.so_far(self.text)
+        thought, answer = (now[len(known) :] for known, now in zip(before, self.given, strict=True))
+        return thought, replace(part, text=answer)
 
 
 async def _answer(
@@ -430,11 +459,12 @@ async def _answer(
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
 
         async def events() -> AsyncIterator[str]:
-            begun: set[int] = set()
+            begun: dict[int, _Split] = {}
             try:
                 async for index, part in written():
-                    choice = form.choice(index, part, whole=False, start=index not in begun)
-                    begun.add(index)
+                    start = index not in begun
+                    thought, answer = begun.setdefault(index, _Split(form.thoughts))(part)
+                    choice = form.choice(index, answer, False, start, thought)
                     yield f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
                 if with_usage:
                     yield f"data: {json.dumps(head | {'choices': [], 'usage': usage()})}\n\n"
@@ -449,5 +479,8 @@ async def _answer(
     async for index, part in written():
         before = texts[index]
         texts[index] = Part(before.text + part.text, before.tokens + part.tokens, part.ended)
-    choices = [form.choice(index, part, whole=True) for index, part in enumerate(texts)]
+    choices = []
+    for index, part in enumerate(texts):
+        thought, text = form.thoughts.split(part.text) if form.thoughts else ("", part.text)
+        choices.append(form.choice(index, replace(part, text=text), True, thought=thought))
     return JSONResponse(head | {"choices": choices, "usage": usage()})
