@@ -10,6 +10,8 @@ PEERS := .venv-peers
 READY_PEERS := $(PEERS)/.ready
 INTEROP := .venv-interop
 READY_INTEROP := $(INTEROP)/.ready
+FAMILIES := .venv-families
+READY_FAMILIES := $(FAMILIES)/.ready
 LLAMA_VERSION := 11434.0.0
 LLAMA_SERVER := $(INTEROP)/llama-server
 
@@ -49,6 +51,12 @@ $(READY_INTEROP): benchmarks/requirements-interop.txt requirements.txt requireme
 	$(INTEROP)/bin/pip install --no-deps -r requirements-demo.txt steering-vectors==0.12.2 repeng==0.4.0
 	@touch $@
 
+$(READY_FAMILIES): benchmarks/requirements-families.txt requirements.txt requirements-dev.txt requirements-demo.txt
+	$(PYTHON) -m venv $(FAMILIES)
+	$(FAMILIES)/bin/pip install -r $<
+	$(FAMILIES)/bin/pip install --no-deps -r requirements-demo.txt
+	@touch $@
+
 $(LLAMA_SERVER): benchmarks/llama_server.sh | $(READY_INTEROP)
 	bash $< $(INTEROP) $(LLAMA_VERSION) $@
 
@@ -77,8 +85,8 @@ test-fast: $(READY_DEV)
 	$(BIN)/python -m pytest -m "not slow"
 
 ## Tiny models of many families against their own forwards; writes docs/families.md.
-families: $(READY_DEV)
-	$(BIN)/python benchmarks/families.py
+families: $(READY_FAMILIES)
+	$(FAMILIES)/bin/python benchmarks/families.py
 
 ## Exports in the real programs, lm-eval's tasks, the notebook; writes docs/interop.md.
 interop: $(READY_INTEROP) $(READY_PEERS) $(LLAMA_SERVER)
