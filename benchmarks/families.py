@@ -161,7 +161,7 @@ def steered_scores(family: Family) -> float:
             for row, layer in enumerate(layers):
                 expected = own_log_likelihood(family, item.prompt_ids, response, layer)
                 worst = max(worst, abs(rows[1 + row, column] - expected))
-        if not abs(rows[1] - rows[0]).max() > 0.01:
+        if not abs(rows[1:] - rows[0]).max() > 0.01:
             return float("nan")  # steering does nothing: this check cannot fail
     return worst
 

@@ -5,6 +5,8 @@ What is compared and how is in benchmarks/families.py, which writes docs/familie
 
 from __future__ import annotations
 
+import math
+
 import families
 import pytest
 
@@ -69,7 +71,14 @@ OWN_DECODING = {
 STREAMS = {"gemma3n_text": (0, 4), "deepseek_v4": (2, 4)}
 # Layers that read the keys and values of those below.
 READ_BELOW = {"gemma3n_text", "gemma4_text"}
-OWN_HEAD = {"gemma2", "cohere2", "granite", "nanochat", *STREAMS}
+OWN_HEAD = set(STREAMS)
+# Capped or scaled logits.
+SHAPED = {
+    "gemma2": (1.0, 5.0),
+    "cohere2": (0.0625, math.inf),
+    "granite": (0.5, math.inf),
+    "nanochat": (1.0, 15.0),
+}
 OWN_EMBEDDINGS = {"gpt2", "gpt_neo", "opt", "bloom", "granite", "nanochat", "bert", *STREAMS}
 REFUSED = {"zamba": "also take the embeddings", "roberta": "depend on the words before it"}
 
@@ -90,6 +99,8 @@ def test_how_it_is_replayed(family):
     assert can_pad(lm) == (name not in {"minimax", "deepseek_v4"})
     assert can_decode(lm) == (name not in OWN_DECODING)
     assert lm.own_head == (name in OWN_HEAD)
+    shape = lm.logit_shape
+    assert (shape and (shape.scale, shape.cap)) == SHAPED.get(name)
     assert lm.own_embeddings == (name in OWN_EMBEDDINGS)
 
 

@@ -1,6 +1,8 @@
 """A replay of the decoder's layers is the model's own forward: values, gradients, batches."""
 
+import dataclasses
 import gc
+import math
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from grains import logprobs, models, replay, selfcheck
 from grains.errors import UserError
+from grains.lm import LogitShape
 from grains.logprobs import logits, token_log_probs
 from grains.packing import pack
 from grains.replay import capture, capture_pack, collate, extend
@@ -239,6 +242,24 @@ def test_token_log_probs_with_gradients_in_pieces(tiny, monkeypatch, vocabulary_
     (by_autograd,) = torch.autograd.grad(expected @ weights, states)
     # Sums in float32, in other orders on each processor: 7e-6 apart on one of them.
     assert relative(gradient, by_autograd) <= 5e-5
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(0.5, math.inf), (2.0, 5.0)])
+def test_token_log_probs_of_scaled_and_capped_logits(make_tiny, monkeypatch, scale, cap):
+    monkeypatch.setattr(logprobs, "VOCABULARY_SLICE", 1000)
+    lm = dataclasses.replace(make_tiny("llama"), logit_shape=LogitShape(scale, cap))
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(8, lm.hidden_size, generator=generator, requires_grad=True)
+    tokens, weights = torch.tensor(W[:8]), torch.randn(8, generator=generator)
+    plain = scale * lm.head(lm.norm(states))
+    shaped = plain if cap == math.inf else cap * torch.tanh(plain / cap)
+    assert cap == math.inf or plain.abs().max() > cap
+    expected = shaped.log_softmax(-1)[range(8), tokens]
+    found = token_log_probs(lm, states, tokens)
+    assert difference(found, expected) <= 1e-4
+    (gradient,) = torch.autograd.grad(found @ weights, states)
+    (by_autograd,) = torch.autograd.grad(expected @ weights, states)
+    assert relative(gradient, by_autograd) <= 1e-4  # sums in float32, in other orders
 
 
 def test_extend():

@@ -215,11 +215,14 @@ def _takes(layer: dict, embeds: Tensor | None) -> bool:
     )
 
 
-def own_logits(lm: LanguageModel, states: Tensor) -> Tensor:
+def own_logits(
+    lm: LanguageModel, states: Tensor, head: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Logits (n, V) in fp32 by the model's own forward behind its layers, from (n, D) states.
 
     The layers are idle and the last of them returns the states, so that all that the model does to
     its logits is done: caps, scales, layers behind the norm. Differentiable.
+    head: computes in the place of the model's own.
     """
 
     def idle(index: int) -> Callable:
@@ -231,6 +234,9 @@ def own_logits(lm: LanguageModel, states: Tensor) -> Tensor:
         return forward
 
     ids = torch.full((1, len(states)), lm.replacement_id(), device=lm.device)
-    with substituted({layer: idle(index) for index, layer in enumerate(lm.layers)}):
+    substitutes: dict[nn.Module, Callable] = {
+        layer: idle(index) for index, layer in enumerate(lm.layers)
+    }
+    with substituted(substitutes | ({lm.head: head} if head else {})):
         output = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return output.logits[0].float()

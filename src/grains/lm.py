@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,22 @@ def execution_device(module: nn.Module) -> torch.device:
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else next(module.parameters()).device
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """What a model makes of each logit z that its head gives: cap tanh(scale z / cap)."""
+
+    scale: float = 1.0
+    cap: float = math.inf
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        scaled = self.scale * logits
+        return scaled if self.cap == math.inf else self.cap * (scaled / self.cap).tanh()
+
+    def slope(self, shaped: Tensor) -> Tensor:
+        """The derivative by z, where the result is `shaped`."""
+        return self.scale * (1 - (shaped / self.cap).square())
 
 
 SAMPLED = 64  # values of every tensor that its digest takes
@@ -46,8 +63,9 @@ class LanguageModel:
     keeps_prefix: whether positions that never change may be computed once, and their keys and
         values kept in the layers' cache.
     batches: whether several rows may be computed together; if not, they are one at a time.
+    logit_shape: what the model does to each logit behind the head; None: nothing.
     own_head: whether the model's own forward turns the last hidden states into logits, as it does
-        more than apply the norm and the head.
+        more than apply the norm, the head and a `logit_shape`.
     own_embeddings: whether more than a look-up makes the embeddings that enter layer 0.
     marks_prompts: whether the words of a prompt see each other, so that its forward must be given
         which these are: `token_type_ids`, 0 in the prompt and 1 behind it.
@@ -68,6 +86,7 @@ class LanguageModel:
     packs: bool = True
     keeps_prefix: bool = False
     batches: bool = True
+    logit_shape: LogitShape | None = None
     own_head: bool = False
     own_embeddings: bool = False
     marks_prompts: bool = False

@@ -16,7 +16,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from grains import cpu
 from grains.calls import own_logits
-from grains.lm import LanguageModel
+from grains.lm import LanguageModel, LogitShape
 from grains.packing import Pack
 
 # Logits held at a time, positions x words: in fp32 16 MiB, however large the vocabulary.
@@ -31,7 +31,8 @@ def logits(lm: LanguageModel, hidden_states: Tensor) -> Tensor:
         rows = hidden_states.flatten(0, -2).split(OWN_HEAD_ROWS)
         joined = torch.cat([own_logits(lm, states) for states in rows])
         return joined.view(*hidden_states.shape[:-1], -1)
-    return lm.head(lm.norm(hidden_states)).float()
+    plain = lm.head(lm.norm(hidden_states)).float()
+    return lm.logit_shape(plain) if lm.logit_shape else plain
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -52,35 +53,46 @@ class _TokenLogProbs(torch.autograd.Function):
         bias: Tensor | None,
         product: cpu.Product,
         wants_grad: bool,
+        shape: LogitShape | None,
     ) -> Tensor:
         count = len(states)
         highest = torch.full((count,), -torch.inf, device=states.device)
         total = torch.zeros(count, device=states.device)
         picked = torch.zeros(count, device=states.device)
         mean = torch.zeros_like(states, dtype=torch.float32) if wants_grad else None
+        slope = torch.ones(count, device=states.device)  # of the target's logit
         for start in range(0, len(weight), VOCABULARY_SLICE):
             rows = weight[start : start + VOCABULARY_SLICE]
             scores = product(
                 states, rows, None if bias is None else bias[start : start + VOCABULARY_SLICE]
             ).float()
             inside = (targets >= start) & (targets < start + len(rows))
+            slopes = None
+            if shape:
+                scores = shape(scores)
+                slopes = shape.slope(scores) if wants_grad else None
             picked[inside] = scores[inside, targets[inside] - start]
             before, highest = highest, torch.maximum(highest, scores.amax(-1))
             rescale = (before - highest).exp_()
             scores.sub_(highest[:, None]).exp_()
             total.mul_(rescale).add_(scores.sum(-1))
+            if slopes is not None:
+                slope[inside] = slopes[inside, targets[inside] - start]
+                scores.mul_(slopes)
             if mean is not None:
                 mean.mul_(rescale[:, None]).add_(product(scores.to(rows.dtype), rows.t()).float())
         if mean is not None:
-            ctx.save_for_backward(weight[targets].float() - mean / total[:, None])
+            own = weight[targets].float()
+            own = slope[:, None] * own if shape else own
+            ctx.save_for_backward(own - mean / total[:, None])
         return picked - highest - total.log()
 
     @staticmethod
     def backward(
         ctx: BackwardCFunction, grad: Tensor
-    ) -> tuple[Tensor, None, None, None, None, None]:
+    ) -> tuple[Tensor, None, None, None, None, None, None]:
         (by_states,) = ctx.saved_tensors
-        return grad[:, None] * by_states, None, None, None, None, None
+        return grad[:, None] * by_states, None, None, None, None, None, None
 
 
 def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -> Tensor:
@@ -107,7 +119,9 @@ def token_log_probs(lm: LanguageModel, hidden_states: Tensor, targets: Tensor) -
         product = cpu.product_of(lm.head)
         return torch.cat(
             [
-                _TokenLogProbs.apply(rows, row_targets, weight, bias, product, wants_grad)
+                _TokenLogProbs.apply(
+                    rows, row_targets, weight, bias, product, wants_grad, lm.logit_shape
+                )
                 for rows, row_targets in zip(
                     states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True
                 )

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from grains import decoding, prompts, sampling
-from grains.calls import states_of
+from grains.calls import own_logits, states_of
 from grains.data import Example
 from grains.errors import UserError, refusing
-from grains.lm import LanguageModel
+from grains.lm import LanguageModel, LogitShape
 from grains.logprobs import logits
 from grains.packing import pack
 from grains.quantized import holds_packed
@@ -64,8 +64,7 @@ def _checked(lm: LanguageModel) -> LanguageModel:
     lm = replace(lm, marks_prompts=_must_mark(lm, short, responses))
     expected, states = _own(lm, short, responses)
     if not lm.own_head:
-        plain_end = logits(lm, states[0][-len(expected[0]) :])
-        lm = replace(lm, own_head=_distance(plain_end, expected[0]) > _limit(lm))
+        lm = _with_its_end(lm, states[0][-len(expected[0]) :], expected[0])
     captured = capture(lm, short)
     lm = replace(
         lm,
@@ -119,6 +118,43 @@ def _checked(lm: LanguageModel) -> LanguageModel:
     if lm.quantization:
         _check_gradients(lm, short)
     return lm
+
+
+def _with_its_end(lm: LanguageModel, states: Tensor, expected: Tensor) -> LanguageModel:
+    """The model with what makes logits (n, V) of the last layer's output (n, D): norm and head,
+    these and a shape of each logit, or its own forward."""
+    if _distance(logits(lm, states), expected) <= _limit(lm):
+        return lm
+    shaped = replace(lm, logit_shape=_logit_shape(lm, states))
+    if shaped.logit_shape and _distance(logits(shaped, states), expected) <= _limit(lm):
+        return shaped
+    return replace(lm, own_head=True)
+
+
+def _logit_shape(lm: LanguageModel, states: Tensor) -> LogitShape | None:
+    """What the model seems to do to each logit, seen where its head gives 1, 2^10 and 2^20.
+
+    Scale and cap are numbers of its config, or one divided by them: in 16 bits what is seen is not
+    exact. None where none of them is what is seen.
+    """
+    probes = torch.tensor([1.0, 2.0**10, 2.0**20], device=states.device)
+    given = probes[:, None].expand(-1, lm.head.out_features).to(lm.dtype)
+    low, middle, high = own_logits(lm, states[:3], lambda _: given[None])[:, -1].tolist()
+    known = {1.0}
+    for value in lm.model.config.get_text_config().to_dict().values():
+        if isinstance(value, (int, float)) and value > 0:
+            known |= {float(value), 1 / value}
+
+    def nearest(seen: float) -> float:
+        number = min(known, key=lambda number: abs(number - seen))
+        return number if abs(number - seen) <= 0.01 * seen else math.nan
+
+    is_capped = high < 2 * middle
+    cap = nearest(high) if is_capped else math.inf
+    if not low > 0 or (is_capped and not low < cap):
+        return None
+    shape = LogitShape(nearest(cap * math.atanh(low / cap) if is_capped else low), cap)
+    return None if math.isnan(shape.scale) or math.isnan(cap) else shape
 
 
 def _check_causal(lm: LanguageModel, prompt: dict, own: list[Tensor], where: str) -> None:
