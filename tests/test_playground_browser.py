@@ -296,6 +296,11 @@ def test_vectors_of_the_question_and_of_files(page, lm, folder):
 
 def test_a_picture(page, folder):
     tab(page, SHAPES)
+    page.run(
+        "window.seen = []; new MutationObserver(() => window.seen.push("
+        "document.querySelector('#answers-1 p[dir]')?.textContent))"
+        ".observe(document.body, {childList: true, subtree: true, characterData: true})"
+    )
     page.click(f"#run-{SHAPES}")
     shown(page, SHAPES)
     patches, drawn = page.run(
@@ -309,6 +314,8 @@ def test_a_picture(page, folder):
     assert areas == pytest.approx(round(areas), abs=0.05) and round(areas) >= 1
     base, steered = both(page, SHAPES)
     assert base.startswith("a ") and steered.startswith("a ")
+    seen = page.run("return [...new Set(window.seen)].filter(Boolean)")
+    assert len(seen) > 2 and seen[-1] == base and all(base.startswith(text) for text in seen)
 
     broken = folder / "broken.png"
     broken.write_bytes(b"no picture")
