@@ -5,12 +5,14 @@ What is compared and how is in benchmarks/families.py, which writes docs/familie
 
 from __future__ import annotations
 
+import argparse
 import math
 
 import families
 import pytest
 
 import grains
+from grains.cli import entry
 from grains.errors import UserError
 from grains.export import plan
 from grains.selfcheck import can_decode, can_pad, check_decoding
@@ -140,3 +142,12 @@ def test_states_side_by_side_are_one_longer_state(tmp_path):
         assert (grains.score(lm, *asked) == steered).all()
     with pytest.raises(UserError, match="4 hidden states for each token"):
         plan.make(lm, vectors, "lm-eval", 0.5)
+
+
+def test_that_answers_are_computed_apart_is_said_once_at_loading(tmp_path, capsys):
+    flags = argparse.Namespace(dtype="float32", device="cpu", device_map=None, quantize=None)
+    for name, lines in (("gpt2", 1), ("llama", 0)):
+        families.zoo.make(name).save_pretrained(tmp_path / name)
+        families.tiny.byte_tokenizer().save_pretrained(tmp_path / name)
+        entry.load_named(flags, str(tmp_path / name))
+        assert capsys.readouterr().out.count("cannot share a row") == lines

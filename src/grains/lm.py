@@ -52,6 +52,7 @@ class LanguageModel:
     embed: token ids (...) -> the embeddings (..., D) that enter layer 0.
     processor: transformers' image-text processor, or None for a text-only model.
     memory: how many bytes the activations that are kept for a gradient may take.
+    width: the values of a token's hidden state between layers, where they were seen.
     layer_outputs: items of the tuple that a layer returns, hidden states first; 0 if it returns a
         tensor.
     streams: where a layer passes on several hidden states for each token, side by side (Gemma-3n's
@@ -80,6 +81,7 @@ class LanguageModel:
     embed: nn.Embedding
     processor: Any = None
     memory: int = 4 * 2**30
+    width: int | None = None
     layer_outputs: int = 0
     streams: tuple[int, int] | None = None
     resumes: bool = True
@@ -109,8 +111,7 @@ class LanguageModel:
     @property
     def hidden_size(self) -> int:
         """D."""
-        size = self.model.config.get_text_config().hidden_size
-        return size * self.streams[1] if self.streams else size
+        return self.width or self.model.config.get_text_config().hidden_size
 
     def joined(self, states: Tensor) -> Tensor:
         """A layer's hidden states as (B, T, D): those side by side in one (see `streams`)."""

@@ -291,6 +291,7 @@ def wrap(
         head,
         embed,
         processor,
+        width=parts.width,
         layer_outputs=parts.layer_outputs,
         streams=parts.streams,
     )

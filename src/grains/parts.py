@@ -19,11 +19,12 @@ TOKENS = 7  # of the text that shows the parts: more than any model has streams
 class Parts:
     """The decoder's layers, and the norm: what follows them before the head.
 
-    layer_outputs, streams: see `LanguageModel`.
+    width, layer_outputs, streams: see `LanguageModel`.
     """
 
     layers: nn.ModuleList
     norm: nn.Module
+    width: int
     layer_outputs: int
     streams: tuple[int, int] | None
 
@@ -73,7 +74,9 @@ def find_parts(model: PreTrainedModel, name: str) -> Parts:
         if len(shape) == 3 or streams:
             output = calls[places[0]][2]
             layer_outputs = len(output) if isinstance(output, (tuple, list)) else 0
-            return Parts(layers, _between(calls, places[-1], model), layer_outputs, streams)
+            width = shape[-1] * (streams[1] if streams else 1)
+            norm = _between(calls, places[-1], model)
+            return Parts(layers, norm, width, layer_outputs, streams)
     raise UserError(
         f"{name}: {type(model).__name__} does not call {config.num_hidden_layers} decoder layers "
         "one after the other on the hidden states of a text; this architecture is not supported"

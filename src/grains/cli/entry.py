@@ -171,4 +171,9 @@ def load_named(args: argparse.Namespace, name: str, **options: Any) -> LanguageM
         )
     if lm.device.type == "cpu":
         cpu.keep_freed_memory()
+    if not lm.packs:
+        say(
+            f"note: answers to a prompt cannot share a row in {name}: each is computed with the "
+            "prompt again, which is slower"
+        )
     return lm
