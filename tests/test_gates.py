@@ -193,8 +193,9 @@ def test_half_a_gate_is_refused(tmp_path):
 
 def test_vectors_keep_their_gate(lm, tmp_path):
     path, gate = tmp_path / "v.safetensors", a_gate(lm)
+    drawn = torch.Generator().manual_seed(0)
     made = SteeringVectors(
-        torch.randn(len(lm.layers), lm.hidden_size),
+        torch.randn(len(lm.layers), lm.hidden_size, generator=drawn),
         torch.ones(len(lm.layers)),
         {"method": "trained"},
         gate,
