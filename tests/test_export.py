@@ -218,6 +218,8 @@ def test_biases_in_the_embedded_gguf_file(smollm2, tmp_path):
     v = vectors(smollm2)
     check = export.write(smollm2, v, "gguf-bias", tmp_path / "out", 0.2, ["0-29"])
     assert check.written[0] < 2e-4 and check.effect[1] > 0.01
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert page.startswith("---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n")
     source, written = (
         {item.name: item for item in GGUFReader(path).tensors}
         for path in (models.embedded_file(), tmp_path / "out" / folders.MODEL_GGUF)

@@ -9,7 +9,7 @@ import pandas as pd
 from grains.errors import UserError
 from grains.export.folders import auto_class
 from grains.export.plan import KEEPS_NORM, Check, Plan
-from grains.settings import EXPORTS, MODELS
+from grains.settings import EMBEDDED, EXPORTS, MODELS
 from grains.steering import BASE
 
 USE = {
@@ -20,6 +20,7 @@ USE = {
     "lm-eval": "lm_eval --model steered --model_args pretrained=MODEL,steer_path=steer.pt",
     "hf": '{}.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
 }
+HUB_IDS = MODELS | {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 LIBRARY = {"peft": "peft", "hf": "transformers", "hf-bias": "transformers"}
 
 
@@ -96,7 +97,7 @@ def card(plan: Plan, to: str, check: Check, measured: dict | None, licence: str 
     info = plan.vectors.info
     model = info.get("model") or {}
     name = model.get("model") or plan.lm.name
-    base = MODELS.get(name, name)  # hubs link what they know by its id
+    base = HUB_IDS.get(name, name)  # hubs link what they know by its id
     data = (info.get("data") or {}).get("name")
     header = ["---", f"base_model: {base}"]
     header += [f"license: {licence}"] if licence else []
