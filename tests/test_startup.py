@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers import tiny
 from helpers.command_line import SRC, child_environment
+from transformers import models
 
 pytestmark = pytest.mark.slow
 
@@ -29,8 +31,9 @@ def test_flags_are_checked_without_the_libraries(script, flag, code):
     assert "usage: " in said
 
 
-def test_stages_do_without_what_transformers_imports_in_vain():
-    """SciPy and scikit-learn are not imported with it, and are as installed as before."""
+def test_stages_do_without_what_transformers_imports_in_vain(tmp_path):
+    """SciPy, scikit-learn and torch's compiler are not imported with it, nor to load a model, and
+    are as installed as before; transformers exports what it always does."""
     ended = subprocess.run(
         [
             sys.executable,
@@ -39,7 +42,19 @@ def test_stages_do_without_what_transformers_imports_in_vain():
             "from grains.cli import entry\n"
             "entry.import_libraries()\n"
             "import grains.generation, grains.stage1, grains.cli.stages, grains.tables\n"
+            "from transformers import AutoModelForCausalLM, models\n"
+            "from grains.cli import libraries\n"
+            "with libraries.without_compiler():\n"
+            f"    AutoModelForCausalLM.from_pretrained({str(tiny.save_model(tmp_path))!r})\n"
             "print(*{name.partition('.')[0] for name in sys.modules}, gc.isenabled())\n"
+            "print(*sys.modules)\n"
+            "print(len(models.__all__), models.LlamaForCausalLM.__name__)\n"
+            "import torch\n"
+            "from transformers.masking_utils import TransformGetItemToIndex\n"
+            "with TransformGetItemToIndex():\n"
+            "    pick = torch.vmap(lambda i: torch.arange(3, 5)[i])\n"
+            "    print(pick(torch.tensor([1, 0])).tolist())\n"
+            "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())\n"
             "import scipy.optimize, sklearn.metrics\n"
             "from transformers.utils import is_scipy_available, is_sklearn_available\n"
             "print(is_scipy_available(), is_sklearn_available(), scipy.optimize.milp.__name__)\n",
@@ -49,7 +64,10 @@ def test_stages_do_without_what_transformers_imports_in_vain():
         capture_output=True,
         text=True,
     )
-    loaded, found = ended.stdout.splitlines()
+    loaded, modules, exports, picked, compiled, found = ended.stdout.splitlines()
     assert {"torch", "transformers", "True"} <= {*loaded.split()}, ended.stderr
     assert not {"sklearn", "pandas", "datasets", "pyarrow", "matplotlib"} & {*loaded.split()}
+    assert not {"torch._dynamo", "torch.distributed.tensor"} & {*modules.split()}
+    assert exports == f"{len(models.__all__)} LlamaForCausalLM"
+    assert (picked, compiled) == ("[4, 3]", "2.0")
     assert found == "True True milp"

@@ -42,9 +42,8 @@ def pca_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
     that the mean of the rows projects positively on it.
     Raises UserError for fewer than two rows, and for rows that are all the same.
     """
-    # Imported late: these libraries take a second, and most runs compute no principal component.
-    from scipy.linalg import eigh
-    from sklearn.decomposition import PCA
+    # Imported late: it takes long, and most runs compute no principal component.
+    from scipy.linalg import eigh, svd
 
     chunks = iter(chunks)
     rows = next(chunks)
@@ -58,7 +57,7 @@ def pca_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
     if len(rows) <= rows.shape[1]:
         mean = rows.mean(axis=0)
         _check_spread(rows.var(axis=0).sum(), mean)
-        component = PCA(n_components=1, svd_solver="full").fit(rows).components_[0]
+        component = svd(rows - mean, full_matrices=False)[2][0]
     else:
         # The products are of differences from an estimate of the mean: with a large mean, plain
         # products would lose digits.

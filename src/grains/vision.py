@@ -14,11 +14,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import ProcessorMixin
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
-from transformers.models.llava_next.modeling_llava_next import (
-    get_anyres_image_grid_shape,
-    unpad_image,
-)
 
 from grains.controls import Controls, Span
 from grains.data import Example, StoredPicture
@@ -353,6 +348,9 @@ def _got_tiles(
     lm: LanguageModel, inputs: dict, size: tuple[int, int], count: int
 ) -> list[Box | None] | None:
     """InternVL and Aya Vision: tiles of the grid that fits the picture best, then all of it."""
+    # Model code is imported where a picture needs it: for words it takes long in vain.
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
     pictures, tiles = lm.processor.image_processor, inputs["pixel_values"].shape[0]
     if tiles == 1:
         return _tiles(0, 0, count, whole=True)
@@ -440,6 +438,11 @@ def _llava_next_boxes(lm: LanguageModel, size: list[int], views: int) -> list[Bo
 
     size: (height, width) of the picture in pixels; views: 1 + the number of tiles.
     """
+    from transformers.models.llava_next.modeling_llava_next import (
+        get_anyres_image_grid_shape,
+        unpad_image,
+    )
+
     config = lm.model.config
     side = config.vision_config.image_size // config.vision_config.patch_size
     base = _grid(side, side)

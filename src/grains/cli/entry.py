@@ -82,7 +82,9 @@ def import_libraries() -> None:
         import torch  # noqa: F401
         import transformers
 
-        _import_models()
+        from grains.cli import libraries
+
+        libraries.import_models()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()
@@ -104,28 +106,6 @@ def _without_collections() -> Iterator[None]:
     finally:
         gc.enable()
         gc.freeze()  # nor later of these
-
-
-def _import_models() -> None:
-    """Import transformers' model code as where SciPy and scikit-learn are not installed.
-
-    It uses them only for object detection and assisted generation, but imports them always, which
-    takes a second. Whether they are installed is asked anew before and afterwards.
-    """
-    from transformers.utils.import_utils import is_scipy_available, is_sklearn_available
-
-    hidden = {"scipy", "sklearn"} - {*sys.modules}
-    for is_available in (is_scipy_available, is_sklearn_available):
-        is_available.cache_clear()
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # none of them is found
-    try:
-        import transformers.generation.utils
-        import transformers.modeling_utils  # noqa: F401
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-        for is_available in (is_scipy_available, is_sklearn_available):
-            is_available.cache_clear()
 
 
 def say(text: str) -> None:
@@ -164,8 +144,9 @@ def load_named(args: argparse.Namespace, name: str, **options: Any) -> LanguageM
     options: further ones of `models.load`.
     """
     from grains import cpu, models
+    from grains.cli import libraries
 
-    with _without_collections():
+    with _without_collections(), libraries.without_compiler():
         lm = models.load(
             name, args.dtype, args.device, args.device_map, quantize=args.quantize, **options
         )
