@@ -18,6 +18,7 @@ from grains.positions import in_prompt
 from grains.scoring import score
 from grains.settings import parse_positions
 from grains.steering import Configuration, Gate, SteeringVectors, directions
+from grains.study import costs
 
 W = words(80, seed=9)
 QUESTIONS = [(W[:9], [W[20:24], W[20:21] + W[30:33]]), (W[40:44], [W[24:26], W[60:61]])]
@@ -130,6 +131,19 @@ def test_positions_that_name_nothing_are_refused(make_tiny):
         steering = vectors(lm, 1).at(0.5, positions=word)
         with pytest.raises(UserError, match=f"positions '{word}' name nothing"):
             grains.generate(lm, "Why?", style="plain", steering=steering)
+
+
+def test_texts_of_costs_may_stay_as_they_are(make_tiny):
+    """Prose has no picture: steering the picture alone costs it nothing, and is no mistake."""
+    lm = make_tiny("llama")
+    texts = [encoded(lm, W[:1], [W[1:9]]), encoded(lm, W[9:10], [W[10:14]])]
+    every = [vectors(lm, 1).at(0.5, positions=word) for word in ("image", "4:", "last", "response")]
+    with pytest.raises(UserError, match="'image' name nothing"):
+        score(lm, texts, every, 1000)
+    for text, rows in zip(texts, score(lm, costs.may_stay(texts), every, 1000), strict=True):
+        base = own_loss_log_likelihood(lm, text.prompt_ids, text.responses[0])
+        assert rows[:3, 0] == pytest.approx([base] * 3, abs=1e-4)
+        assert abs(rows[3:, 0] - base).min() > 0.01
 
 
 def test_python_scores_and_generates_at_positions(make_tiny):
