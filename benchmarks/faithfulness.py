@@ -357,12 +357,15 @@ def within_all(
     No set's change (of the mean of both accuracies) has a 95 % interval below zero, and the
     perplexity of own answers rises by at most `OWN_BUDGET`.
     """
-    if costs.perplexity_rise(own, score_all(lm, own, [item], MAX_TOKENS))[1] > OWN_BUDGET:
+    rise = costs.perplexity_rise(own, score_all(lm, own, [item], MAX_TOKENS))[1]
+    if rise > OWN_BUDGET:
+        print(f"refused: {item.label}: own answers {rise:+.1%}")
         return False
     for name in (ALIKE, BEHIND, BARE, AGREEING):
         base, steered = right(lm, sets[name], [item]).T
         change = steered - base
         if change.mean() + 1.96 * change.std(ddof=1) / len(change) ** 0.5 < 0:
+            print(f"refused: {item.label}: {GATED_SHOWN[name]} {100 * change.mean():+.1f}")
             return False
     return True
 
