@@ -291,15 +291,26 @@ def _serve(library: str = "stages") -> None:
 
 def _import_stages() -> None:
     import datasets.packaged_modules.json.json  # noqa: F401
+    import pandas.io.formats.csvs  # noqa: F401
+    import scipy.linalg
     import scipy.stats  # noqa: F401
     import sklearn.decomposition  # noqa: F401
     import transformers.generation.utils
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.encoder_decoder
+    import transformers.models.llama.modeling_llama
+    import transformers.tokenization_utils_sentencepiece  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    import grains.cli.libraries
     import grains.cli.stages
     import grains.generation
+    import grains.models
     import grains.stage1
+    import grains.study.costs
     import grains.tables  # noqa: F401
+
+    # Names of weights in older files: 880 patterns, which the first model that is loaded compiles.
+    get_checkpoint_conversion_mapping("llama")
 
 
 def _import_study() -> None:
