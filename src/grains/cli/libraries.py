@@ -33,7 +33,9 @@ def import_models() -> None:
         stack.enter_context(_names_from_the_end())
         _without_sharding()
         import transformers.generation.utils
-        import transformers.modeling_utils  # noqa: F401
+        import transformers.modeling_utils
+    with _names_from_the_end():
+        import transformers.processing_utils  # noqa: F401  # it reads the model files once more
 
 
 @contextmanager
