@@ -264,7 +264,7 @@ def test_no_step_computes_what_no_vector_changes(lm):
 
 def test_what_is_kept_for_all_steps_is_known_before(lm):
     pairs = items(lm)[0]
-    part = trained._Term(lm, 1, 10**6, pairs, 1, 1.0, 1.0, trained.pair_losses)
+    part = trained._Term(lm, 1, 10**6, "all", pairs, 1, 1.0, 1.0, trained.pair_losses)
     kept = sum(
         batch.states.nbytes + batch.calls.layers[0]["attention_mask"].nbytes
         for (batch,) in part.groups
