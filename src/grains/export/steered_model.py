@@ -69,7 +69,12 @@ class SteeredModel(Base):
         if positions == "all":
             return None
         given = inspect.signature(Base.forward).bind_partial(self, *args, **kwargs).arguments
-        ids, mask, cache = map(given.get, ("input_ids", "attention_mask", "past_key_values"))
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        named = given | kwargs  # transformers 5.24 says cache, and takes both names
+        cache = next(
+            (named[name] for name in ("past_key_values", "cache") if named.get(name) is not None),
+            None,
+        )
         rows, width = (given["inputs_embeds"] if ids is None else ids).shape[:2]
         before = 0 if cache is None else int(cache.get_seq_length())
         if mask is None:
