@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -27,10 +27,7 @@ DECORATORS = ("disable", "allow_in_graph", "assume_constant_result")
 
 def import_models() -> None:
     """Import the model code of transformers, which all models share."""
-    with ExitStack() as stack:
-        stack.enter_context(_without_scipy())
-        stack.enter_context(without_compiler())
-        stack.enter_context(_names_from_the_end())
+    with _without_scipy(), without_compiler(), _names_from_the_end():
         _without_sharding()
         import transformers.generation.utils
         import transformers.modeling_utils
@@ -108,7 +105,10 @@ def _index_by_tensors() -> Any:
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """Also for loading: torch asks for it where tensors have no values yet (meta)."""
+    """The compiler is a stand-in within the block.
+
+    Also for loading a model: torch asks for it where tensors have no values yet (meta).
+    """
     parts: dict[str, dict[str, Any]] = {
         COMPILER: dict.fromkeys(DECORATORS, _as_it_is),
         INDEXING: {"TransformGetItemToIndex": _index_by_tensors},
