@@ -1,17 +1,25 @@
 """A script says what its flags are, and that one is wrong, without loading what takes seconds."""
 
+import inspect
 import subprocess
 import sys
+import zlib
 
 import pytest
-from helpers import tiny
+import torch
+from helpers import families, tiny, vlm_models
 from helpers.command_line import SRC, child_environment
+from torch.fx.experimental import symbolic_shapes
 from transformers import models
+
+import grains
+from grains.cli import libraries
 
 pytestmark = pytest.mark.slow
 
 SCRIPTS = sorted(path.name for path in SRC.glob("*.py"))
 HEAVY = ("numpy", "torch", "transformers", "datasets", "pandas", "sklearn", "scipy", "matplotlib")
+AND_OR = ("sym_and", "sym_or")
 
 
 @pytest.mark.parametrize("flag, code", [("--help", 0), ("--no_such_flag", 2)])
@@ -31,43 +39,109 @@ def test_flags_are_checked_without_the_libraries(script, flag, code):
     assert "usage: " in said
 
 
-def test_stages_do_without_what_transformers_imports_in_vain(tmp_path):
-    """SciPy, scikit-learn and torch's compiler are not imported with it, nor to load a model, and
-    are as installed as before; transformers exports what it always does."""
-    ended = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import gc, sys\n"
-            "from grains.cli import entry\n"
-            "entry.import_libraries()\n"
-            "import grains.generation, grains.stage1, grains.cli.stages, grains.tables\n"
-            "from transformers import AutoModelForCausalLM, models\n"
-            "from grains.cli import libraries\n"
-            "with libraries.without_compiler():\n"
-            f"    AutoModelForCausalLM.from_pretrained({str(tiny.save_model(tmp_path))!r})\n"
-            "print(*{name.partition('.')[0] for name in sys.modules}, gc.isenabled())\n"
-            "print(*sys.modules)\n"
-            "print(len(models.__all__), models.LlamaForCausalLM.__name__)\n"
-            "import torch\n"
-            "from transformers.masking_utils import TransformGetItemToIndex\n"
-            "with TransformGetItemToIndex():\n"
-            "    pick = torch.vmap(lambda i: torch.arange(3, 5)[i])\n"
-            "    print(pick(torch.tensor([1, 0])).tolist())\n"
-            "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())\n"
-            "import scipy.optimize, sklearn.metrics\n"
-            "from transformers.utils import is_scipy_available, is_sklearn_available\n"
-            "print(is_scipy_available(), is_sklearn_available(), scipy.optimize.milp.__name__)\n",
-        ],
+def as_scripts_do(*lines: str) -> subprocess.CompletedProcess:
+    """A process that imports the libraries as scripts do, and then runs some lines."""
+    start = "import gc, sys, torch; from grains.cli import entry, libraries"
+    program = "\n".join([start, *lines])
+    return subprocess.run(
+        [sys.executable, "-c", program],
         cwd=SRC,
         env=child_environment(),
         capture_output=True,
         text=True,
     )
-    loaded, modules, exports, picked, compiled, found = ended.stdout.splitlines()
+
+
+def names_and_files(module) -> int:
+    """A number for what transformers exports and from where."""
+    return zlib.crc32(repr(sorted(module._class_to_module.items())).encode())
+
+
+def test_stages_do_without_what_transformers_imports_in_vain(tmp_path):
+    """SciPy, scikit-learn, SymPy and torch's compiler are not imported with it, nor to load a
+    model, and are as installed as before; transformers exports what it always does, and reads once
+    what its model files export."""
+    ended = as_scripts_do(
+        "opened = []",
+        "sys.addaudithook(lambda event, args: event == 'open' and opened.append(args[0]))",
+        "entry.import_libraries()",
+        "import grains.generation, grains.stage1, grains.cli.stages, grains.tables",
+        "from transformers import AutoModelForCausalLM, models",
+        "with libraries.without_compiler():",
+        f"    AutoModelForCausalLM.from_pretrained({str(tiny.save_model(tmp_path))!r})",
+        "print(*{name.partition('.')[0] for name in sys.modules}, gc.isenabled())",
+        "print(*sys.modules)",
+        "print(sum(str(name).endswith('modeling_bert.py') for name in opened))",
+        "import zlib",
+        inspect.getsource(names_and_files),
+        "print(names_and_files(models), models.LlamaForCausalLM.__name__)",
+        "from transformers.masking_utils import TransformGetItemToIndex",
+        "with TransformGetItemToIndex():",
+        "    pick = torch.vmap(lambda i: torch.arange(3, 5)[i])",
+        "    print(pick(torch.tensor([1, 0])).tolist())",
+        "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())",
+        "import scipy.optimize, sklearn.metrics, sympy.core.add",
+        "from transformers.utils import is_scipy_available, is_sklearn_available",
+        "print(is_scipy_available(), is_sklearn_available(), scipy.optimize.milp.__name__)",
+        "print(sympy.simplify('x + x'))",
+    )
+    loaded, modules, read, exports, picked, compiled, found, sum_ = ended.stdout.splitlines()
     assert {"torch", "transformers", "True"} <= {*loaded.split()}, ended.stderr
     assert not {"sklearn", "pandas", "datasets", "pyarrow", "matplotlib"} & {*loaded.split()}
-    assert not {"torch._dynamo", "torch.distributed.tensor"} & {*modules.split()}
-    assert exports == f"{len(models.__all__)} LlamaForCausalLM"
+    assert not {"sympy", "torch._dynamo", "torch.distributed.tensor"} & {*modules.split()}
+    assert read == "1"
+    assert exports == f"{names_and_files(models)} LlamaForCausalLM"
     assert (picked, compiled) == ("[4, 3]", "2.0")
-    assert found == "True True milp"
+    assert (found, sum_) == ("True True milp", "2*x")
+
+
+def test_models_are_loaded_as_with_the_libraries(tmp_path):
+    """Weights and buffers of models of several kinds, also in shards, are bit for bit those that
+    are loaded without stand-ins. SymPy is needed for none but the last, whose masks need the
+    compiler's own context."""
+    for family in families.FAMILIES:
+        model, tokenizer = families.tiny_model(family, vocab_size=300), tiny.byte_tokenizer()
+        model.save_pretrained(tmp_path / family, max_shard_size="50KB")
+        tokenizer.save_pretrained(tmp_path / family)
+    for family in vlm_models.FAMILIES:
+        model, processor = vlm_models.parts(family)
+        model.save_pretrained(tmp_path / family)
+        processor.save_pretrained(tmp_path / family)
+    names = [*families.FAMILIES, *vlm_models.FAMILIES]
+    assert len([*(tmp_path / "llama").glob("*.safetensors")]) > 1
+    ended = as_scripts_do(
+        "entry.import_libraries()",
+        "from grains import models",
+        f"for name in {names}:",
+        f"    folder = {str(tmp_path)!r} + '/' + name",
+        "    with libraries.without_compiler():",
+        "        model = models.load(folder).model",
+        "    values = dict([*model.named_parameters(), *model.named_buffers()])",
+        "    torch.save(values, folder + '/values.pt')",
+        "    print(name, 'sympy' in sys.modules)",
+    )
+    expected = [f"{name} {name == 'gemma-3'}" for name in names]
+    assert ended.stdout.splitlines() == expected, ended.stderr
+    for name in names:
+        model = grains.load(str(tmp_path / name)).model
+        values = dict([*model.named_parameters(), *model.named_buffers()])
+        loaded = torch.load(tmp_path / name / "values.pt")
+        assert loaded.keys() == values.keys() and any("inv_freq" in key for key in loaded)
+        assert all(torch.equal(loaded[key], value) for key, value in values.items())
+
+
+@pytest.mark.filterwarnings("ignore:guard_size_oblivious:FutureWarning")
+def test_the_compilers_questions_about_sizes_are_answered_as_it_does():
+    """Numbers without it, and symbols, which it knows more about, by it."""
+    pairs = [(1, 1), (1, 2), ((2, 3), [2, 3]), ((2, 3), (2, 3, 4)), ([], torch.Size([]))]
+    cases = {"sym_eq": pairs, "is_nested_int": [(0,), (3,)], "has_guarding_hint": [(0,), (True,)]}
+    cases |= {name: [(x, y) for x in (False, True) for y in (False, True)] for name in AND_OR}
+    for name in libraries.ANSWERS:
+        own, ask = getattr(symbolic_shapes, name), libraries._answer(name)
+        for sizes in cases.get(name, [(False,), (True,)]):
+            assert ask(*sizes) is own(*sizes), (name, sizes)
+    unknown = symbolic_shapes.ShapeEnv().create_unbacked_symint() > 7
+    assert libraries._answer("guard_or_false")(unknown) is False
+    assert libraries._answer("guard_or_true")(unknown) is True
+    assert libraries._answer("has_guarding_hint")(unknown) is False
+    assert isinstance(libraries._answer("sym_and")(True, unknown), torch.SymBool)

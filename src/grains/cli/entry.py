@@ -80,11 +80,11 @@ def import_libraries() -> None:
     with _without_collections():
         import huggingface_hub
         import torch  # noqa: F401
-        import transformers
 
         from grains.cli import libraries
 
         libraries.import_models()
+        import transformers
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()

@@ -5,39 +5,76 @@ It asks for SciPy and scikit-learn (object detection, assisted generation), for 
 (models spread over several processes). They take two thirds of its import, so while it lasts the
 first two look as if they were not installed, the compiler is a stand-in that gives way to the real
 one when anything asks for more of it, and torch looks as if it was built without its distributed
-part. Afterwards all of them can be imported as always.
+part. So are SymPy and what the compiler does with it, which torch asks about sizes while a model
+is loaded, when its tensors have no values yet (meta). Afterwards all of them can be imported as
+always.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from contextlib import ExitStack, contextmanager
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
-
-from transformers.utils import import_utils
 
 COMPILER = "torch._dynamo"
 INDEXING = f"{COMPILER}._trace_wrapped_higher_order_op"
 DECORATORS = ("disable", "allow_in_graph", "assume_constant_result")
+ALGEBRA = "sympy"
+SHAPES = "torch.fx.experimental.symbolic_shapes"
+PACKAGES = (COMPILER, ALGEBRA)
+READER = "transformers.utils.import_utils"
 
 
 def import_models() -> None:
     """Import the model code of transformers, which all models share."""
-    with _without_scipy(), without_compiler(), _names_from_the_end():
-        _without_sharding()
-        import transformers.generation.utils
-        import transformers.modeling_utils
-    with _names_from_the_end():
-        import transformers.processing_utils  # noqa: F401  # it reads the model files once more
+    with _reading_once():
+        import transformers
+
+        with _without_scipy(), without_compiler():
+            _without_sharding()
+            import transformers.generation.utils
+            import transformers.modeling_utils
+        import transformers.processing_utils  # noqa: F401
+
+
+@contextmanager
+def _reading_once() -> Iterator[None]:
+    """transformers reads what every one of its model files exports, line by line and three times:
+    within the block once, and without the lines before it."""
+
+    def find_spec(name: str, path: Any, target: Any = None) -> None:
+        """Find no module. But the reader can be changed as soon as it is imported itself."""
+        reader = sys.modules.get(READER)
+        if reader is None or not hasattr(reader, "define_import_structure"):
+            return
+        sys.meta_path.remove(finder)
+        exported = reader.fetch__all__
+        read = functools.cache(reader.create_import_structure_from_path.__wrapped__)
+
+        def fetch(text: str) -> list[str]:
+            return exported(text[text.rfind("\n__all__") + 1 :])
+
+        changes = {"fetch__all__": fetch, "create_import_structure_from_path": read}
+        changed.enter_context(mock.patch.multiple(reader, **changes))
+
+    finder: Any = SimpleNamespace(find_spec=find_spec)
+    sys.meta_path.insert(0, finder)
+    with ExitStack() as changed:
+        yield
+    if finder in sys.meta_path:
+        sys.meta_path.remove(finder)
 
 
 @contextmanager
 def _without_scipy() -> Iterator[None]:
     """Whether they are installed is asked anew before and afterwards."""
+    from transformers.utils import import_utils
+
     asked = (import_utils.is_scipy_available, import_utils.is_sklearn_available)
     hidden = {"scipy", "sklearn"} - {*sys.modules}
     for is_available in asked:
@@ -57,21 +94,11 @@ def _without_sharding() -> None:
 
     A group of processes needs nothing of it: each of them holds a whole model.
     """
+    from transformers.utils import import_utils
+
     import_utils.is_torch_distributed_available.cache_clear()
     with mock.patch("torch.distributed.is_available", lambda: False):
         import_utils.is_torch_distributed_available()
-
-
-@contextmanager
-def _names_from_the_end() -> Iterator[None]:
-    """transformers reads what every one of its model files exports: without the lines before it."""
-    exported = import_utils.fetch__all__
-
-    def fetch(text: str) -> list[str]:
-        return exported(text[text.rfind("\n__all__") + 1 :])
-
-    with mock.patch.object(import_utils, "fetch__all__", fetch):
-        yield
 
 
 class _StandIn(ModuleType):
@@ -82,11 +109,15 @@ class _StandIn(ModuleType):
         vars(self).update(parts)
 
     def __getattr__(self, name: str) -> Any:
-        # The import of one of its modules asks for the path of the compiler.
-        if name.startswith("__") and (self.__name__, name) != (COMPILER, "__path__"):
+        # The import of one of its modules asks for the path of a package.
+        if name.startswith("__") and (name != "__path__" or self.__name__ not in PACKAGES):
             raise AttributeError(name)
-        _drop_stand_ins()
-        return getattr(importlib.import_module(self.__name__), name)
+        return _real(self.__name__, name)
+
+
+def _real(module: str, name: str) -> Any:
+    _drop_stand_ins()
+    return getattr(importlib.import_module(module), name)
 
 
 def _drop_stand_ins() -> None:
@@ -98,24 +129,64 @@ def _as_it_is(function: Callable | None = None, *args: Any, **options: Any) -> C
     return function or _as_it_is
 
 
+def _itself(value: Any) -> Any:
+    return value
+
+
 def _index_by_tensors() -> Any:
     """The compiler's own context, which a mask of an unusual form is made in."""
-    return importlib.import_module(INDEXING).TransformGetItemToIndex()
+    return _real(INDEXING, "TransformGetItemToIndex")()
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two sizes, or lists or tuples of them, are equal."""
+    return first == second if isinstance(first, int) else [*first] == [*second]
+
+
+# What is asked about sizes, and the answer where all of them are numbers.
+ANSWERS: dict[str, Callable] = {
+    "expect_true": _itself,
+    "guard_or_false": _itself,
+    "guard_or_true": _itself,
+    "guard_size_oblivious": _itself,
+    "guarding_hint_or_throw": _itself,
+    "statically_known_true": _itself,
+    "has_guarding_hint": lambda size: True,
+    "is_nested_int": lambda size: False,
+    "sym_and": lambda *conditions: all(conditions),
+    "sym_or": lambda *conditions: any(conditions),
+    "sym_eq": _equal,
+}
+
+
+def _answer(name: str) -> Callable:
+    """A function of the compiler's that is answered without it where sizes are numbers."""
+
+    def ask(*sizes: Any, **options: Any) -> Any:
+        if options or not _is_plain(sizes):
+            return _real(SHAPES, name)(*sizes, **options)
+        return ANSWERS[name](*sizes)
+
+    return ask
+
+
+def _is_plain(size: Any) -> bool:
+    return isinstance(size, (int, float)) or (
+        isinstance(size, (list, tuple)) and all(map(_is_plain, size))
+    )
 
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """The compiler is a stand-in within the block.
-
-    Also for loading a model: torch asks for it where tensors have no values yet (meta).
-    """
+    """The compiler and SymPy are stand-ins within the block."""
     parts: dict[str, dict[str, Any]] = {
         COMPILER: dict.fromkeys(DECORATORS, _as_it_is),
         INDEXING: {"TransformGetItemToIndex": _index_by_tensors},
+        ALGEBRA: {"Basic": type("Basic", (), {})},  # a class that nothing is of
+        SHAPES: {name: _answer(name) for name in ANSWERS},
     }
-    # A part of the compiler that was imported has imported the rest.
-    if not sys.modules.keys() & parts.keys():
-        sys.modules |= {name: _StandIn(name, **given) for name, given in parts.items()}
+    missing = parts.keys() - sys.modules.keys()
+    sys.modules |= {name: _StandIn(name, **parts[name]) for name in missing}
     try:
         yield
     finally:
