@@ -59,8 +59,8 @@ def _reading_once() -> Iterator[None]:
         def fetch(text: str) -> list[str]:
             return exported(text[text.rfind("\n__all__") + 1 :])
 
-        changes = {"fetch__all__": fetch, "create_import_structure_from_path": read}
-        changed.enter_context(mock.patch.multiple(reader, **changes))
+        changed.enter_context(mock.patch.object(reader, "fetch__all__", fetch))
+        changed.enter_context(mock.patch.object(reader, "create_import_structure_from_path", read))
 
     finder: Any = SimpleNamespace(find_spec=find_spec)
     sys.meta_path.insert(0, finder)
