@@ -19,11 +19,13 @@ from demo import registered  # noqa: F401  the drawn scenes, by their short name
 from grains.cli import entry, flags
 from grains.cli.flags import LLM, Kind
 from grains.errors import UserError
+from grains.settings import OF_TOWER
 
 if TYPE_CHECKING:
     import pandas as pd
 
 METHODS = ("mean", "pca", "gradient", "caa", "repe", "icv", "iti", "nl_iti", "random", "rotated")
+IMAGE_METHODS = (*METHODS, OF_TOWER)
 # The last layer (31 of Llama-3.1-8B and LLaVA-1.6-7B) and one strength, on all questions.
 PUBLISHED_STAGE1 = ("--ig_baseline", "zeros", "--attribute", "all", "--ig_steps", "20")
 PUBLISHED_GRID = (
@@ -237,7 +239,8 @@ def measured(
         )
         num_test = args.num_test or (500 if args.kind.images else None)
         size += ["--num_test", str(num_test)] if num_test else []
-        grid = [] if "--methods" in row.evaluated else ["--methods", *METHODS]
+        methods = IMAGE_METHODS if args.kind.images else METHODS
+        grid = [] if "--methods" in row.evaluated else ["--methods", *methods]
         results = folder / "results"
         run(
             [
@@ -383,7 +386,11 @@ def hours(row: Row, args: argparse.Namespace) -> float:
         operations = 2 * weights * args.num_prompts * 2 * (tokens + 256)
     else:
         attributed = 6 * weights * args.num_samples * POINTS[row.settings] * tokens
-        tried = 2 if row.settings == "published" else (len(METHODS) + 2) * STRENGTHS
+        tried = (
+            2
+            if row.settings == "published"
+            else (len(IMAGE_METHODS if args.kind.images else METHODS) + 2) * STRENGTHS
+        )
         asked = min(row.questions, args.num_validation + (args.num_test or row.questions))
         operations = attributed + 2 * weights * asked * (1 + tried) * (tokens + 40)
     return operations / (args.tflops * 1e12) / 3600

@@ -879,7 +879,7 @@ def test_scenes_through_a_chat_template(commands, tmp_path):
         "num_test": 4,
         "seeds": 0,
         "top_k": 3,
-        "methods": "random",
+        "methods": ["random", "vti"],
         "alphas": 0.1,
         "max_ppl_increase": 1000,
         "num_generations": 2,
@@ -889,7 +889,7 @@ def test_scenes_through_a_chat_template(commands, tmp_path):
     commands.run("experiment_vlm.py", *arguments_of(flags), short_texts=True).ok()
     grid = tables(tmp_path)[0]
     validated = grid[grid.part == "validation"].set_index("configuration")
-    assert len(validated) == 2 + 3 * len(learned.SCALES)  # trained and its two controls
+    assert len(validated) == 3 + 3 * len(learned.SCALES)  # trained and its two controls
     assert validated.answers_increase["base"] == 0
     assert (validated.answers_increase.drop("base").abs() > 1e-9).all()
     assert set(grid[grid.part == "test"].questions) == {4}

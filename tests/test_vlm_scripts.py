@@ -23,9 +23,10 @@ from PIL import Image
 from safetensors import safe_open
 
 import paper_tables
-from grains import models, prompts, vision
+from grains import generation, models, prompts, scoring, vision
 from grains.cli.flags import VLM
 from grains.data import Example
+from grains.steering import SteeringVectors
 
 pytest_plugins = ("helpers.command_line",)
 
@@ -219,17 +220,19 @@ def test_stage_1(finished, out):
         assert info["data"]["ids"] == table.id[table.top == top].tolist()
 
 
+def stored_rows(hub, folder=("data/", "validation/")):
+    """The rows of the hub's data set that have two answers."""
+    files = hub.repos["datasets", "sqrti/SPA-VL"].revisions["main"].items()
+    for name, content in files:
+        if name.startswith(folder):
+            yield from pd.read_parquet(io.BytesIO(content)).itertuples()
+
+
 def test_attributions_of_stage_1_are_the_models(finished, out, hub, model_folder):
     """Positions, boxes and the log-likelihoods of every row, against the model itself."""
     lm = models.load(str(model_folder), dtype="float32", device="cpu")
     table = pd.read_csv(out / "tokens.csv")
-    stored = [
-        table_rows
-        for name, table_rows in hub.repos["datasets", "sqrti/SPA-VL"].revisions["main"].items()
-        if name.startswith("data/")
-    ]
-    rows = pd.concat([pd.read_parquet(io.BytesIO(content)) for content in stored])
-    by_answer = {row.chosen: row for row in rows.itertuples()}
+    by_answer = {row.chosen: row for row in stored_rows(hub, "data/")}
     for row in table.itertuples():
         source = by_answer[row.chosen]
         image = Image.open(io.BytesIO(source.image["bytes"]))
@@ -317,6 +320,39 @@ def test_stage_3(finished, out):
     assert table.base.str.len().min() > 0
 
 
+def test_the_vision_tower_is_steered_in_stages_2_and_3(finished, commands, out, hub, model_folder):
+    """`vti` through the scripts: log-likelihoods and texts are the library's with its file."""
+    flags = [
+        *("--hidden_states_path", out / "states_pos.safetensors"),
+        *("--steering_vectors_dir", out / "vectors", "--output_dir", out / "vti"),
+        *("--methods", "vti", "--layer_idxs", "all", "--alphas", 0.3),
+        *("--num_validation", 1, "--num_test", 2),
+    ]
+    commands.shell("vlm/run_steering_mc_vlm.sh", *flags).ok()
+    flags += ["--num_prompts", 2, "--max_new_tokens", 4]
+    commands.shell("vlm/run_steering_generation_vlm.sh", *flags).ok()
+    (path,) = (out / "vectors").glob("*_vti*.safetensors")
+    lm = models.load(str(model_folder), dtype="float32", device="cpu")
+    steering = SteeringVectors.load(path).at(0.3)
+    (asked,) = (out / "vti").glob("*_questions.csv")
+    scores = pd.read_csv(asked).query("part == 'test' and configuration != 'base'").set_index("id")
+    (texts,) = (path for path in (out / "vti").glob("*.csv") if "mode" not in path.stem)
+    written = pd.read_csv(texts, keep_default_na=False)
+    assert set(written.id) == set(scores.index) and len(written) == 2
+    sources = {row.chosen: row for row in stored_rows(hub)}
+    for row in written.itertuples():
+        source = sources[row.reference]
+        image = Image.open(io.BytesIO(source.image["bytes"]))
+        example = Example(row.id, source.question, (source.chosen, source.rejected), 0, image=image)
+        item = prompts.encode(lm, example, "chat")
+        expected = scoring.score(lm, [item], [steering], 4096)[0][1]
+        found = json.loads(scores.log_likelihoods[row.id])
+        assert found == pytest.approx(expected, abs=2e-3)
+        asked_freely = prompts.encode(lm, example, "chat", free=True)
+        (base,), (steered,) = generation.generate(lm, [asked_freely], [steering], 4)
+        assert (row.base, row.steered) == (base, steered)
+
+
 def test_what_is_asked_of_the_hub(finished, hub):
     got = "\n".join(line for line in hub.asked if line.startswith("GET /storage"))
     for file in (
@@ -402,7 +438,7 @@ def test_rows_of_the_papers_tables_are_filled_and_not_run_again(commands, tmp_pa
         (name, settings): lines for (name, settings), lines in table.groupby(["data", "settings"])
     }
     ours = by_row["spa-vl", "ours"]
-    assert set(ours.method) == {"base", *paper_tables.METHODS} and set(ours.questions) == {
+    assert set(ours.method) == {"base", *paper_tables.IMAGE_METHODS} and set(ours.questions) == {
         str(TEST)
     }
     assert set(by_row["spa-vl", "published"].method) == {"base", "pca"}

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from grains import (
     attribution,
     generation,
-    heads,
     manifests,
+    of_model,
     prompts,
     scoring,
     stage1,
@@ -128,8 +128,8 @@ def fit(
     """One steering vector per layer from preference pairs (paper, sections 3.1 and 3.2).
 
     pairs: N times (prompt, preferred answer, dispreferred answer), or `Example`s.
-    method: mean or pca (the paper's), gradient, caa, repe, icv, iti, nl_iti, or a control:
-        random, shared_random, rotated, rand_tokens, shuffled (see `grains.vectors.make`).
+    method: mean or pca (the paper's), gradient, caa, repe, icv, iti, nl_iti, vti, or a
+        control: random, shared_random, rotated, rand_tokens, shuffled (see `grains.vectors.make`).
     mode: for mean and pca: pos, or both (pos minus neg).
     settings: attribution, ablation, prompt style and seed. `tops` is set by method and mode.
     Raises UserError for an unknown method or mode, no pairs, and a pair that the model cannot take.
@@ -174,11 +174,10 @@ def fit(
     states = {top: StatesInMemory(tensors, top, info) for top in tops}
     states.setdefault("pos", states[tops[0]])  # for what all selections have in common
 
-    def of_heads(method: str) -> vectors.HeadVectors:
-        encoded = (prompts.encode(lm, example, settings.prompt) for example in examples)
-        return heads.make(lm, encoded, settings.seed, method)
+    def from_model(method: str) -> vectors.FromModel:
+        return of_model.make(lm, examples, settings.prompt, settings.seed, method)
 
-    return vectors.make(states, method, mode, settings.seed, of_heads)
+    return vectors.make(states, method, mode, settings.seed, from_model)
 
 
 def score(

@@ -145,10 +145,16 @@ def stream(
     """The greedy texts of one prompt as they are written, by the base model and each configuration.
 
     Yields 1 + len(configurations) texts after every step of their batch, the base first; the last
-    are those of `generate`. Raises UserError as `write`.
+    are those of `generate`. Raises UserError as `write`, and for a prompt with a picture where a
+    configuration steers the vision tower, as the batch has one tower.
     """
     check_limit(lm, max_new_tokens)
     _check_positions(encoded, configurations)
+    if encoded.image.any() and any(item.tower for item in configurations):
+        raise UserError(
+            "vectors that steer the vision tower give other pictures than the base model's, so "
+            "their answers cannot be streamed beside its: write them whole, by generate"
+        )
     how = sampling.choosing(lm, DecodingSettings())
     ids = encoded.prompt_ids
     limit = row_limit(lm, ids, max_new_tokens)
@@ -283,13 +289,15 @@ def _by_the_model(
 ) -> Iterator[Row]:
     if rows:
         check_decoding(lm)
-    for kind in _kinds(lm, [item for item, _ in rows]):
-        lengths = [len(rows[index][1].prompt_ids) + rows[index][1].limit for index in kind]
-        for group in batches(lengths, max_positions):
-            batch = [rows[kind[index]] for index in group]
-            _continue(lm, [item for item, _ in batch], [row for _, row in batch])
-            progress(sum(len(row.new) for _, row in batch))
-            yield from (row for _, row in batch)
+    for tower in dict.fromkeys(row.configuration.tower for _, row in rows):
+        alike = [(item, row) for item, row in rows if row.configuration.tower == tower]
+        for kind in _kinds(lm, [item for item, _ in alike]):
+            lengths = [len(alike[index][1].prompt_ids) + alike[index][1].limit for index in kind]
+            for group in batches(lengths, max_positions):
+                batch = [alike[kind[index]] for index in group]
+                _continue(lm, [item for item, _ in batch], [row for _, row in batch])
+                progress(sum(len(row.new) for _, row in batch))
+                yield from (row for _, row in batch)
 
 
 def _kinds(lm: LanguageModel, encoded: Sequence[Encoded]) -> list[list[int]]:
@@ -351,6 +359,7 @@ def _continue(
 ) -> None:
     """Write the texts of a batch by the model's own `generate`.
 
+    The configurations steer the vision tower alike.
     after: called when all rows have a token more.
     """
     inputs = _inputs(lm, encoded)
@@ -368,7 +377,9 @@ def _continue(
     with (
         _computed(lm) as computed,
         sampling.nothing_else_acts(lm),
-        steered(lm, *by_row([row.configuration for row in rows]), where),
+        steered(
+            lm, *by_row([row.configuration for row in rows]), where, rows[0].configuration.tower
+        ),
     ):
         output = lm.model.generate(
             **inputs,

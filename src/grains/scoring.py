@@ -35,7 +35,7 @@ from grains.replay import (
     with_caches,
 )
 from grains.settings import SCORES
-from grains.steering import Configuration, Gate, steer
+from grains.steering import Configuration, Gate, TowerSteering, steer, steered
 
 
 def batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
@@ -77,6 +77,27 @@ def score(
     max_tokens: the number of positions computed at a time.
     Returns for each question an array (1 + configurations, choices), the base model first.
     """
+    has_picture = any(item.image.any() for item in encoded)
+    towers: dict[TowerSteering | None, list[int]] = {None: []}
+    for index, configuration in enumerate(configurations):
+        towers.setdefault(configuration.tower if has_picture else None, []).append(index)
+    scores = [np.empty((1 + len(configurations), len(item.responses))) for item in encoded]
+    for tower, members in towers.items():
+        with steered(lm, {}, tower=tower):  # what enters the decoder differs
+            own = [configurations[index] for index in members]
+            parts = _score(lm, encoded, own, max_tokens)
+        rows = [1 + index for index in members]
+        for all_rows, part in zip(scores, parts, strict=True):
+            all_rows[rows] = part[1:]
+            if tower is None:
+                all_rows[0] = part[0]
+    return scores
+
+
+def _score(
+    lm: LanguageModel, encoded: list[Encoded], configurations: list[Configuration], max_tokens: int
+) -> list[np.ndarray]:
+    """`score` for configurations that leave the vision tower as it is now."""
     batch, read = packed_batch(lm, encoded)
     groups: dict[tuple[tuple[int, ...], Gate | None, str], list[int]] = {}
     for index, configuration in enumerate(configurations):

@@ -56,6 +56,7 @@ METHOD_MEANINGS = {
     "icv": "in-context vectors: first direction of these differences, all layers joined",
     "iti": "mean difference at attention heads that tell the responses apart (asked for by name)",
     "nl_iti": "the same of several tokens' mean, with non-linear probes (asked for by name)",
+    "vti": "as repe, and the vision tower moved as if much of the picture were hidden (by name)",
     "random": "control: random directions",
     "shared_random": "control: one random direction at all layers",
     "rotated": "control: gradient under one random rotation of the hidden space",
@@ -74,9 +75,13 @@ CONTROLS = (
 )
 # The paper's methods, which reduce ablation shifts: only they have the modes pos and both.
 ABLATION_METHODS = ("mean", "pca")
-# Methods that shift single attention heads, for models whose heads are known by name: they are made
-# from the model and the examples, not from hidden states, and are tried where they are asked for.
+# Methods that shift single attention heads, for models whose heads are known by name.
 OF_HEADS = ("iti", "nl_iti")
+# The method that steers the vision tower too, of models that read pictures.
+OF_TOWER = "vti"
+# They are made from the model and the examples, not from hidden states alone, and are tried where
+# they are asked for.
+OF_MODEL = (*OF_HEADS, OF_TOWER)
 # Methods made from gradients with respect to hidden states.
 NEED_GRADIENTS = ("gradient", "rotated", "shuffled")
 # Methods that need ablated states, and so an attribution or random tokens.
@@ -354,6 +359,7 @@ class GridSettings:
         (alpha times the vector as its method gives it, as in the paper).
     positions: the positions that are steered (see `parse_positions`).
     gate: whether all vectors, the controls' too, steer behind a gate (see `grains.study.gates`).
+    Raises UserError for a gate or some positions with a method that steers the vision tower too.
     """
 
     methods: tuple[str, ...]
@@ -365,9 +371,16 @@ class GridSettings:
     positions: str = "all"
     gate: bool = False
 
+    def __post_init__(self) -> None:
+        if OF_TOWER in self.methods and (self.gate or self.positions != "all"):
+            raise UserError(
+                f"method {OF_TOWER} steers the vision tower too, where no gate and no positions of "
+                "the text act: leave it out, or give no gate and all positions"
+            )
+
 
 STUDY_SEEDS = (0, 1, 2)
-STUDY_GRID = GridSettings(tuple(method for method in METHODS if method not in OF_HEADS))
+STUDY_GRID = GridSettings(tuple(method for method in METHODS if method not in OF_MODEL))
 
 
 @dataclass(frozen=True)
@@ -385,8 +398,9 @@ class StudySettings:
     gated: methods of the grid that are also tried behind a gate.
     train_vectors: whether vectors are trained as well; lora: dpo, sft or none.
     num_generations: questions of a split that are answered freely, with max_new_tokens at most.
-    Raises UserError for data sets of one name, for a gated method that the grid lacks, for methods
-    that need an ablation without one, and for some positions without strengths.
+    Raises UserError for data sets of one name, for a gated method that the grid lacks or that takes
+    no gate, for methods that need an ablation without one, and for some positions without
+    strengths.
     """
 
     sources: tuple[DataSettings, ...]
@@ -419,6 +433,10 @@ class StudySettings:
                 f"positions {self.grid.positions}: of prose they are the first token at most, so "
                 "its perplexity says nothing of their cost and no strengths can be searched by it: "
                 "give alphas"
+            )
+        if OF_TOWER in self.gated:
+            raise UserError(
+                f"gated: {OF_TOWER} steers the vision tower too, where no gate acts: leave it out"
             )
         missing = [method for method in self.gated if method not in self.grid.methods]
         if missing:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from grains.calls import states_of, with_states
+from grains import tower as towers
+from grains.calls import first_tensor, states_of, with_first, with_states
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.runs import read_tensors, write_tensors
@@ -43,6 +44,54 @@ class Gate:
         return self.weights[layer], self.biases[layer]
 
 
+@dataclass(frozen=True, eq=False)
+class TowerVectors:
+    """Steering vectors of a vision tower's layers, and the typical length of a patch's state there.
+
+    They move the states of every picture; how strongly is said as for the decoder's vectors.
+    vectors: (Lv, T, Dv), of T patches; T is 1 where they are the same for all.
+    norms: (Lv,) the median over the steering examples of a patch's ||h||.
+    """
+
+    vectors: Tensor
+    norms: Tensor
+
+    def __post_init__(self) -> None:
+        if self.vectors.dim() != 3 or self.norms.shape != self.vectors.shape[:1]:
+            raise UserError(
+                "expected vectors of a vision tower (Lv, T, Dv) and norms (Lv,), found "
+                f"{tuple(self.vectors.shape)} and {tuple(self.norms.shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class TowerSteering:
+    """Vectors of a vision tower at a strength (see `SteeringVectors.scaled`)."""
+
+    vectors: TowerVectors
+    alpha: float
+    units: str
+
+    def added(self) -> dict[int, Tensor]:
+        """layer of the tower -> what is added there, (T, Dv)."""
+        given = self.vectors
+        every = range(len(given.vectors))
+        return _scaled(given.vectors, given.norms, every, self.alpha, self.units)
+
+
+def _scaled(
+    vectors: Tensor, norms: Tensor, layers: Iterable[int], alpha: float, units: str
+) -> dict[int, Tensor]:
+    """layer -> its vectors (..., D) at a strength (see `SteeringVectors.scaled`).
+
+    vectors: (L, ..., D). norms: (L,).
+    """
+    if units == "absolute":
+        return {layer: alpha * vectors[layer] for layer in layers}
+    unit = normalize(vectors, dim=-1)
+    return {layer: alpha * norms[layer] * unit[layer] for layer in layers}
+
+
 def steer(
     hidden_states: Tensor,
     vector: Tensor,
@@ -51,7 +100,7 @@ def steer(
 ) -> Tensor:
     """h' = (h + v) ||h|| / ||h + v||, norms over the hidden dimension (paper, section 3.3).
 
-    hidden_states: (..., T, D), h. vector: (D,) or (R, 1, D), v with its strength included.
+    hidden_states: (..., T, D), h. vector: (D,), (T, D) or (R, 1, D), v with its strength included.
     gate: w, (D,) or (R, 1, D), and b, () or (R, 1, 1): v is scaled by g(h) at each position (see
         `Gate`).
     where: bool, (..., T) or what broadcasts to it: the steered positions; None: all.
@@ -92,6 +141,7 @@ def steered(
     vectors: dict[int, Tensor],
     gates: dict[int, tuple[Tensor, Tensor]] | None = None,
     where: Callable[[int], Tensor | None] | None = None,
+    tower: TowerSteering | None = None,
 ) -> Iterator[LanguageModel]:
     """Steer the outputs of decoder layers within the block; afterwards the model is unchanged.
 
@@ -102,28 +152,48 @@ def steered(
     gates: layer -> w and b (see `steer`); None: no gate.
     where: the number T of positions that a layer computes -> those that are steered (see `steer`).
         Called at every steered layer of every forward; None: all positions are.
-    Raises UserError for a layer that does not exist, and at the end of the block if only other
-    threads computed in it, so that nothing was steered.
+    tower: what moves the states of pictures in the vision tower; None: nothing.
+    Raises UserError for a layer that does not exist, for a picture with another number of patches
+    than the tower's vectors are for, and at the end of the block if only other threads computed in
+    it, so that nothing was steered.
     """
     check_layers(vectors, len(lm.layers))
     owner, computed, handles = threading.get_ident(), set(), []
 
-    def hook(vector: Tensor, gate: tuple[Tensor, Tensor] | None) -> Callable:
-        def change(module: nn.Module, args: tuple, output: Any) -> Any:
+    def hook(change: Callable[[Any], Any]) -> Callable:
+        def changed(module: nn.Module, args: tuple, output: Any) -> Any:
             own = owner in (threading.get_ident(), _CALLER.get()) or _is_autograds()
             computed.add(own)
-            if not own:
-                return None
-            states = states_of(lm, output)
-            part = where(states.shape[-2]) if where else None
-            return with_states(lm, output, steer(states, vector, gate, part))
+            return change(output) if own else None
 
-        return change
+        return changed
+
+    def in_decoder(vector: Tensor, gate: tuple[Tensor, Tensor] | None, output: Any) -> Any:
+        states = states_of(lm, output)
+        part = where(states.shape[-2]) if where else None
+        return with_states(lm, output, steer(states, vector, gate, part))
+
+    def in_tower(vector: Tensor, output: Any) -> Any:
+        states = first_tensor(output)
+        if len(vector) not in (1, states.shape[-2]):
+            raise UserError(
+                f"these vectors are for pictures of {len(vector)} patches, and this one has "
+                f"{states.shape[-2]}: give pictures of one size, or make the vectors from pictures "
+                "of several sizes"
+            )
+        return with_first(output, steer(states, vector))
 
     try:
         for layer, vector in vectors.items():
-            gate = gates[layer] if gates else None
-            handles.append(lm.layers[layer].register_forward_hook(hook(vector, gate)))
+            change = partial(in_decoder, vector, gates[layer] if gates else None)
+            handles.append(lm.layers[layer].register_forward_hook(hook(change)))
+        for layer, vector in (tower.added() if tower else {}).items():
+            # Before transformers' own hooks, by which some models note the features they use.
+            handles.append(
+                towers.layers(lm)[layer].register_forward_hook(
+                    hook(partial(in_tower, vector)), prepend=True
+                )
+            )
         yield lm
     finally:
         for handle in handles:
@@ -217,6 +287,8 @@ class SteeringVectors:
     norms: (L,) the median over the steering examples of ||h_l||.
     info: the manifest: model, data and settings that they come from.
     gate: scales them at each position; None: they are added alike at every position.
+    tower: those of the vision tower, of the method vti alone; they go with any layers of the
+        decoder, at every patch. With a gate or in combinations they cannot be.
 
     Vectors of one model can be combined, as in v + 0.5 * w - u: at every strength the combination
     adds what v, half of w and minus u add together at that strength (see `fix`), before the
@@ -229,6 +301,7 @@ class SteeringVectors:
     norms: Tensor
     info: dict
     gate: Gate | None = None
+    tower: TowerVectors | None = None
 
     def __post_init__(self) -> None:
         if self.vectors.dim() != 2 or self.norms.shape != self.vectors.shape[:1]:
@@ -245,7 +318,15 @@ class SteeringVectors:
                 f"{tuple(self.norms.shape)}, found {tuple(self.gate.weights.shape)} and "
                 f"{tuple(self.gate.biases.shape)}"
             )
-        for name, values in (("vectors", self.vectors), ("norms", self.norms)):
+        if self.gate and self.tower:
+            raise UserError(
+                "vectors that steer the vision tower cannot be behind a gate, which reads the "
+                "decoder's states alone: use another method"
+            )
+        every = [("vectors", self.vectors), ("norms", self.norms)]
+        if self.tower:
+            every += [("vectors", self.tower.vectors), ("norms", self.tower.norms)]
+        for name, values in every:
             if not values.is_floating_point():
                 raise UserError(f"the {name} are {values.dtype}: expected floating point")
             if not values.isfinite().all():
@@ -275,11 +356,8 @@ class SteeringVectors:
             raise UserError(f"unknown units '{units}': expected {' or '.join(UNITS)}")
         if not math.isfinite(alpha):
             raise UserError(f"strength {alpha}: expected a finite number")
-        if self.fixed or units == "absolute":
-            added = {layer: alpha * self.vectors[layer] for layer in chosen}
-        else:
-            unit = normalize(self.vectors, dim=-1)
-            added = {layer: alpha * self.norms[layer] * unit[layer] for layer in chosen}
+        units = "absolute" if self.fixed else units
+        added = _scaled(self.vectors, self.norms, chosen, alpha, units)
         if not all(
             vector.norm() <= LARGEST_RATIO * self.norms[layer] for layer, vector in added.items()
         ):
@@ -302,6 +380,7 @@ class SteeringVectors:
         """
         if self.fixed:
             return self
+        self._check_combined()
         default = "absolute" if self.info.get("method") in TRAINED_METHODS else "relative"
         units = units or default
         added = replace(self, gate=None).scaled(1.0, units=units)  # gates may lack some layers
@@ -355,6 +434,7 @@ class SteeringVectors:
         Raises UserError for vectors of different models.
         """
         self._check_alike(removed)
+        self._check_combined()
         unit = normalize(removed.vectors.double(), dim=-1)
         own = self.vectors.double()
         left = own - (own * unit).sum(-1, keepdim=True) * unit
@@ -362,6 +442,13 @@ class SteeringVectors:
         left[left.norm(dim=-1) <= 1e-6 * own.norm(dim=-1)] = 0
         info = self.info | {"without": removed.info.get("method", "vectors")}
         return replace(self, vectors=left.to(self.vectors.dtype), info=info)
+
+    def _check_combined(self) -> None:
+        if self.tower:
+            raise UserError(
+                "vectors that steer the vision tower cannot be combined with others, nor scaled "
+                "but by their strength: steer by each in a block of its own, one within the other"
+            )
 
     def _check_alike(self, vectors: SteeringVectors) -> None:
         """Raise UserError unless two vectors are of one model."""
@@ -390,7 +477,11 @@ class SteeringVectors:
         self.check_model(lm)
         added = self.scaled(alpha, layers, units)
         gates = {layer: self.gate.at(layer) for layer in added} if self.gate else None
-        return steered(lm, added, gates)
+        return steered(lm, added, gates, tower=self.tower_at(alpha, units))
+
+    def tower_at(self, alpha: float, units: str = "relative") -> TowerSteering | None:
+        """What moves the vision tower's states at a strength (see `scaled`); None: nothing."""
+        return TowerSteering(self.tower, alpha, units) if self.tower else None
 
     def at(
         self,
@@ -408,7 +499,8 @@ class SteeringVectors:
         added = self.scaled(alpha, layers, units)
         name = self.info.get("method", "vectors")
         mode = self.info.get("mode") or ""
-        return Configuration(name, mode, tuple(added), alpha, added, self.gate, positions)
+        tower = self.tower_at(alpha, units)
+        return Configuration(name, mode, tuple(added), alpha, added, self.gate, positions, tower)
 
     def check_model(self, lm: LanguageModel) -> None:
         """Raise UserError unless these vectors are of this model; its precision may differ."""
@@ -433,7 +525,12 @@ class SteeringVectors:
             if self.gate
             else {}
         )
-        return {"vectors": self.vectors, "norms": self.norms, **gate}, self.info
+        tower = (
+            {"tower_vectors": self.tower.vectors, "tower_norms": self.tower.norms}
+            if self.tower
+            else {}
+        )
+        return {"vectors": self.vectors, "norms": self.norms, **gate, **tower}, self.info
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVectors:
@@ -441,11 +538,17 @@ class SteeringVectors:
         tensors, info = read_tensors(Path(path))
         gated = {"gate_weights", "gate_biases"} <= set(tensors)
         gate = Gate(tensors.pop("gate_weights"), tensors.pop("gate_biases")) if gated else None
+        seeing = {"tower_vectors", "tower_norms"} <= set(tensors)
+        tower = (
+            TowerVectors(tensors.pop("tower_vectors"), tensors.pop("tower_norms"))
+            if seeing
+            else None
+        )
         if set(tensors) != {"vectors", "norms"}:
             raise UserError(
                 f"'{path}' holds {', '.join(sorted(tensors))}: these are no steering vectors"
             )
-        return cls(tensors["vectors"], tensors["norms"], info, gate)
+        return cls(tensors["vectors"], tensors["norms"], info, gate, tower)
 
 
 def _sizes(vectors: SteeringVectors) -> str:
@@ -487,6 +590,8 @@ class Configuration:
     method, mode: see `grains.vectors.make`. layers: the steered layers. alpha: the strength.
     vectors: layer -> (D,), with the strength included. gate: scales them at each position, or None.
     positions: those that are steered (see `grains.settings.parse_positions`).
+    tower: what moves the vision tower's states; None: nothing.
+    Raises UserError for a tower with other positions than all.
     """
 
     method: str
@@ -496,6 +601,14 @@ class Configuration:
     vectors: dict[int, Tensor] = field(compare=False, repr=False, default_factory=dict)
     gate: Gate | None = field(compare=False, repr=False, default=None)
     positions: str = "all"
+    tower: TowerSteering | None = field(compare=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.tower and self.positions != "all":
+            raise UserError(
+                f"positions '{self.positions}': vectors that steer the vision tower move every "
+                "patch of a picture, so they are for all positions"
+            )
 
     @property
     def gated(self) -> bool:
@@ -540,6 +653,7 @@ class Direction:
             self.vectors.scaled(alpha, self.layers, units),
             self.vectors.gate,
             self.positions,
+            self.vectors.tower_at(alpha, units),
         )
 
 

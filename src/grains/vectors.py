@@ -8,6 +8,7 @@ between the responses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -15,12 +16,23 @@ import torch
 from torch import Tensor
 
 from grains.errors import UserError
-from grains.settings import ABLATION_METHODS, OF_HEADS, GridSettings
+from grains.settings import ABLATION_METHODS, OF_MODEL, GridSettings
 from grains.states import NEG, POS, States
-from grains.steering import SteeringVectors
+from grains.steering import SteeringVectors, TowerVectors
 
-# Vectors (L, D), and the attention heads that they are of, [layer, head] each.
-HeadVectors = tuple[Tensor, list[list[int]]]
+
+@dataclass(frozen=True)
+class FromModel:
+    """What a method of `OF_MODEL` takes from the model and the examples, not from hidden states.
+
+    vectors: (L, D) for a method of heads. tower: the vision tower's for vti. info: what the
+    manifest says of them.
+    """
+
+    vectors: Tensor | None = None
+    tower: TowerVectors | None = None
+    info: dict = field(default_factory=dict)
+
 
 # Variance as a share of the mean's square: below it rows of fp32 differ by nothing.
 SAME = 1e-20
@@ -146,7 +158,7 @@ def make(
     method: str,
     mode: str,
     seed: int,
-    of_heads: Callable[[str], HeadVectors] | None = None,
+    of_model: Callable[[str], FromModel] | None = None,
 ) -> SteeringVectors:
     """One steering vector per layer (paper, section 3.2).
 
@@ -155,17 +167,18 @@ def make(
     method: mean or pca: the mean or the first principal component of the shifts; gradient: the mean
         over examples of df/dh; caa: the mean over examples of h(x y+) - h(x y-); repe: the first
         principal component of these differences; icv: in-context vectors (see
-        `joint_direction`); iti, nl_iti: what `of_heads` gives.
+        `joint_direction`); iti, nl_iti: what `of_model` gives; vti: as repe, and the vision
+        tower's vectors that `of_model` gives.
         Controls: random: random directions; shared_random: one random direction at all layers;
         rotated: gradient under one random rotation, so that lengths, and angles between layers,
         stay; rand_tokens: the mean shift when random tokens are ablated; shuffled: gradient with
         y+ and y- swapped at random in each example.
     mode: for mean and pca: pos, v = v_pos; both, v = v_pos - v_neg.
     seed: seeds random, shared_random, rotated and shuffled.
-    of_heads: makes the vectors of iti or nl_iti from the model and the examples (see
-        `grains.heads.make`), as the hidden states do not hold what single heads give.
-    Raises UserError if the hidden states hold NaN or infinite values, and for a method of heads
-    without of_heads.
+    of_model: makes what iti, nl_iti and vti take from the model and the examples (see
+        `grains.of_model.make`), as the hidden states do not hold it.
+    Raises UserError if the hidden states hold NaN or infinite values, and for a method of
+    `OF_MODEL` without of_model.
     """
     generator = torch.Generator().manual_seed(seed)
     pos_states = states["pos"]
@@ -181,8 +194,8 @@ def make(
             return mean_vector(states["rand"].shifts(layer))
         if method in ("gradient", "rotated"):
             return mean_vector(pos_states.layer("gradients", layer))
-        if method in ("caa", "repe"):
-            reduce = {"caa": mean_vector, "repe": pca_vector}[method]
+        if method in ("caa", "repe", "vti"):
+            reduce = mean_vector if method == "caa" else pca_vector
             return reduce(pos_states.difference(POS, NEG, layer))
         if method == "shuffled":
             # Swapping the answers changes the sign of f, so of its gradients at every layer:
@@ -197,29 +210,33 @@ def make(
         return torch.randn(size, generator=generator, dtype=torch.float64).numpy()
 
     info = {**pos_states.info, "stage": "steering_vectors", "method": method, "mode": mode}
-    if method in OF_HEADS:
-        if of_heads is None:
+    added = FromModel()
+    if method in OF_MODEL:
+        if of_model is None:
             raise UserError(
                 f"method {method}: hidden states alone do not give it; it needs the model"
             )
-        head_vectors, info["heads"] = of_heads(method)
-        return SteeringVectors(head_vectors, pos_states.norms(), info)
+        added = of_model(method)
+        info |= added.info
+    if added.vectors is not None:
+        return SteeringVectors(added.vectors, pos_states.norms(), info)
     if method == "icv":
         by_layer = joint_direction(pos_states)
     else:
         by_layer = np.stack([vector(layer) for layer in range(pos_states.layers)])
     if method == "rotated":
         by_layer = by_layer @ random_rotation(size, seed)
-    return SteeringVectors(torch.from_numpy(by_layer).float(), pos_states.norms(), info)
+    vectors = torch.from_numpy(by_layer).float()
+    return SteeringVectors(vectors, pos_states.norms(), info, tower=added.tower)
 
 
 def make_all(
     states: Mapping[str, States],
     grid: GridSettings,
     seed: int,
-    of_heads: Callable[[str], HeadVectors] | None = None,
+    of_model: Callable[[str], FromModel] | None = None,
 ) -> Iterator[tuple[str, str, SteeringVectors]]:
     """Method, mode ("" for methods without modes) and vectors, for all of a grid (see `make`)."""
     for method in grid.methods:
         for mode in grid.modes if method in ABLATION_METHODS else ("",):
-            yield method, mode, make(states, method, mode, seed, of_heads)
+            yield method, mode, make(states, method, mode, seed, of_model)

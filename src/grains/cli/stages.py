@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from grains import data, heads, prompts, runs, splits, vectors
+from grains import data, of_model, runs, splits, vectors
 from grains.cli import entry, flags
 from grains.data import Example
 from grains.errors import UserError
@@ -95,22 +95,22 @@ def shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:36]!r} ..."
 
 
-def head_vectors(
+def from_model(
     args: argparse.Namespace, lm: LanguageModel, states: StatesFile, method: str, path: Path
-) -> vectors.HeadVectors:
-    """The vectors of a method of `OF_HEADS`, from the examples that the hidden states are of.
+) -> vectors.FromModel:
+    """What a method of `OF_MODEL` takes from the examples that the hidden states are of.
 
     path: the file of these vectors. Where the flags name other data than that of the states, they
     are read from it. Raises UserError if they are not there.
     """
     if again := steering_pairs(args, states):
         pairs, prompt = again
-        encoded = (prompts.encode(lm, pair, prompt) for pair in pairs)
-        return heads.make(lm, encoded, args.seed, method)
+        return of_model.make(lm, pairs, prompt, args.seed, method)
     if path.is_file():
         made = SteeringVectors.load(path)
         if made.info["data"]["fingerprint"] == states.info["data"]["fingerprint"]:
-            return made.vectors, made.info["heads"]
+            info = {key: made.info[key] for key in ("heads", "tower") if key in made.info}
+            return vectors.FromModel(None if made.tower else made.vectors, made.tower, info)
     raise _other_data(f"method {method}", states)
 
 
@@ -179,11 +179,11 @@ def configurations(
         folder = args.steering_vectors_dir
         return names.vectors(states["pos"].path, method, mode, folder, grid.gate)
 
-    def of_heads(method: str) -> vectors.HeadVectors:
-        return head_vectors(args, lm, states["pos"], method, path_of(method, ""))
+    def taken(method: str) -> vectors.FromModel:
+        return from_model(args, lm, states["pos"], method, path_of(method, ""))
 
     gate = None
-    for method, mode, by_layer in vectors.make_all(states, grid, args.seed, of_heads):
+    for method, mode, by_layer in vectors.make_all(states, grid, args.seed, taken):
         path = path_of(method, mode)
         if grid.gate:
             gate = gate or gate_of(args, lm, states["pos"], by_layer, path, fit_gate)

@@ -105,8 +105,8 @@ def make(
 ) -> Plan:
     """What a target holds of vectors at a strength.
 
-    Raises UserError for an unknown target, for gates and positions that the target cannot hold, for
-    vectors of another model, and as `SteeringVectors.scaled` does.
+    Raises UserError for an unknown target, for gates, vision towers and positions that it cannot
+    hold, for vectors of another model, and as `SteeringVectors.scaled` does.
     """
     if to not in EXPORTS:
         raise UserError(f"unknown target '{to}': expected {', '.join(EXPORTS)}")
@@ -120,6 +120,11 @@ def make(
         layer: vector.float().cpu()
         for layer, vector in vectors.scaled(alpha, layers, units).items()
     }
+    if vectors.tower:
+        raise UserError(
+            "these vectors steer the vision tower too, which no target holds, so half of them "
+            "would be lost: give others"
+        )
     if vectors.gate and to not in KEEPS_NORM:
         raise UserError(
             f"these vectors are behind gates, which '{to}' cannot hold, so they would steer "

@@ -38,7 +38,7 @@ from matplotlib.ticker import (
 from PIL import Image
 
 from grains.readable import Word
-from grains.settings import CONTROLS, METHODS, OF_HEADS
+from grains.settings import CONTROLS, METHODS, OF_MODEL
 from grains.settings import SCORE_TITLES as TITLES
 
 DIVERGING = LinearSegmentedColormap.from_list(
@@ -55,6 +55,7 @@ PALETTE = (
     ("#2b8fa8", "X"),
     ("#5f8f2f", "p"),
     ("#9c5b3c", "<"),
+    ("#4f6d94", ">"),
     ("#c8434d", "*"),
 )
 GREY, CONTROL_MARKERS = "#808080", "x+1234|_"
@@ -211,8 +212,8 @@ def look(method: str) -> tuple[str, str]:
     """Colour and marker. Controls are grey; LoRA has the last ones."""
     if method in CONTROLS:
         return GREY, CONTROL_MARKERS[CONTROLS.index(method)]
-    made = [name for name in METHODS if name not in (*CONTROLS, *OF_HEADS)]
-    methods = [*made, "trained", *OF_HEADS]
+    made = [name for name in METHODS if name not in (*CONTROLS, *OF_MODEL)]
+    methods = [*made, "trained", *OF_MODEL]
     return PALETTE[methods.index(method) if method in methods else -1]
 
 

@@ -29,7 +29,8 @@ class Steering:
 class Vectors:
     """The vectors of a server by their names, and the configurations that requests make of them.
 
-    Raises UserError for vectors of another model, and for a name that a request could not give.
+    Raises UserError for vectors of another model, for those of a vision tower (requests are text),
+    and for a name that a request could not give.
     """
 
     def __init__(self, lm: LanguageModel, vectors: Mapping[str, SteeringVectors]):
@@ -37,6 +38,11 @@ class Vectors:
             if not name or set(name) & set("+@ \t\n"):
                 raise UserError(f"vectors '{name}': expected a name without +, @ and blanks")
             item.check_model(lm)
+            if item.tower:
+                raise UserError(
+                    f"vectors '{name}' steer the vision tower, but this server reads text only: "
+                    "give others"
+                )
         self.vectors = dict(vectors)
         self.made: OrderedDict[tuple[Steering, ...], Configuration] = OrderedDict()
 

@@ -249,6 +249,9 @@ def identity(configuration: Configuration) -> str:
             for layer in configuration.layers
             for name, tensor in zip("wb", configuration.gate.at(layer), strict=True)
         }
+    if configuration.tower:
+        added = configuration.tower.added()
+        tensors = tensors | {f"tower {layer}": vector for layer, vector in added.items()}
     digests = {
         name: hashlib.sha256(
             tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from grains import data, heads, manifests, prompts, runs, splits, stage1, vectors
+from grains import data, manifests, of_model, prompts, runs, splits, stage1, vectors
 from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
@@ -124,12 +124,11 @@ def begin(
     stage1.run(lm, pairs, source, ablation, names.attributions(), files, overwrite, attributed, say)
     states = {top: StatesFile(path, top) for top, path in files.items()}
 
-    def of_heads(method: str) -> vectors.HeadVectors:
-        encoded = (prompts.encode(lm, pair, ablation.prompt) for pair in pairs)
-        return heads.make(lm, encoded, seed, method)
+    def from_model(method: str) -> vectors.FromModel:
+        return of_model.make(lm, pairs, ablation.prompt, seed, method)
 
     made: list[Direction | LoraDirection] = []
-    for method, mode, steering_vectors in vectors.make_all(states, settings.grid, seed, of_heads):
+    for method, mode, steering_vectors in vectors.make_all(states, settings.grid, seed, from_model):
         if runs.processes().is_main_process:
             runs.write_shared(names.vectors(method, mode), *steering_vectors.content(), overwrite)
         made += directions(steering_vectors, method, mode, settings.grid)
