@@ -50,6 +50,7 @@ from grains.attribution import (  # noqa: E402
     attributed_positions,
     baseline_embeddings,
 )
+from grains.cli import documents  # noqa: E402
 from grains.generation import generate  # noqa: E402
 from grains.packing import pack  # noqa: E402
 from grains.scoring import Configuration, score_all  # noqa: E402
@@ -57,7 +58,6 @@ from grains.settings import AttributionSettings  # noqa: E402
 from grains.study import costs  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 STEPS, K, REPEATS = 20, 10, 3
 MAX_TOKENS = 2048
 LONG_PROMPT, BUDGET_GIB = 2900, 2.0
@@ -758,8 +758,7 @@ def write(results: dict[str, dict], kept: Path, output: Path) -> None:
     for name in [name for name, row in results.items() if row.get("code") != code()]:
         del results[name]
     kept.write_text(json.dumps(results, indent=1) + "\n")
-    before, _, after = output.read_text().partition(BEGIN)
-    output.write_text(f"{before}{BEGIN}\n{report(results)}\n{END}{after.partition(END)[2]}")
+    documents.write_between(output, "measured", [report(results)])
 
 
 if __name__ == "__main__":

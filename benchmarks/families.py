@@ -36,6 +36,7 @@ from grains import models, prompts, vision  # noqa: E402
 from grains.ablation import hidden_states  # noqa: E402
 from grains.attribution import PromptFunction  # noqa: E402
 from grains.calls import first_tensor  # noqa: E402
+from grains.cli import documents  # noqa: E402
 from grains.data import Example  # noqa: E402
 from grains.errors import UserError  # noqa: E402
 from grains.generation import generate  # noqa: E402
@@ -48,7 +49,6 @@ from grains.steering import Configuration  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "families.md"
 ROWS = ROOT / "benchmarks" / "families.jsonl"  # what is measured so far; git ignores it
-BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 SECONDS = 120  # for a family
 # Prompts longer than the windows of the models; answers of different lengths.
 ASKED = [
@@ -501,10 +501,7 @@ def main() -> None:
         "",
         *table(built, zoo.KNOWN),
     ]
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    DOCUMENT.write_text("\n".join([before + BEGIN, *lines, END]) + after, encoding="utf-8")
+    documents.write_between(DOCUMENT, "families", lines)
     print(f"table: {DOCUMENT}")
 
 

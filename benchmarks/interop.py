@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from gguf import GGUFReader
 
 import grains
 from grains import export, models
+from grains.cli import documents
 from grains.export import folders, objects
 from grains.export.plan import adding
 from grains.export.plan import logits as logits_of
@@ -383,10 +383,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
         *rows,
     ]
-    mark = re.compile(r"(<!-- parity: begin -->\n).*?(<!-- parity: end -->)", re.DOTALL)
-    page = args.page.read_text()
-    block = "\n".join(table)
-    args.page.write_text(mark.sub(lambda match: f"{match[1]}{block}\n{match[2]}", page))
+    documents.write_between(args.page, "parity", table)
     if problems:
         sys.exit("\n".join(problems))
     print(f"{len(rows)} of {len(rows)} equal")

@@ -19,11 +19,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
-from attribution_convergence import CHOSEN_ON, TOP, begin_end  # noqa: E402
+from attribution_convergence import CHOSEN_ON, TOP  # noqa: E402
 
 from grains import data, models, prompts, runs  # noqa: E402
 from grains.ablation import select  # noqa: E402
 from grains.attribution import attribute, attributed_positions  # noqa: E402
+from grains.cli import documents  # noqa: E402
 from grains.settings import AttributionSettings  # noqa: E402
 
 DATASET = "misconceptions"
@@ -99,11 +100,7 @@ def main() -> None:
         f"{args.model_name}, {args.pairs} pairs of {DATASET}, style qa, on a CPU; torch "
         f"{torch.__version__}, transformers {runs.versions()['transformers']}."
     )
-    begin, end = begin_end("precisions")
-    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(begin)
-    after = rest.partition(end)[2]
-    text = "\n".join([before + begin, note, "", *lines, end]) + after
-    DOCUMENT.write_text(text, encoding="utf-8")
+    documents.write_between(DOCUMENT, "precisions", [note, "", *lines])
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT / "src"))
 from bench import machine  # noqa: E402
 
 from grains import data  # noqa: E402
+from grains.cli import documents  # noqa: E402
 
 MODEL = "smollm2-135m-instruct"
-BEGIN, END = "<!-- serving: begin -->", "<!-- serving: end -->"
 TOKENS = 64
 CLIENTS, MANY = 16, 64
 AGAIN = 16  # answers that are asked for again
@@ -151,8 +151,7 @@ def main() -> None:
             process.terminate()
     finally:
         process.kill()
-    before, _, after = args.output.read_text().partition(BEGIN)
-    args.output.write_text(f"{before}{BEGIN}\n{text}\n{END}{after.partition(END)[2]}")
+    documents.write_between(args.output, "serving", [text])
     print(text)
 
 

@@ -296,15 +296,8 @@ def generate(
         (stop,) if isinstance(stop, str) else tuple(stop),
         seed,
     )
-    style = style or ("chat" if lm.tokenizer.chat_template else "qa")
-    asked = PromptSettings(style) if isinstance(style, str) else style
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    encoded: list[Encoded] = [
-        prompts.encode(
-            lm, replace(_example(number, (text, "", ""), image), choices=()), asked, free=True
-        )
-        for number, text in enumerate(texts)
-    ]
+    asked, encoded = _asked(lm, texts, image, style)
     if not encoded:
         return []
     _warn(prompts.tally(encoded))
@@ -337,10 +330,7 @@ def stream(
     The last are those of `generate`, greedy; before an answer begins, its text is empty.
     image, style, max_new_tokens, keep_thoughts: see `generate`. Raises UserError as that does.
     """
-    style = style or ("chat" if lm.tokenizer.chat_template else "qa")
-    asked = PromptSettings(style) if isinstance(style, str) else style
-    example = replace(_example(0, (prompt, "", ""), image), choices=())
-    encoded = prompts.encode(lm, example, asked, free=True)
+    asked, (encoded,) = _asked(lm, [prompt], image, style)
     _warn(prompts.tally([encoded]))
     written = generation.stream(lm, encoded, steering, max_new_tokens)
     marks = None if keep_thoughts else thinking.thoughts(lm, asked)
@@ -354,6 +344,19 @@ def stream(
     if note := thinking.cut_off(split):
         warnings.warn(note, stacklevel=2)
     yield [answer for _, answer in split]
+
+
+def _asked(
+    lm: LanguageModel, texts: list[str], image: Any, style: str | PromptSettings | None
+) -> tuple[PromptSettings, list[Encoded]]:
+    """How free answers to texts are asked for, and the prompts that do."""
+    style = style or ("chat" if lm.tokenizer.chat_template else "qa")
+    asked = PromptSettings(style) if isinstance(style, str) else style
+    examples = [
+        replace(_example(number, (text, "", ""), image), choices=())
+        for number, text in enumerate(texts)
+    ]
+    return asked, [prompts.encode(lm, example, asked, free=True) for example in examples]
 
 
 def _warn(counts: Counter[str]) -> None:

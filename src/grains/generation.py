@@ -460,15 +460,12 @@ class _After(StoppingCriteria):
 
 def pad_left(lm: LanguageModel, inputs: list[dict]) -> dict:
     """Inputs of B text prompts as one batch (B, P), padded on the left; padding is masked."""
-
-    def pad(key: str, value: int) -> Tensor:
-        rows = [item[key][0] for item in inputs]
-        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
-
-    padded = {
-        "input_ids": pad("input_ids", lm.replacement_id("pad")),
-        "attention_mask": pad("attention_mask", 0),
+    return {
+        key: pad_sequence(
+            [item[key][0] for item in inputs],
+            batch_first=True,
+            padding_value=lm.replacement_id("pad") if key == "input_ids" else 0,
+            padding_side="left",
+        )
+        for key in inputs[0]
     }
-    if lm.marks_prompts:
-        padded["token_type_ids"] = torch.zeros_like(padded["input_ids"])
-    return padded

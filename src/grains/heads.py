@@ -139,11 +139,12 @@ def probe_accuracy(heads: np.ndarray, seed: int, hidden: bool = False) -> np.nda
 
 
 def _classifier(hidden: int, seed: int) -> Any:
-    from sklearn.linear_model import LogisticRegression
+    if not hidden:
+        from sklearn.linear_model import LogisticRegression
+
+        return LogisticRegression(max_iter=1000)
     from sklearn.neural_network import MLPClassifier
 
-    if not hidden:
-        return LogisticRegression(max_iter=1000)
     # Of so few rows, where it gets in 1,000 steps is far beyond what separates them.
     return MLPClassifier((hidden,), solver="lbfgs", max_iter=1000, random_state=seed)
 

@@ -60,19 +60,22 @@ def write_document(path: Path, stem: str, tables: Sequence[tuple[str, pd.DataFra
 
     The rest of the file stays as it is.
     """
-    begin, end = f"<!-- {stem}: begin -->", f"<!-- {stem}: end -->"
     command = [
         Path(sys.argv[0]).name,
         *(word.replace(str(path), path.name) for word in sys.argv[1:]),
     ]
-    lines = [begin, "```", "python " + shlex.join(command), "```"]
+    lines = ["```", "python " + shlex.join(command), "```"]
     for title, table in tables:
         rows = zip(table.index, table.to_numpy(), strict=True)
         body = markdown(["", *table.columns], ([name, *cells] for name, cells in rows))
         lines += ["", f"**{title}**", "", *body]
+    write_between(path, stem, lines)
+
+
+def write_between(path: Path, stem: str, lines: Iterable[str]) -> None:
+    """Write lines between a document's marks of a stem, or with new marks at its end."""
+    begin, end = f"<!-- {stem}: begin -->", f"<!-- {stem}: end -->"
     before, _, after = _text_of(path).partition(begin)
     after = after.partition(end)[2] or "\n"
-    runs.write_whole(
-        path,
-        lambda file: file.write_text(before + "\n".join([*lines, end]) + after, encoding="utf-8"),
-    )
+    text = before + "\n".join([begin, *lines, end]) + after
+    runs.write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
