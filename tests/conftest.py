@@ -1,5 +1,7 @@
 """Fixtures that many tests share: SmolLM2-135M-Instruct, tiny models of three families."""
 
+from itertools import product
+
 import pytest
 from helpers.families import ATTENTIONS, FAMILIES, tiny_model
 from transformers import AutoTokenizer
@@ -8,6 +10,8 @@ from grains import models
 
 # What takes long: scripts as processes of their own, and the real model.
 SLOW = {"commands", "server_with", "smollm2"}
+# Of the tiny models, those that `make test-fast` uses: with and without a sliding window.
+QUICK = ["llama", "gemma3", ("llama", "sdpa"), ("gemma3", "eager")]
 
 
 def pytest_collection_modifyitems(items):
@@ -43,15 +47,20 @@ def make_tiny(tokenizer):
     return make
 
 
+def _slow_but_quick(values):
+    """Parameters of a fixture, of which `make test-fast` leaves out those that are not quick."""
+    return [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
 @pytest.fixture(
-    scope="session", params=[(f, a) for f in FAMILIES for a in ATTENTIONS], ids="-".join
+    scope="session", params=_slow_but_quick(product(FAMILIES, ATTENTIONS)), ids="-".join
 )
 def tiny(request, make_tiny):
     """A tiny model of every family, with sdpa and with eager attention."""
     return make_tiny(*request.param)
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=_slow_but_quick(FAMILIES))
 def family(request, make_tiny):
     """A tiny model of every family, with sdpa attention."""
     return make_tiny(request.param)

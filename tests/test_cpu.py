@@ -148,6 +148,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return int(result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_that_is_freed_is_kept_or_returned():
     kept = faults_of_large_blocks("cpu.keep_freed_memory()")

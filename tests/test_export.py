@@ -41,7 +41,9 @@ def logits(lm, block):
         return own_logits(lm, lm.tokenizer(TEXT).input_ids)
 
 
-@pytest.mark.parametrize("to", ["gguf", "peft", "lm-eval", "hf-bias", "hf"])
+@pytest.mark.parametrize(
+    "to", ["gguf", "peft", "lm-eval", "hf-bias", pytest.param("hf", marks=pytest.mark.slow)]
+)
 def test_what_is_written_is_what_is_steered(make_tiny, tmp_path, to):
     lm = make_tiny("llama")
     v = vectors(lm)
@@ -127,6 +129,7 @@ def test_the_card_says_what_was_measured(make_tiny, tmp_path):
         card.measured(tmp_path / "grid.csv", plan.make(lm, v, "hf", 0.2, [1]))
 
 
+@pytest.mark.slow
 def test_gates_go_into_a_folder_with_code_alone(make_tiny, tmp_path):
     lm = make_tiny("llama")
     generator = torch.Generator().manual_seed(3)

@@ -134,6 +134,7 @@ def test_what_cannot_be_known_is_refused(make_tiny, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 def test_what_was_written_is_loaded_and_compared(make_tiny, tmp_path):
     """Through AutoModelForCausalLM, in a process of its own; a slice behind the text's end too."""
     lm, out = make_tiny("llama"), tmp_path / "out"
@@ -193,6 +194,7 @@ def test_a_folder_of_a_model_that_reads_pictures(tmp_path, word):
             model(torch.tensor([words(5)]))
 
 
+@pytest.mark.slow
 def test_a_folder_that_reads_pictures_is_loaded_again(tmp_path):
     """Through AutoModelForImageTextToText, on a picture; its processor lies in it."""
     lm, out = vlm_models.make("llava-next"), tmp_path / "out"

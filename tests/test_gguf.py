@@ -261,6 +261,7 @@ def test_what_cannot_be_followed_is_refused(tmp_path):
     assert "longrope" in refused(longrope)
 
 
+@pytest.mark.slow
 def test_the_embedded_models_file_gives_its_tokenizer():
     read, metadata = (
         smollm2_tokenizer(),

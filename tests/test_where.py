@@ -140,6 +140,7 @@ def test_a_data_set_that_the_demo_registers(capsys, monkeypatch):
     assert printed(capsys, monkeypatch, "vlm", "attributions", *words) == expected
 
 
+@pytest.mark.slow
 def test_it_is_light():
     code = (
         "import sys; sys.argv = ['where', 'llm', 'grid']; from grains.cli import where; "
