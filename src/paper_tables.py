@@ -24,7 +24,10 @@ from grains.settings import OF_TOWER
 if TYPE_CHECKING:
     import pandas as pd
 
-METHODS = ("mean", "pca", "gradient", "caa", "repe", "icv", "iti", "nl_iti", "random", "rotated")
+METHODS = (
+    *("mean", "pca", "gradient", "caa", "repe", "icv", "iti", "nl_iti"),
+    *("random", "shared_random", "rotated"),
+)
 IMAGE_METHODS = (*METHODS, OF_TOWER)
 # The last layer (31 of Llama-3.1-8B and LLaVA-1.6-7B) and one strength, on all questions.
 PUBLISHED_STAGE1 = ("--ig_baseline", "zeros", "--attribute", "all", "--ig_steps", "20")

@@ -5,8 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 export MODEL_NAME=shapes-vlm DATASET_NAME=shapes NUM_SAMPLES=150 TOP_K=20
-grid=(--methods mean pca gradient caa random rand_tokens --mode pos both --layer_mode from
-      --layer_idxs all --alphas 0.1 0.15 0.2 0.25 0.3 --num_validation 100 --num_test 200)
+grid=(--methods mean pca gradient caa random shared_random rotated rand_tokens --mode pos both
+      --layer_mode from --layer_idxs all --alphas 0.1 0.15 0.2 0.25 0.3
+      --num_validation 100 --num_test 200)
 
 echo "1/3 attribution and hidden states of 150 pairs of captions"
 bash scripts/vlm/run_token_ablation_vlm.sh --top pos neg rand
