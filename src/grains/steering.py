@@ -158,6 +158,7 @@ def steered(
     it, so that nothing was steered.
     """
     check_layers(vectors, len(lm.layers))
+    seeing = towers.layers(lm) if tower else ()  # found by a forward, which nothing is to steer
     owner, computed, handles = threading.get_ident(), set(), []
 
     def hook(change: Callable[[Any], Any]) -> Callable:
@@ -189,11 +190,8 @@ def steered(
             handles.append(lm.layers[layer].register_forward_hook(hook(change)))
         for layer, vector in (tower.added() if tower else {}).items():
             # Before transformers' own hooks, by which some models note the features they use.
-            handles.append(
-                towers.layers(lm)[layer].register_forward_hook(
-                    hook(partial(in_tower, vector)), prepend=True
-                )
-            )
+            change = partial(in_tower, vector)
+            handles.append(seeing[layer].register_forward_hook(hook(change), prepend=True))
         yield lm
     finally:
         for handle in handles:
