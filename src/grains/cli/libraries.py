@@ -46,28 +46,24 @@ def import_models() -> None:
 def _reading_once() -> Iterator[None]:
     """transformers reads what every one of its model files exports, line by line and three times:
     within the block once, and without the lines before it."""
+    quick: dict[str, Callable] = {}
 
     def find_spec(name: str, path: Any, target: Any = None) -> None:
         """Find no module. But the reader can be changed as soon as it is imported itself."""
         reader = sys.modules.get(READER)
-        if reader is None or not hasattr(reader, "define_import_structure"):
+        if quick or reader is None or not hasattr(reader, "define_import_structure"):
             return
-        sys.meta_path.remove(finder)
-        exported = reader.fetch__all__
-        read = functools.cache(reader.create_import_structure_from_path.__wrapped__)
-
-        def fetch(text: str) -> list[str]:
-            return exported(text[text.rfind("\n__all__") + 1 :])
-
-        changed.enter_context(mock.patch.object(reader, "fetch__all__", fetch))
-        changed.enter_context(mock.patch.object(reader, "create_import_structure_from_path", read))
+        exported, read = reader.fetch__all__, reader.create_import_structure_from_path
+        quick["fetch__all__"] = lambda text: exported(text[text.rfind("\n__all__") + 1 :])
+        quick["create_import_structure_from_path"] = functools.cache(read.__wrapped__)
+        for function in quick:
+            changed.enter_context(mock.patch.object(reader, function, quick[function]))
 
     finder: Any = SimpleNamespace(find_spec=find_spec)
-    sys.meta_path.insert(0, finder)
     with ExitStack() as changed:
+        sys.meta_path.insert(0, finder)
+        changed.callback(sys.meta_path.remove, finder)
         yield
-    if finder in sys.meta_path:
-        sys.meta_path.remove(finder)
 
 
 @contextmanager
