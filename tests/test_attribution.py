@@ -469,6 +469,7 @@ def test_a_path_from_zeros_everywhere_has_finite_scores(smollm2):
     assert found.scores.any() and found.points <= 33
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_rule_stops_at_the_rounding_noise(tokenizer):
     """f(x) - f(b) of the rounded model in fp32 lies within the noise, which fp32 has none of."""
     settings = AttributionSettings(tolerance=1e-6, max_points=400)

@@ -10,9 +10,9 @@ from test_vision import covers, features, objects_in, touching
 from grains import vision
 from grains.errors import UserError
 
-SIZES = [(160, 90), (6, 5)]
-MORE_SIZES = [(56, 56), (120, 60), (40, 120), (64, 48), (400, 9), (9, 400)]
-SIZES += [pytest.param(size, marks=pytest.mark.slow) for size in MORE_SIZES]
+pytestmark = pytest.mark.slow
+
+SIZES = [(56, 56), (160, 90), (120, 60), (40, 120), (64, 48), (6, 5), (400, 9), (9, 400)]
 # Pixels of one token's side as the tower sees them.
 SIDES = dict.fromkeys(("llava", "llava_onevision", "paligemma", "deepseek_vl"), 7)
 SIDES |= dict.fromkeys(("glm4v", "qwen2_vl", "qwen3_vl"), 28)

@@ -491,6 +491,7 @@ def test_the_packed_length_is_that_of_the_trie(family, case):
     assert item.packed_length == len(pack(item.sequences(without_last=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_embedded_model_passes_the_self_check_in_lower_precision(dtype):
     assert models.load(models.EMBEDDED, dtype=dtype).dtype == models.DTYPES[dtype]
