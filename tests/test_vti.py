@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from helpers import vlm_models
 from helpers.reference import relative
 
 import grains
-from grains import prompts, scoring, tower, vision, vti
+from grains import models, prompts, scoring, tower, vision, vti
 from grains.calls import first_tensor, with_first
 from grains.errors import UserError
 from grains.export import plan
@@ -40,10 +41,15 @@ def pairs_of(count=COUNT, sizes=SIZES):
     ]
 
 
-made_once = cache(vlm_models.make)
+@cache
+def made_once(family):
+    if family == "shapes":  # the embedded model
+        folder = Path(__file__).parents[1] / "src" / "demo" / "shapes_vlm"
+        return models.load(str(folder), dtype="float32", device="cpu")
+    return vlm_models.make(family)
 
 
-@pytest.fixture(scope="module", params=vlm_models.FAMILIES)
+@pytest.fixture(scope="module", params=[*vlm_models.FAMILIES, "shapes"])
 def lm(request):
     return made_once(request.param)
 
