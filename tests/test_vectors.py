@@ -217,6 +217,10 @@ def test_rows_that_come_in_parts_reduce_as_all_at_once(count, at_a_time):
     parts = [rows[start : start + at_a_time] for start in range(0, count, at_a_time)]
     assert mean_vector(parts) == pytest.approx(rows.mean(0), rel=1e-12)
     assert pca_vector(parts) == pytest.approx(first_component(rows), abs=1e-8)
+    first = np.linalg.svd(rows)[2][0]  # not centred: near the mean, which is large
+    as_they_are = pca_vector(parts, around_mean=False)
+    assert as_they_are == pytest.approx(first * np.sign(first @ rows.mean(0)), abs=1e-8)
+    assert not pca_vector([0 * part for part in parts], around_mean=False).any()
 
 
 def test_a_file_read_in_parts_gives_the_same_vectors(files, monkeypatch):

@@ -107,6 +107,15 @@ def states_by_hand(lm, picture):
     return [states.astype(float) for states in read]
 
 
+def first_direction(rows):
+    """Of rows as they are, not centred; and how far rounding may turn it, which is the more, the
+    closer the second direction is."""
+    _, sizes, directions = np.linalg.svd(rows)
+    return directions[0] * np.sign(directions[0] @ rows.mean(0)), 1e-4 / (
+        1 - (sizes[1] / sizes[0]) ** 2
+    )
+
+
 @contextmanager
 def moved(modules, vectors):
     """Modules that return h' in place of h, by forwards of their own: no hooks."""
@@ -175,7 +184,7 @@ def test_the_towers_layers_are_found(lm):
     assert list(tower.layers(lm)) == own_tower(lm) and untouched(lm)
 
 
-def test_vectors_of_the_tower_are_first_components_of_the_shifts(lm, fitted):
+def test_vectors_of_the_tower_are_first_directions_of_the_shifts(lm, fitted):
     """By hooks in the model's own forward, and NumPy's SVD for each layer and patch."""
     made = fitted(lm).tower
     shifts, lengths = [], []
@@ -197,17 +206,35 @@ def test_vectors_of_the_tower_are_first_components_of_the_shifts(lm, fitted):
     assert relative(made.norms, np.sort(lengths, axis=0)[(COUNT - 1) // 2]) < 1e-2
     for layer, patch in np.ndindex(rows.shape[1:3]):
         own = rows[:, layer, patch]
-        _, sizes, components = np.linalg.svd(own - own.mean(0))
-        expected = components[0] * np.sign(components[0] @ own.mean(0))
-        # Rounding turns a component the more, the closer the second one is.
-        allowed = 1e-4 / (1 - (sizes[1] / sizes[0]) ** 2)
+        expected, allowed = first_direction(own)
         assert relative(made.vectors[layer, patch], expected) < allowed, (layer, patch)
 
 
-def test_vectors_of_the_decoder_are_those_of_repe(lm, fitted):
-    made, repe = fitted(lm), grains.fit(lm, pairs_of(), "repe")
-    assert torch.equal(made.vectors, repe.vectors) and torch.equal(made.norms, repe.norms)
-    assert made.info["tower"] == {"hidden": 0.99, "copies": 50, "cells": 24} | {"copies": COPIES}
+def test_vectors_of_the_decoder_are_first_directions_of_the_differences(lm, fitted):
+    """At the last position of the model's own forward with each response, layer by layer."""
+    made = fitted(lm)
+    read = []
+    for pair in pairs_of():
+        item = prompts.encode(lm, pair)
+        for response in item.responses:
+            outputs = []
+            handles = [
+                layer.register_forward_hook(
+                    lambda m, args, out, kept=outputs: kept.append(first_tensor(out)[0, -1])
+                )
+                for layer in lm.layers
+            ]
+            with torch.no_grad():
+                lm.model.model(**extend(item.inputs, response, lm.marks_prompts), use_cache=False)
+            for handle in handles:
+                handle.remove()
+            read.append(torch.stack(outputs).double().numpy())
+    differences = np.array(read[::2]) - np.array(read[1::2])  # (N, L, D)
+    for layer in range(len(lm.layers)):
+        expected, allowed = first_direction(differences[:, layer])
+        assert relative(made.vectors[layer], expected) < allowed, layer
+    assert torch.equal(made.norms, grains.fit(lm, pairs_of(), "caa").norms)
+    assert made.info["tower"] == {"hidden": 0.99, "copies": COPIES, "cells": 24}
 
 
 # --- steering ---
@@ -305,9 +332,7 @@ def test_pictures_of_several_sizes_share_a_vector_where_patches_differ(monkeypat
     made = vti.make(llava, pairs_of(3), 0)
     rows = np.array([drawn[i, :, : 4 + i].mean(1) for i in range(3)])
     for layer in range(2):
-        own = rows[:, layer]
-        first = np.linalg.svd(own - own.mean(0))[2][0]
-        expected = first * np.sign(first @ own.mean(0))
+        expected, _ = first_direction(rows[:, layer])
         assert made.vectors.shape == (2, 1, 5)
         assert made.vectors[layer, 0].numpy() == pytest.approx(expected, abs=1e-5)
 

@@ -56,7 +56,7 @@ METHOD_MEANINGS = {
     "icv": "in-context vectors: first direction of these differences, all layers joined",
     "iti": "mean difference at attention heads that tell the responses apart (asked for by name)",
     "nl_iti": "the same of several tokens' mean, with non-linear probes (asked for by name)",
-    "vti": "as repe, and the vision tower moved as if much of the picture were hidden (by name)",
+    "vti": "as icv, layer by layer, and directions in the vision tower (asked for by name)",
     "random": "control: random directions",
     "shared_random": "control: one random direction at all layers",
     "rotated": "control: gradient under one random rotation of the hidden space",

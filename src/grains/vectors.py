@@ -46,13 +46,16 @@ def mean_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
     return total / count
 
 
-def pca_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
+def pca_vector(chunks: Iterable[np.ndarray], around_mean: bool = True) -> np.ndarray:
     """The first principal component (D,), of unit length, of rows that come in chunks (n, D).
 
+    around_mean: whether the rows are centred first. If not, it is the first principal direction of
+        the rows themselves, near their mean where they have much in common; zeros for rows of
+        zeros.
     Up to D rows are decomposed directly. More rows are summed into their covariance (D, D), which
     is then smaller than they are. A principal component has no sign of its own; it is oriented so
     that the mean of the rows projects positively on it.
-    Raises UserError for fewer than two rows, and for rows that are all the same.
+    Raises UserError for fewer than two rows, and for centred rows that are all the same.
     """
     # Imported late: it takes long, and most runs compute no principal component.
     from scipy.linalg import eigh, svd
@@ -68,8 +71,12 @@ def pca_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
         )
     if len(rows) <= rows.shape[1]:
         mean = rows.mean(axis=0)
-        _check_spread(rows.var(axis=0).sum(), mean)
-        component = svd(rows - mean, full_matrices=False)[2][0]
+        if around_mean:
+            _check_spread(rows.var(axis=0).sum(), mean)
+            rows = rows - mean
+        elif not rows.any():
+            return mean
+        component = svd(rows, full_matrices=False)[2][0]
     else:
         # The products are of differences from an estimate of the mean: with a large mean, plain
         # products would lose digits.
@@ -81,7 +88,12 @@ def pca_vector(chunks: Iterable[np.ndarray]) -> np.ndarray:
         shift = total / count
         mean, size = origin + shift, len(origin)
         covariance = products / count - np.outer(shift, shift)
-        _check_spread(np.trace(covariance), mean)
+        if around_mean:
+            _check_spread(np.trace(covariance), mean)
+        else:
+            covariance += np.outer(mean, mean)
+            if not covariance.any():
+                return mean
         component = eigh(covariance, subset_by_index=[size - 1, size - 1])[1][:, 0]
     return component if component @ mean >= 0 else -component
 
@@ -167,8 +179,8 @@ def make(
     method: mean or pca: the mean or the first principal component of the shifts; gradient: the mean
         over examples of df/dh; caa: the mean over examples of h(x y+) - h(x y-); repe: the first
         principal component of these differences; icv: in-context vectors (see
-        `joint_direction`); iti, nl_iti: what `of_model` gives; vti: as repe, and the vision
-        tower's vectors that `of_model` gives.
+        `joint_direction`); iti, nl_iti: what `of_model` gives; vti: as icv, but of each layer on
+        its own, and the vision tower's vectors that `of_model` gives.
         Controls: random: random directions; shared_random: one random direction at all layers;
         rotated: gradient under one random rotation, so that lengths, and angles between layers,
         stay; rand_tokens: the mean shift when random tokens are ablated; shuffled: gradient with
@@ -194,9 +206,11 @@ def make(
             return mean_vector(states["rand"].shifts(layer))
         if method in ("gradient", "rotated"):
             return mean_vector(pos_states.layer("gradients", layer))
-        if method in ("caa", "repe", "vti"):
-            reduce = mean_vector if method == "caa" else pca_vector
+        if method in ("caa", "repe"):
+            reduce = {"caa": mean_vector, "repe": pca_vector}[method]
             return reduce(pos_states.difference(POS, NEG, layer))
+        if method == "vti":
+            return pca_vector(pos_states.difference(POS, NEG, layer), around_mean=False)
         if method == "shuffled":
             # Swapping the answers changes the sign of f, so of its gradients at every layer:
             # each layer draws the same signs.

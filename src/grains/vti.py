@@ -3,8 +3,10 @@
 Features of a picture that change much when parts of it are hidden are blamed for what a model says
 that the picture does not show. So the tower's states are moved to what they are on average over
 many copies of the picture in which nearly all is hidden. Over several pictures the direction of
-that shift is its first principal component, one for each layer and patch. The other half are the
-decoder's vectors, the first principal components of the differences between the responses.
+that shift is the first principal one, for each layer and patch. The other half are the decoder's
+vectors, the first principal directions of the differences between the responses. The rows are not
+centred, as for the in-context vectors on which the method builds: what they have in common is what
+is to be added.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def shift(lm: LanguageModel, picture: Image.Image, seed: int) -> tuple[Tensor, T
 def make(lm: LanguageModel, examples: Iterable[Example], seed: int) -> TowerVectors:
     """One vector for each layer and patch of the tower, from the pictures of N examples.
 
-    The first principal component of the N shifts, of unit length, oriented so that the mean shift
+    The first principal direction of the N shifts, of unit length, oriented so that the mean shift
     projects positively on it. Where pictures have different numbers of patches, it is one for all
     patches, from the shifts' means.
     seed: draws what is hidden; the masks of a picture do not depend on the others.
@@ -73,7 +75,7 @@ def make(lm: LanguageModel, examples: Iterable[Example], seed: int) -> TowerVect
     if len({rows.shape for rows in shifts}) > 1:
         shifts = [rows.mean(dim=1, keepdim=True) for rows in shifts]
     by_example = torch.stack(shifts, dim=2).double().numpy()  # (Lv, T, N, Dv)
-    by_patch = [[pca_vector([patch]) for patch in layer] for layer in by_example]
+    by_patch = [[pca_vector([patch], around_mean=False) for patch in layer] for layer in by_example]
     return TowerVectors(
         torch.from_numpy(np.array(by_patch)).float(), torch.stack(norms).median(dim=0).values
     )
