@@ -403,19 +403,28 @@ AGAINST = {
         "1.5x",
     ),
 }
+# Rows once more with gradients in this precision, ours alone.
+MEDIUM, AS_MEDIUM = "-medium", ", `--matmul_precision medium`"
+AGAINST |= {
+    row + MEDIUM: (AGAINST[row][0] + AS_MEDIUM, AGAINST[row][1])
+    for row in ("chat", "qa", "vlm", "llava")
+}
 
 
 def against(row: str, baseline: Path, folder: Path) -> dict:
     """One row of both checkouts in turn."""
+    own = ["--matmul_precision", "medium"] if row.endswith(MEDIUM) else []
+    row = row.removesuffix(MEDIUM)
     model: list[str] = []
     if row == "llava":
         llava.save_small(folder / row)
         model = ["--model", str(folder / row)]
+    more = {"ours": own, "baseline": []}
     counts = dict(zip(("baseline", "ours"), side.ROWS[row][3:], strict=True))
     return in_turn(
         row,
         {
-            name: ["--src", str(src), "--count", str(counts[name]), *model]
+            name: ["--src", str(src), "--count", str(counts[name]), *model, *more[name]]
             for name, src in {"ours": ROOT / "src", "baseline": baseline.resolve() / "src"}.items()
         },
         folder,
@@ -527,6 +536,19 @@ PEERS = {
         "chat",
         CONTENT,
     ),
+    "captum-medium": Peer(
+        f"attribution, {STEPS} points, style qa, all positions{AS_MEDIUM}",
+        2,
+        scores_of,
+        settings=replace(PUBLISHED, matmul_precision="medium"),
+    ),
+    "captum-chat-medium": Peer(
+        f"attribution, {STEPS} points, chat template, the user's words{AS_MEDIUM}",
+        2,
+        scores_of,
+        "chat",
+        replace(CONTENT, matmul_precision="medium"),
+    ),
     "inseq": Peer(f"attribution, {STEPS} points", 2, scores_of),
     "steering-vectors-mean": Peer("mean-difference vectors", 50, fitted("caa")),
     "nnsight-mean": Peer("mean-difference vectors", 50, fitted("caa")),
@@ -537,6 +559,7 @@ PEERS = {
 def peer_row(name: str, python: str, folder: Path) -> dict:
     """A peer's own job and ours on the same pairs, alternating."""
     job = PEERS[name]
+    peer = name.removesuffix(MEDIUM).removesuffix("-chat")
     lm = models.load(models.EMBEDDED)
     items, pairs = peer_pairs(lm, job.pairs, job.style, job.settings)
     (folder / "pairs.json").write_text(json.dumps(pairs))
@@ -546,7 +569,7 @@ def peer_row(name: str, python: str, folder: Path) -> dict:
         begin = time.perf_counter()
         job.ours(lm, items, job.settings)
         mine.append((time.perf_counter() - begin) / len(items))
-        command = [python, ROOT / "benchmarks" / "peers.py", name.removesuffix("-chat")]
+        command = [python, ROOT / "benchmarks" / "peers.py", peer]
         command += ["--model", models.resolve(models.EMBEDDED), "--pairs", folder / "pairs.json"]
         command += ["--threads", torch.get_num_threads(), "--steps", STEPS]
         command += ["--output", folder / "peer.json"]
@@ -559,9 +582,17 @@ def peer_row(name: str, python: str, folder: Path) -> dict:
             flush=True,
         )
     package, release = next(iter(result["versions"].items()))
+    what = job.what
+    if name.endswith(MEDIUM):
+        exact = job.ours(lm, items, replace(job.settings, matmul_precision="highest"))
+        off = max(
+            np.linalg.norm(a - b) / np.linalg.norm(b)
+            for a, b in zip(job.ours(lm, items, job.settings), exact, strict=True)
+        )
+        what += f" (scores differ from those of fp32 by {off:.1%} of their norm at most)"
     return {
         "peer": f"{package} {release}",
-        "what": job.what,
+        "what": what,
         "pairs": len(items),
         "ours": statistics.median(mine),
         "theirs": statistics.median(theirs),

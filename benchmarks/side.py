@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--src", required=True, help="the folder src of a checkout")
     parser.add_argument("--model", help="a folder, for a row that names no model")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--matmul_precision", help="of the attribution, if the side knows it")
     parser.add_argument("--count", type=int, required=True, help="pairs")
     parser.add_argument("--output", required=True, help="where the numbers go")
     args = parser.parse_args()
@@ -166,12 +167,10 @@ def main() -> None:
     loaded = memory()[0]
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
     before, begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    if args.row == "vectors":
-        made = plain(lm, items)
-    elif args.row == "published":
-        made = attributed(lm, items, baseline="zeros", attribute="all", ig_steps=20)
-    else:
-        made = attributed(lm, items)
+    changes = {"matmul_precision": args.matmul_precision} if args.matmul_precision else {}
+    if args.row == "published":
+        changes |= {"baseline": "zeros", "attribute": "all", "ig_steps": 20}
+    made = plain(lm, items) if args.row == "vectors" else attributed(lm, items, **changes)
     seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
     torch.save(made, args.output)
     print(

@@ -14,9 +14,10 @@ tells how well the integral was computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from grains import vision
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.logprobs import targets, token_log_probs
+from grains.matmul import rounded_gradients
 from grains.packing import pack
 from grains.prompts import Encoded
 from grains.replay import (
@@ -38,7 +40,9 @@ from grains.replay import (
     with_fixed_experts,
     without_prefix,
 )
-from grains.settings import EXPERTS, NO_ATTRIBUTION, AttributionSettings
+from grains.settings import EXPERTS, MATMUL_PRECISIONS, NO_ATTRIBUTION, AttributionSettings
+
+Products = Callable[[], AbstractContextManager[None]]
 
 
 class PromptFunction:
@@ -50,6 +54,7 @@ class PromptFunction:
     Positions before `first` never change, so they are computed once. With fixed_experts the experts
     of a mixture stay those that are chosen for the prompt as it is.
 
+    products: the context in which gradients are computed.
     prompt: (P, D) the embeddings of the prompt as it is.
     rows: how many prompts are computed at a time (see `gradient_rows`).
     """
@@ -62,8 +67,9 @@ class PromptFunction:
         max_tokens: int,
         first: int = 0,
         fixed_experts: bool = False,
+        products: Products = nullcontext,
     ):
-        self.lm = lm
+        self.lm, self.products = lm, products
         packed = pack(encoded.sequences(without_last=True))
         whole = capture_pack(lm, encoded.inputs, packed)
         self.captured: Capture = without_prefix(lm, whole, first)
@@ -112,8 +118,9 @@ class PromptFunction:
         """
         start = self.captured.start
         moving = prompts[:, start:].detach().requires_grad_()
-        values = self._values(moving)
-        (grads,) = torch.autograd.grad(values.sum(), moving)
+        with self.products():
+            values = self._values(moving)
+            (grads,) = torch.autograd.grad(values.sum(), moving)
         return values.detach().cpu(), pad(grads, (0, 0, start, 0))
 
 
@@ -281,7 +288,8 @@ def attribute(
     max_tokens: the number of positions computed at a time.
     generator: draws smoothgrad's noise.
     Returns one result for the contrastive objective, two (of y+ and of y-) for the normal one.
-    Raises UserError for the method none, and for fixed experts of a model without experts.
+    Raises UserError for the method none, for fixed experts of a model without experts, and for a
+    matmul_precision below the highest if the weights are not fp32.
     """
     if settings.grad_method == NO_ATTRIBUTION:
         raise UserError(
@@ -292,13 +300,16 @@ def attribute(
         raise UserError(
             f"unknown ig_experts '{settings.experts}': expected {', '.join(EXPERTS)} or None"
         )
+    products = _products(lm, settings)
     terms = [[1.0, -1.0]] if settings.objective == "contrastive" else [[1.0, 0.0], [0.0, 1.0]]
     # Gradient times input is taken at every position; a path leaves some where they are.
     along_path = settings.grad_method == "integrated_gradients"
     first = first_moved(attributed_positions(encoded, settings.attribute)) if along_path else 0
     return [
         _attribute(
-            PromptFunction(lm, encoded, weights, max_tokens, first, settings.experts == "fixed"),
+            PromptFunction(
+                lm, encoded, weights, max_tokens, first, settings.experts == "fixed", products
+            ),
             lm,
             encoded,
             settings,
@@ -306,6 +317,28 @@ def attribute(
         )
         for weights in terms
     ]
+
+
+def _products(lm: LanguageModel, settings: AttributionSettings) -> Products:
+    """The context for the `matmul_precision`.
+
+    Values of f stay as they are. Rounded on the way forward too, they are noisy by a tenth of a nat
+    and the adaptive rule halves cells in vain; from zero even the scores are others.
+    """
+    precision = settings.matmul_precision
+    if precision not in MATMUL_PRECISIONS:
+        raise UserError(
+            f"unknown matmul_precision '{precision}': expected {' or '.join(MATMUL_PRECISIONS)}"
+        )
+    if precision == AttributionSettings.matmul_precision:
+        return nullcontext
+    weights = lm.quantization or str(lm.dtype).removeprefix("torch.")
+    if weights != "float32":
+        raise UserError(
+            f"matmul_precision {precision} is for weights in float32: those of {lm.name} are in "
+            f"{weights}; leave it out"
+        )
+    return partial(rounded_gradients, lm.layers)
 
 
 def _attribute(

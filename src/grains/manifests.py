@@ -12,7 +12,13 @@ from collections.abc import Mapping
 from grains import data, rendering, runs
 from grains.data import Example
 from grains.lm import LanguageModel
-from grains.settings import AblationSettings, DataSettings, GridSettings, PromptSettings
+from grains.settings import (
+    AblationSettings,
+    AttributionSettings,
+    DataSettings,
+    GridSettings,
+    PromptSettings,
+)
 from grains.states import States
 
 
@@ -25,7 +31,7 @@ def stage1(
 ) -> dict:
     """The manifest of attributions and hidden states. counts: see `prompts.tally`."""
     fields = dataclasses.asdict(settings)
-    del fields["prompt"]
+    del fields["prompt"], fields["attribution"]
     return {
         "stage": "token_ablation",
         "model": model(lm),
@@ -39,12 +45,20 @@ def stage1(
             "ids": [example.id for example in examples],
             "questions": [data.question_key(example) for example in examples],
         },
-        "settings": fields.pop("attribution")
+        "settings": attribution(settings.attribution)
         | {name: value for name, value in fields.items() if name not in ("tops", "seed")}
         | prompt(lm, settings.prompt, counts),
         "seed": settings.seed,
         "versions": runs.versions(),
     }
+
+
+def attribution(settings: AttributionSettings) -> dict:
+    """All settings of an attribution, but those that older files lack while they are as then."""
+    fields = dataclasses.asdict(settings)
+    if settings.matmul_precision == AttributionSettings.matmul_precision:
+        del fields["matmul_precision"]
+    return fields
 
 
 def evaluation(

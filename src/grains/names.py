@@ -81,6 +81,7 @@ def _attribution(ablation: AblationSettings) -> list[str]:
                 "tolerance": "tolerance",
                 "max_points": "points",
                 "experts": "experts",
+                "matmul_precision": "matmul",
             },
         ),
         *differing(

@@ -43,6 +43,7 @@ SCOPES = ("content", "all", "image", "text")
 TOPS = ("pos", "neg", "abs", "rand")
 ABLATE = ("all", "image", "text")
 EXPERTS = ("fixed",)
+MATMUL_PRECISIONS = ("highest", "medium")
 REPLACEMENTS = ("pad", "unk")
 
 # Stages 2 and 3: which vectors are added where and how strongly, and how answers are compared
@@ -238,6 +239,8 @@ class AttributionSettings:
         prompt's embeddings.
     experts: fixed: the experts of a mixture that are chosen for the prompt stay chosen along the
         path; None: they are chosen anew at each point.
+    matmul_precision: of the gradients' matrix products, in torch's words: highest (fp32) or medium
+        (of numbers rounded to bfloat16 on the way back).
     """
 
     objective: str = "contrastive"
@@ -251,6 +254,7 @@ class AttributionSettings:
     smooth_samples: int = 20
     smooth_noise: float = 0.1
     experts: str | None = None
+    matmul_precision: str = "highest"
 
 
 @dataclass(frozen=True)

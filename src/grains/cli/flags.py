@@ -28,6 +28,7 @@ from grains.settings import (
     IMAGE_BASELINES,
     LAYER_MODES,
     LETTERED,
+    MATMUL_PRECISIONS,
     METHOD_MEANINGS,
     METHODS,
     MODELS,
@@ -360,6 +361,13 @@ def add_attribution(flags: argparse.ArgumentParser, top: bool = False) -> None:
         "path (default: they are chosen anew at each point)",
     )
     group.add_argument(
+        "--matmul_precision",
+        default=default.matmul_precision,
+        choices=MATMUL_PRECISIONS,
+        help="of the gradients' matrix products, in torch's words: highest (fp32) or medium (of "
+        "numbers rounded to bfloat16 on the way back, faster on CPUs with instructions for it)",
+    )
+    group.add_argument(
         "--replacement",
         default=AblationSettings.replacement,
         choices=REPLACEMENTS,
@@ -563,6 +571,7 @@ def ablation_settings(args: argparse.Namespace, tops: tuple[str, ...] = ()) -> A
         args.ig_tolerance,
         args.ig_max_points,
         experts=args.ig_experts,
+        matmul_precision=args.matmul_precision,
     )
     return AblationSettings(
         attribution,

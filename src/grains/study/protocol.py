@@ -33,6 +33,8 @@ def manifest(lm: LanguageModel, settings: StudySettings, names: ExperimentNames)
 
     parts: the folder of what it makes on the way, which other experiments may share.
     """
+    experiment = asdict(settings)
+    experiment["ablation"]["attribution"] = manifests.attribution(settings.ablation.attribution)
     return {
         "stage": "experiment",
         "parts": names.parts.name,
@@ -42,7 +44,7 @@ def manifest(lm: LanguageModel, settings: StudySettings, names: ExperimentNames)
             for seed in settings.seeds
             for source in settings.sources
         },
-        "experiment": asdict(settings),
+        "experiment": experiment,
         "versions": runs.versions(),
     }
 
