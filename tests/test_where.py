@@ -90,6 +90,7 @@ def test_the_text_demo_takes_the_files_of_its_own_stages(tmp_path):
     for args in beside:  # the vectors of the first, on other questions
         assert args.hidden_states_path == str(states["pos"])
         assert args.alphas == chosen.alphas and args.layer_idxs == chosen.layer_idxs
+        assert args.gate and chosen.gate  # one gate, in the file of the first one's vectors
     for args in (first, shown, chosen, *beside):
         assert args.top_k == 7 and args.seed == 3 and args.prompt_style == "chat"
 

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # The whole text pipeline on a laptop: SmolLM2-135M-Instruct answers from texts that contradict what
-# it remembers. Steered towards the text and, with the sign turned, away from it; beside controls,
-# texts that agree with memory, no text at all, and unrelated questions.
+# it remembers. Steered towards the text and, with the sign turned, away from it, behind a gate that
+# keeps the vectors off other text; beside a control behind the same gate, texts that agree with
+# memory, no text at all, and unrelated questions.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-export MODEL_NAME=smollm2-135m-instruct DATASET_NAME=faithfulness NUM_SAMPLES=40
+export MODEL_NAME=smollm2-135m-instruct DATASET_NAME=faithfulness NUM_SAMPLES=80
 export TOP_K="${TOP_K:-5}" GRAD_METHOD="${GRAD_METHOD:-none}"
 model=(--model_name "$MODEL_NAME" --prompt_style chat --top_k "$TOP_K"
        --attribution "${ATTRIBUTION:-contrastive}" --seed "${SEED:-0}")
 stage=("${model[@]}" --dataset_name "$DATASET_NAME" --num_samples "$NUM_SAMPLES"
        --grad_method "$GRAD_METHOD")
-questions=(--num_validation 24 --num_test 60)
-steering=(--layer_idxs 8-24 --alphas -0.006 -0.003 0.003 0.006)
-grid=(--methods gradient random rotated --mode pos
+questions=(--num_validation 16 --num_test 60)
+steering=(--layer_idxs 8-24 --alphas -0.01 -0.005 0.005 0.01 --gate)
+grid=(--methods gradient rotated --mode pos
       "${steering[@]}" "${questions[@]}" --max_ppl_increase 0.02)
 # The program says where its files are: results/ may hold others, of other settings.
 where() { "${PYTHON:-python}" -m grains.cli.where llm "$@"; }
@@ -22,12 +23,12 @@ accuracies=$(where grid "${stage[@]}" "${grid[@]}")
 chosen=$(where chosen "${stage[@]}" "${grid[@]}")
 shown=("${model[@]}" --dataset_name "$DATASET_NAME" --num_samples 2 --grad_method integrated_gradients)
 
-echo "1/4 hidden states of 40 steering questions; which words two of the answers depend on"
+echo "1/4 hidden states of 80 steering questions; which words two of the answers depend on"
 bash scripts/llm/run_token_ablation.sh --prompt_style chat
 NUM_SAMPLES=2 GRAD_METHOD=integrated_gradients \
   bash scripts/llm/run_token_ablation.sh --prompt_style chat --top pos
 echo
-echo "2/4 steering vectors: the strength is chosen on validation questions, within +2 % perplexity"
+echo "2/4 steering vectors and their gate: the strength is chosen on validation questions, within +2 % perplexity"
 bash scripts/llm/run_steering_mc.sh --prompt_style chat "${grid[@]}"
 echo
 echo "3/4 the same vectors: texts that agree with memory, no text, unrelated questions"
@@ -36,9 +37,9 @@ for data in faithfulness-agreeing faithfulness-bare unrelated; do
   others=("${model[@]}" --dataset_name "$data" --grad_method "$GRAD_METHOD" --num_samples "$NUM_SAMPLES"
           --hidden_states_path "$states" --methods gradient "${steering[@]}" --num_validation 4)
   if [ "$data" = unrelated ]; then
-    others+=(--dataset_path data/unrelated.jsonl --num_test 100)
+    others+=(--dataset_path data/unrelated.jsonl --num_test 60)
   else
-    others+=(--num_test 60)
+    others+=(--num_test 40)
   fi
   "${PYTHON:-python}" steering_mc.py "${others[@]}" > /dev/null
   beside+=("$data=$(where grid "${others[@]}")")
