@@ -87,10 +87,8 @@ def written(lm, rows, positions=4096, max_rows=None):
     return [row.new for row in rows]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [DecodingSettings(), pytest.param(DecodingSettings(temperature=1.2), marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [DecodingSettings(), DecodingSettings(temperature=1.2)])
 def test_a_row_is_what_it_is_alone(family, settings):
     """Rows enter when others leave, in batches of two, of five and of few positions."""
     configurations = [

@@ -188,6 +188,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_model_is_the_one_that_was_written(kind, tmp_path):
     make, arch, metadata = MODELS[kind]

@@ -69,6 +69,7 @@ def test_answers_grow_to_what_generate_gives(lm, bench, steering):
     ]
 
 
+@pytest.mark.slow
 def test_answers_to_a_picture_grow_too(monkeypatch):
     """They are written in a thread, which the caller's block steers as well."""
     lm = vlm_models.make("qwen2.5-vl")
@@ -177,6 +178,7 @@ def test_words_are_those_of_the_prompt_on_their_colours(lm, bench):
     assert f"completeness error {100 * scored.completeness_error:.1f}" in shown
 
 
+@pytest.mark.slow
 def test_patches_lie_where_the_boxes_are(lm):
     vlm = vlm_models.make("gemma-3")
     picture = vlm_models.picture(60, 40)

@@ -506,6 +506,7 @@ def test_a_replay_that_gives_nan_is_no_replay():
     assert max(0.1, selfcheck._distance(broken, same)) == torch.inf
 
 
+@pytest.mark.slow
 def test_measuring_what_a_row_keeps_leaves_nothing_behind(tiny):
     """Tensors that autograd's nodes hold are seen by no garbage collector, but their count is."""
     _, captured = capture_trie(tiny, LONG, [W[20:25]])
