@@ -1,17 +1,26 @@
 """Fixtures that many tests share: SmolLM2-135M-Instruct, tiny models of three families."""
 
+import gc
 from itertools import product
 
 import pytest
-from helpers.families import ATTENTIONS, FAMILIES, tiny_model
+from helpers.families import ATTENTIONS, FAMILIES, small_tokenizer, tiny_model
 from transformers import AutoTokenizer
 
-from grains import models
+from grains import cpu, models
 
 # What takes long: scripts as processes of their own, and the real model.
 SLOW = {"commands", "server_with", "smollm2"}
 # Of the tiny models, those that `make test-fast` uses: with and without a sliding window.
 QUICK = ["llama", "gemma3", ("llama", "sdpa"), ("gemma3", "eager")]
+
+
+def pytest_collection_finish():
+    """What the libraries made while they were imported is not searched for garbage any more, and
+    freed memory is kept, as the scripts do it."""
+    gc.collect()
+    gc.freeze()
+    cpu.keep_freed_memory()
 
 
 def pytest_collection_modifyitems(items):
@@ -28,7 +37,13 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """SmolLM2's tokenizer (49,152 words), which the tiny models use too."""
+    """The tiny models' tokenizer: SmolLM2's, with the first of its words."""
+    return small_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    """SmolLM2's tokenizer with all of its 49,152 words."""
     return AutoTokenizer.from_pretrained(models.embedded_model())
 
 

@@ -475,7 +475,7 @@ def test_in_bfloat16_the_rule_stops_at_the_rounding_noise(tokenizer):
     settings = AttributionSettings(tolerance=1e-6, max_points=400)
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = tiny_model("llama").to(torch.bfloat16).to(dtype)
+        model = tiny_model("llama", seed=1).to(torch.bfloat16).to(dtype)
         lm = models.wrap("tiny-llama", model, tokenizer)
         item = encoded(lm, PROMPT, PAIRS["different"], CONTENT)
         (results[dtype],) = attribute(lm, item, settings, MAX_TOKENS, generator())

@@ -125,34 +125,32 @@ def test_it_is_for_amds_avx512(monkeypatch, capability, vendor, expected):
     assert type(module[0]) is (OneDnnLinear if expected else nn.Linear)
 
 
-def faults_of_large_blocks(setting: str) -> int:
-    """How often the system had to give a page while blocks of 20 MiB came and went."""
-    code = f"""
+# How often the system had to give a page while blocks of 20 MiB came and went, by each setting.
+LARGE_BLOCKS = """
 import resource, torch
 from grains import cpu
-{setting}
-for _ in range(40):  # until what is free lies where it fits
-    torch.ones(5 * 2**20)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.ones(5 * 2**20)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+for setting in (cpu.keep_freed_memory, cpu.return_freed_memory):
+    setting()
+    for _ in range(40):  # until what is free lies where it fits
+        torch.ones(5 * 2**20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(5 * 2**20)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(Path(cpu.__file__).parents[1])},
-    )
-    return int(result.stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_that_is_freed_is_kept_or_returned():
-    kept = faults_of_large_blocks("cpu.keep_freed_memory()")
-    returned = faults_of_large_blocks("cpu.keep_freed_memory(); cpu.return_freed_memory()")
+    result = subprocess.run(
+        [sys.executable, "-c", LARGE_BLOCKS],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(Path(cpu.__file__).parents[1])},
+    )
+    kept, returned = map(int, result.stdout.split())
     assert kept < 100 and returned > 20 * 5 * 2**20 * 4 / 2**21  # a page is 2 MiB at most
 
 

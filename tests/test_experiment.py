@@ -1,7 +1,7 @@
 """The experiment on a tiny model: its tables follow from each other and from the library.
 
-`made` reads all passages and questions that costs are measured on. Runs whose check does not
-depend on them read fewer (`short_texts`).
+All read few and short passages and few questions that costs are measured on (`few_texts`): what is
+computed of them does not depend on how many they are. test_costs.py and test_budget.py read all.
 """
 
 import itertools
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import tiny
+from helpers import short_texts, tiny
 from helpers.command_line import arguments_of
 from helpers.costs import capability, perplexity
 from helpers.lora import merged, random_adapter
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 
 pytest_plugins = ("helpers.command_line",)
 
-W = words(60, seed=4)
+W = words(60, seed=5)
 
 SEEDS, ALPHAS, BUDGETS, LIMIT = (0, 1), (0.02, 0.3), (0.01, 1000.0), 0.015
 LINES = {
@@ -90,12 +90,20 @@ def flags(tmp_path_factory):
     }
 
 
+@pytest.fixture
+def few_texts(monkeypatch):
+    """This process reads the passages and questions that the experiments' read."""
+    for name in ("neutral_texts", "unrelated_examples"):
+        monkeypatch.setattr(costs, name, getattr(costs, name))  # which puts them back
+    short_texts.install()
+
+
 @pytest.fixture(scope="module")
 def made(commands, flags, tmp_path_factory):
     """The flags, the command's result, its folder, the model's folder."""
     folder = tmp_path_factory.mktemp("experiment")
     flags = flags | {"document": folder / "results.md", "output_dir": folder}
-    result = commands.run("experiment.py", *arguments_of(flags)).ok()
+    result = commands.run("experiment.py", *arguments_of(flags), short_texts=True).ok()
     return Made(flags, result, folder, flags["model_name"])
 
 
@@ -127,10 +135,11 @@ def again(made, commands):
         "seeds": [0],
         "document": made.folder / "changed.md",
     }
-    changed = commands.run("experiment.py", *arguments_of(made.flags | changes)).ok()
+    changes = arguments_of(made.flags | changes)
+    changed = commands.run("experiment.py", *changes, short_texts=True).ok()
     middle = files()
     document.write_text("before\n" + text + "after\n")
-    result = commands.run("experiment.py", *arguments_of(made.flags)).ok()
+    result = commands.run("experiment.py", *arguments_of(made.flags), short_texts=True).ok()
     return Again(changed, result, before, middle, files(), text)
 
 
@@ -215,7 +224,7 @@ def test_every_question_is_in_one_split(made):
     assert sizes["first", "test"].tolist() == [14 - 3 - 4]
 
 
-def test_costs_are_the_librarys(made):
+def test_costs_are_the_librarys(made, few_texts):
     grid = tables(made.folder)[0]
     lm = models.load(str(made.model))
     validated = grid[grid.part == "validation"]
@@ -251,7 +260,7 @@ def the_vectors(folder, row):
     return SteeringVectors.load(path)
 
 
-def test_the_cost_on_other_kinds_of_text_is_the_librarys(made):
+def test_the_cost_on_other_kinds_of_text_is_the_librarys(made, few_texts):
     folder, lm = made.folder, models.load(str(made.model))
     texts = costs.neutral_texts(costs.VARIED)[1::4]
     base = perplexity(lm, texts, [], 4096)[0]

@@ -27,7 +27,7 @@ WORDS = ["prompt", "response", "last", "1:3", "-2:", ":-1"]
 def vectors(lm):
     generator = torch.Generator().manual_seed(1)
     shape = len(lm.layers), lm.hidden_size
-    norms = 8 * torch.rand(shape[0], generator=generator) + 8
+    norms = 40 * torch.rand(shape[0], generator=generator) + 40
     info = {"method": "gradient", "mode": "pos"}
     return SteeringVectors(torch.randn(shape, generator=generator), norms, info)
 

@@ -97,7 +97,7 @@ def test_a_batch_decodes_gated_and_not_side_by_side(smollm2):
     )
     plain = replace(gated, gate=None)
     late = random_configuration(smollm2, (25,), 5.0, 3)
-    found = generate(smollm2, items, [gated, plain, late], 8)
+    found = generate(smollm2, items, [gated, plain, late], 5)
     opening = {layer: gated.gate.at(layer) for layer in gated.layers}
     for texts, vectors, gate in zip(
         found,
@@ -107,7 +107,7 @@ def test_a_batch_decodes_gated_and_not_side_by_side(smollm2):
     ):
         for prompt, text in zip(items, texts, strict=True):
             with steered(smollm2, vectors, gate):
-                expected = greedy(smollm2, prompt.prompt_ids, {}, 8)
+                expected = greedy(smollm2, prompt.prompt_ids, {}, 5)
             assert text == text_of(smollm2, expected)
     assert found[1] != found[2] and found[1] != found[0]
 

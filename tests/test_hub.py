@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from helpers import tiny
 from helpers.command_line import SRC
+from helpers.families import small_tokenizer
 from helpers.hub_stub import Hub
 from safetensors import safe_open
 
@@ -59,7 +60,7 @@ def truthfulqa_files() -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
-    tokenizer = tiny.smollm2_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.save_pretrained(folder)
     tiny.llama(len(tokenizer), layers=LAYERS, hidden_size=SIZE).save_pretrained(folder)
     table = io.BytesIO()

@@ -22,7 +22,7 @@ from grains.matmul import rounded_gradients
 from grains.names import Names
 from grains.settings import AblationSettings, AttributionSettings, DataSettings
 
-W = words(40, seed=5)
+W = words(40, seed=8)
 PROMPT, ANSWERS = W[:11], [W[20:24], W[20:22] + W[30:33]]
 MEDIUM = {"matmul_precision": "medium"}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from helpers import tiny
+from helpers.families import small_tokenizer
 from helpers.hub_stub import Hub
 
 import paper_tables
@@ -67,7 +68,7 @@ def mc_rows():
 def commands(server_with, tmp_path_factory):
     """A server whose hub is the stand-in."""
     folder, home = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("home")
-    tokenizer = tiny.smollm2_tokenizer()
+    tokenizer = small_tokenizer()
     tokenizer.save_pretrained(folder)
     tiny.llama(len(tokenizer), layers=3, hidden_size=32).save_pretrained(folder)
     name = "{}/validation-00000-of-00001.parquet"

@@ -116,8 +116,8 @@ def test_the_system_prompt_that_a_template_writes_by_itself(chat_model, template
     assert rendering.default_system(chat_model(template), chat()) == written
 
 
-def test_smollm2_writes_a_system_prompt_by_itself(tokenizer):
-    lm = chat_models.model(tokenizer)
+def test_smollm2_writes_a_system_prompt_by_itself(smollm2_tokenizer):
+    lm = chat_models.model(smollm2_tokenizer)
     written = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     assert rendering.default_system(lm, chat()) == written
     assert written not in text_of(lm, chat(system=""))
@@ -322,10 +322,10 @@ ORDINARY = [
 
 
 @pytest.mark.parametrize("kind", ["byte level", "unigram", "bpe"])
-def test_ordinary_texts_keep_their_tokens(tokenizer, kind):
+def test_ordinary_texts_keep_their_tokens(smollm2_tokenizer, kind):
     """The tokenizer that knows control tokens by other names is the same in all else."""
     if kind == "byte level":
-        original = chat_models.byte_level(tokenizer, chat_models.CHATML)
+        original = chat_models.byte_level(smollm2_tokenizer, chat_models.CHATML)
         marks = ("<|im_start|>user\n", "<|im_end|>\n<think>")
     else:
         original = chat_models.sentencepiece_like(kind)
@@ -404,11 +404,11 @@ def test_warnings_and_counts(chat_model):
 # -- the border between prompt and answer --
 
 
-def test_all_answers_of_a_question_are_tokenized_by_one_rule(tokenizer):
+def test_all_answers_of_a_question_are_tokenized_by_one_rule(smollm2_tokenizer):
     """The prompt's last letter and an answer's first make a token: the other answer is tokenized
     separately too."""
     template = "{% for m in messages %}{{ m.role }}>{{ m.content }}{% endfor %}{{ 'bot>' }}"
-    lm = chat_models.model(chat_models.byte_level(tokenizer, template))
+    lm = chat_models.model(chat_models.byte_level(smollm2_tokenizer, template))
     example = Example("e", "So?", (">= 3", "No"), 0)
     encoded = prompts.encode(lm, example, chat())
     separate = [lm.tokenizer(text, add_special_tokens=False).input_ids for text in example.choices]

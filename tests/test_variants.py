@@ -9,10 +9,12 @@ import pytest
 import torch
 import variants
 from helpers.costs import perplexity
-from helpers.reference import encoded, hooked, layer_outputs, own_logits, relative, words
+from helpers.families import tiny_model
+from helpers.reference import encoded, hooked, layer_outputs, own_logits, relative
 from pytest import approx
 from torch.nn.functional import normalize
 
+from grains import models
 from grains.errors import UserError
 from grains.settings import AblationSettings
 from grains.steering import Configuration, SteeringVectors
@@ -20,15 +22,21 @@ from grains.study import costs
 
 pytestmark = pytest.mark.slow
 
-W = words(60)
+W = torch.randint(1000, 40000, (60,), generator=torch.Generator().manual_seed(0)).tolist()
 GENERATOR = torch.Generator()
 
 
+@pytest.fixture(scope="module")
+def lm(smollm2_tokenizer):
+    """A tiny model that reads all of SmolLM2's words."""
+    model = tiny_model("llama", vocab_size=len(smollm2_tokenizer))
+    return models.wrap("tiny-llama", model, smollm2_tokenizer)
+
+
 @pytest.fixture
-def material(make_tiny):
+def material(lm):
     """What variants are made from, with vectors and gradients drawn at random."""
     GENERATOR.manual_seed(1)
-    lm = make_tiny("llama")
     layers, size = len(lm.layers), lm.hidden_size
     vectors = SteeringVectors(
         torch.randn(layers, size, generator=GENERATOR), torch.linspace(20.0, 40.0, layers), {}

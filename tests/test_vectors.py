@@ -531,7 +531,7 @@ def test_vectors_that_are_no_numbers_are_refused(files, broken):
 
 def test_vectors_of_another_model_are_refused(files, make_tiny):
     made = make(files[1], "mean", "pos", 0)
-    lm, other = make_tiny("llama"), make_tiny("llama", seed=1)
+    lm, other = make_tiny("llama"), make_tiny("llama", seed=1, weights=0.5)
     own = SteeringVectors(made.vectors, made.norms, {"model": lm.identity()})
     with own.apply(lm, 0.1):
         pass

@@ -7,6 +7,7 @@ file is the server (when run), its client, and a pytest plugin with both.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -279,6 +280,7 @@ def _serve(library: str = "stages") -> None:
         if "run" in request:
             if Path(request["run"][0]).stem.startswith(("experiment", "ablations")):
                 _import_study()
+            gc.freeze()  # no child searches for garbage in it, which would copy its pages
             pid = os.fork()
             if pid == 0:
                 _child(request)

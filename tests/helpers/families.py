@@ -1,12 +1,17 @@
 """Tiny random models of three text families, and small disks."""
 
+import json
 import shutil
 import subprocess
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from transformers import (
+    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -15,11 +20,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from grains import models
+
 FAMILIES = ("llama", "qwen2", "gemma3")
 ATTENTIONS = ("sdpa", "eager")
 SLIDING_WINDOW = 8
+WORDS = 4096  # of the tokenizer that the tiny models read
 SIZES = {
-    "vocab_size": 49152,
+    "vocab_size": WORDS,
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 4,
@@ -30,6 +38,30 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
+
+
+def small_tokenizer(**options):
+    """SmolLM2's own tokenizer with the first 4,096 of its 49,152 words; `options` of its loading.
+
+    With all of them, nine tenths of a tiny model's time would go into its head.
+    """
+    return AutoTokenizer.from_pretrained(_small_vocabulary().name, **options)
+
+
+@cache
+def _small_vocabulary() -> TemporaryDirectory:
+    """A folder with SmolLM2's special tokens, its bytes and the first of its merges."""
+    folder = TemporaryDirectory(prefix="words-")
+    for path in models.embedded_model().glob("*token*"):
+        shutil.copy(path, folder.name)
+    shutil.copy(models.embedded_model() / "chat_template.jinja", folder.name)
+    path = Path(folder.name) / "tokenizer.json"
+    described = json.loads(path.read_text())
+    model = described["model"]
+    model["vocab"] = {word: number for word, number in model["vocab"].items() if number < WORDS}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    path.write_text(json.dumps(described))
+    return folder
 
 
 def tiny_config(family: str, **changes):

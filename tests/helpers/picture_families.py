@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 
 from transformers import (
-    AutoTokenizer,
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
     AyaVisionProcessor,
@@ -69,7 +68,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from grains import models
-from helpers.families import SIZES, randomise
+from helpers.families import SIZES, randomise, small_tokenizer
 
 SIDE, PATCH = 28, 7  # pixels of a tile and of a patch, where there are tiles of one size
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
@@ -85,7 +84,7 @@ ROPE = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 100.0}
 
 def tokenizer_of(tokens: dict[str, str], *more: str):
     """SmolLM2's tokenizer with these tokens, which it has by name, and more."""
-    tokenizer = AutoTokenizer.from_pretrained(models.embedded_model(), extra_special_tokens=tokens)
+    tokenizer = small_tokenizer(extra_special_tokens=tokens)
     tokenizer.add_special_tokens({"additional_special_tokens": [*tokens.values(), *more]})
     return tokenizer
 

@@ -7,6 +7,7 @@ import torch
 from grains.calls import first_tensor, with_first
 from grains.data import Example
 from grains.prompts import Encoded
+from helpers.families import WORDS
 
 
 def example(question, *choices, label=0, id="one", context=""):
@@ -31,9 +32,9 @@ def encoded(lm, prompt_ids, responses, content=None):
 
 
 def words(count, seed=0):
-    """Token ids that are ordinary words of SmolLM2's vocabulary."""
+    """Token ids that are ordinary words of SmolLM2's vocabulary and of the tiny models'."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1000, 40000, (count,), generator=generator).tolist()
+    return (300 + torch.randperm(WORDS - 300, generator=generator)[:count]).tolist()
 
 
 def own_logits(lm, ids):

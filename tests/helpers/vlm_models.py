@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tokenizers.processors import TemplateProcessing
 from transformers import (
-    AutoTokenizer,
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -36,7 +35,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from grains import models
 from grains.data import Example
-from helpers.families import SIZES, randomise, tiny_config
+from helpers.families import SIZES, randomise, small_tokenizer, tiny_config
 
 FAMILIES = ("llava-next", "qwen2.5-vl", "gemma-3")
 TILE, PATCH = 28, 7  # LLaVA-NeXT: pixels of a tile, of a patch
@@ -119,7 +118,7 @@ TEMPLATES = {"llava-next": VICUNA, "qwen2.5-vl": CHATML, "gemma-3": TURNS}
 
 def tokenizer_of(family: str):
     tokens, by_name, bos = TOKENS[family]
-    tokenizer = AutoTokenizer.from_pretrained(models.embedded_model(), extra_special_tokens=by_name)
+    tokenizer = small_tokenizer(extra_special_tokens=by_name)
     tokenizer.add_special_tokens({"additional_special_tokens": tokens, **NAMED[family]})
     tokenizer.chat_template = TEMPLATES[family]
     if bos:
