@@ -28,6 +28,7 @@ from grains.settings import (
     LORA_OBJECTIVES,
     METHODS,
     MODES,
+    OWN_ANSWERS,
     STUDY_GRID,
     STUDY_SEEDS,
     StudySettings,
@@ -99,6 +100,13 @@ def parser(kind: Kind, description: str | None = __doc__) -> argparse.ArgumentPa
         "for changing other text, unrelated questions and the model's own answers",
     )
     group.add_argument(
+        "--own_answers",
+        default=StudySettings.own_answers,
+        choices=OWN_ANSWERS,
+        help="whether trained vectors may change what the model itself answers, or are trained to "
+        "keep it: less is gained, at a cost that can be deployed",
+    )
+    group.add_argument(
         "--lora",
         default=StudySettings.lora,
         choices=("none", *LORA_OBJECTIVES),
@@ -139,6 +147,7 @@ def study_settings(args: argparse.Namespace) -> StudySettings:
         args.max_unrelated_loss,
         tuple(args.gated or ()),
         args.train_vectors,
+        args.own_answers,
         args.lora,
         args.num_generations,
         args.max_new_tokens,

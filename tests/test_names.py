@@ -103,6 +103,7 @@ def test_experiments_that_try_something_else_share_parts_and_have_other_tables()
         replace(STUDY, max_unrelated_loss=0.1),
         replace(STUDY, gated=("mean",)),
         replace(STUDY, train_vectors=False),
+        replace(STUDY, own_answers="keep"),
         replace(STUDY, lora="dpo"),
         replace(STUDY, num_generations=3),
         *(

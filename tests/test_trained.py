@@ -72,7 +72,7 @@ def own_values(lm, group, added=None, last=False):
     return torch.stack(values)
 
 
-def own_loss(pairs, texts, questions, answers, base, lengths):
+def own_loss(pairs, texts, questions, answers, base, lengths, own_answers):
     """The loss as the module's description writes it, from log-likelihoods."""
 
     def kl(one, other):
@@ -96,15 +96,17 @@ def own_loss(pairs, texts, questions, answers, base, lengths):
             * kl((base[2] / scale).log_softmax(1), (questions / scale).log_softmax(1)).mean()
         )
     rises = (base[3] - answers)[:, 0] / lengths[3][:, 0]
-    return loss + torch.relu(rises - trained.ALLOWED).mean()
+    allowed, weight = trained.OWN_ANSWERS[own_answers]
+    return loss + weight * torch.relu(rises - allowed).mean()
 
 
-def own_training(lm, groups, rate, kept, last=False):
+def own_training(lm, groups, rate, kept, last=False, own_answers="change"):
     """kept: for every run and step what the layers' vectors are multiplied by."""
-    return sum(own_run(lm, groups, rate, of_run, last) for of_run in kept) / len(kept)
+    made = [own_run(lm, groups, rate, of_run, last, own_answers) for of_run in kept]
+    return sum(made) / len(made)
 
 
-def own_run(lm, groups, rate, kept, last):
+def own_run(lm, groups, rate, kept, last, own_answers):
     lengths = [
         torch.tensor([[len(response) for response in item.responses] for item in group])
         for group in groups
@@ -128,7 +130,7 @@ def own_run(lm, groups, rate, kept, last):
             for group, stretch in zip(groups, (1, 1.5, 1.5, 1), strict=True)
         ]
         optimizer.zero_grad()
-        own_loss(*values, base, lengths).backward()
+        own_loss(*values, base, lengths, own_answers).backward()
         optimizer.step()
     return vectors.detach() * norms(lm)[LAYERS, None]
 
@@ -146,12 +148,16 @@ def train(lm, epochs=3, rate=1e-2, **options):
     return sum(map(run, range(trained.RUNS))) / trained.RUNS
 
 
-@pytest.mark.parametrize(("weight", "where"), [(0.0, "all"), (3.0, "all"), (3.0, "last")])
-def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight, where):
+@pytest.mark.parametrize(
+    ("weight", "where", "own_answers"),
+    [(0.0, "all", "change"), (3.0, "all", "keep"), (3.0, "last", "change")],
+)
+def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight, where, own_answers):
     """So few items make one group each. At the start the texts' loss has an edge, which rounding
     falls on either side of: its weight begins to count in a second test, from other vectors."""
     monkeypatch.setattr(trained, "TEXT_WEIGHT", weight)
-    monkeypatch.setattr(trained, "ALLOWED", -9.0)  # so that answers count at all
+    for name, (_, factor) in trained.OWN_ANSWERS.items():  # so that answers count at all
+        monkeypatch.setitem(trained.OWN_ANSWERS, name, (-9.0, factor))
     monkeypatch.setattr(trained, "QUESTION_WEIGHT", 300.0)  # and questions, whose loss begins at 0
     if weight:
         monkeypatch.setattr(
@@ -166,8 +172,8 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight, where):
     monkeypatch.setattr(trained, "RUNS", len(kept))
     steps = iter(kept.flatten(0, 1))
     monkeypatch.setattr(trained, "dropout", lambda layers, generator: next(steps))
-    found = train(lm, where=where)
-    expected = own_training(lm, items(lm), 1e-2, kept, where == "last")
+    found = train(lm, where=where, own_answers=own_answers)
+    expected = own_training(lm, items(lm), 1e-2, kept, where == "last", own_answers)
     assert relative(found[LAYERS], expected) <= 0.02
     assert (found[[0, 2]] == 0).all()
     assert no_hooks(lm)
@@ -214,7 +220,10 @@ def test_losses_by_hand():
     )
     assert texts.tolist() == [0.5, 0.0]
     answers = trained.answer_losses(
-        torch.tensor([[-8.0], [-7.0]]), torch.tensor([[-5.0], [-5.0]]), torch.tensor([[2], [2]])
+        torch.tensor([[-8.0], [-7.0]]),
+        torch.tensor([[-5.0], [-5.0]]),
+        torch.tensor([[2], [2]]),
+        allowed=1.2,
     )
     assert answers.tolist() == pytest.approx([0.3, 0.0])  # rises of 1.5 and 1, 1.2 allowed
     assert trained.question_losses(base, base, lengths).item() == pytest.approx(0, abs=1e-6)

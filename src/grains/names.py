@@ -372,9 +372,10 @@ class StudyNames:
     def gate(self) -> Path:
         return self.folder / f"{self.stem}_gate.safetensors"
 
-    def trained(self, positions: str = "all") -> Path:
+    def trained(self, positions: str = "all", own_answers: str = STUDY_DEFAULT.own_answers) -> Path:
         at = "" if positions == "all" else f"_{slug(positions)}"
-        return self.folder / f"{self.stem}_trained{at}.safetensors"
+        how = "" if own_answers == STUDY_DEFAULT.own_answers else f"_{own_answers}"
+        return self.folder / f"{self.stem}_trained{how}{at}.safetensors"
 
     def lora(self, objective: str) -> Path:
         return self.folder / f"{self.stem}_lora_{objective}.safetensors"
@@ -403,6 +404,7 @@ def tried_parts(settings: StudySettings, default: StudySettings) -> list[str]:
         "max_unrelated_loss": "unrelated-loss",
         "gated": "gated",
         "train_vectors": "train-vectors",
+        "own_answers": "own-answers",
         "lora": "lora",
         "num_generations": "generations",
     }

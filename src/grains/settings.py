@@ -111,6 +111,8 @@ GENERATION_CONFIGS = ("greedy", "model")
 
 # The experiment: how LoRA is trained beside the methods.
 LORA_OBJECTIVES = ("dpo", "sft")
+# How far trained vectors may change what the model itself answers (see `grains.study.trained`).
+OWN_ANSWERS = ("change", "keep")
 
 
 def selections(methods: Iterable[str], modes: Iterable[str]) -> tuple[str, ...]:
@@ -400,7 +402,8 @@ class StudySettings:
     strengths_at: rises of perplexity that the search aims at (none: every second budget).
     max_unrelated_loss: accuracy on unrelated questions that the stricter constraints allow to lose.
     gated: methods of the grid that are also tried behind a gate.
-    train_vectors: whether vectors are trained as well; lora: dpo, sft or none.
+    train_vectors: whether vectors are trained as well; own_answers: whether they may change the
+        model's own answers, or keep them. lora: dpo, sft or none.
     num_generations: questions of a split that are answered freely, with max_new_tokens at most.
     Raises UserError for data sets of one name, for a gated method that the grid lacks or that takes
     no gate, for methods that need an ablation without one, and for some positions without
@@ -416,6 +419,7 @@ class StudySettings:
     max_unrelated_loss: float = 0.02
     gated: tuple[str, ...] = ()
     train_vectors: bool = True
+    own_answers: str = "change"
     lora: str = "none"
     num_generations: int = 24
     max_new_tokens: int = 32

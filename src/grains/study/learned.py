@@ -101,11 +101,11 @@ def trained_vectors(
     manifest: of the gate.
     """
     settings, ablation, where = study.settings, study.ablation, study.settings.grid.positions
-    path = study.names.trained(where)
+    path = study.names.trained(where, settings.own_answers)
     layers = later_layers(settings.grid.layers, len(lm.layers))
     answers = own_answers(lm, study, "training")
     manifest = manifest | {
-        "trained": {**trained.RECIPE, "layers": layers},
+        "trained": {**trained.recipe(settings.own_answers), "layers": layers},
         "answers": data.fingerprint(answers),
         "max_new_tokens": settings.max_new_tokens,
         **({"positions": where} if where != "all" else {}),
@@ -126,6 +126,7 @@ def trained_vectors(
             seed=study.seed,
             max_tokens=ablation.batch_tokens,
             where=where,
+            own_answers=settings.own_answers,
         )
 
     def save(made: Iterator[dict[str, Tensor]]) -> None:

@@ -35,6 +35,8 @@ def manifest(lm: LanguageModel, settings: StudySettings, names: ExperimentNames)
     """
     experiment = asdict(settings)
     experiment["ablation"]["attribution"] = manifests.attribution(settings.ablation.attribution)
+    if settings.own_answers == StudySettings.own_answers:  # which older tables do not name
+        del experiment["own_answers"]
     return {
         "stage": "experiment",
         "parts": names.parts.name,

@@ -8,14 +8,15 @@ pairs, of texts, of questions and of answers, the loss is
     - PAIR_WEIGHT/2 (log sigmoid(margin per token / 1.5) + log sigmoid(summed margin / 24))
     + TEXT_WEIGHT max(0, rise of a text's negative log-likelihood per token)
     + KL of the choice between a question's answers from the base model's, per token and summed
-    + max(0, rise of an answer's negative log-likelihood per token - ALLOWED)
+    + weight max(0, rise of an answer's negative log-likelihood per token - allowed)
 
 where a margin is log P(y+) - log P(y-). The answers are what the base model itself writes to the
 prompts of the pairs, where the gate is open: without this penalty the vectors raise the margins by
-breaking the language of answers. They are sampled, because a small model's greedy answers repeat
-themselves. Text and question penalties use vectors scaled by HELD_AT. Every step leaves out layers
-drawn at random (dropout), as 50 pairs are quickly overfitted; the result averages RUNS runs,
-which cancels effects of the order of examples. The paper has no such vectors.
+breaking the language of answers. `OWN_ANSWERS` has the weight and what is allowed. They are
+sampled, because a small model's greedy answers repeat themselves. Text and question penalties use
+vectors scaled by HELD_AT. Every step leaves out layers drawn at random (dropout), as 50 pairs are
+quickly overfitted; the result averages RUNS runs, which cancels effects of the order of examples.
+The paper has no such vectors.
 """
 
 from __future__ import annotations
@@ -42,28 +43,34 @@ from grains.steering import Gate, steer
 from grains.study.lora import fitting
 
 EPOCHS, LEARNING_RATE = 5, 4e-4
-PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT = 2.2, 3.0, 1.0, 1.0
+PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT = 2.2, 3.0, 1.0
 PAIRS, TEXTS, QUESTIONS, ANSWERS = 10, 3, 12, 10  # of a step
 # Units of the margins, five times their standard deviation over a small model's questions: with
 # smaller ones, pairs that are right already have no gradient, and test questions gain less.
 TOKEN_UNIT, SUM_UNIT = 1.5, 24.0
 CHOICE_UNIT = 0.3  # temperature of the choice by log-likelihoods per token
-ALLOWED = 1.2  # nats per token that an answer may lose for free: answers are meant to change
+# Nats per token that an answer may lose for free, and the weight of what it loses beyond them:
+# either answers are meant to change, or to stay as they are.
+OWN_ANSWERS = {"change": (1.2, 1.0), "keep": (0.05, 3.0)}
 DROPPED = 0.5  # probability that a layer is left out in a step, where there are many layers
 RUNS = 4  # averaged; each has its own order of examples and its own dropout
 HELD_AT = 1.5  # scale of the vectors in the text and question penalties, a margin of safety
-# All that trained vectors depend on beside their examples.
-RECIPE = {
-    "epochs": EPOCHS,
-    "learning_rate": LEARNING_RATE,
-    "weights": [PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT],
-    "sizes": [PAIRS, TEXTS, QUESTIONS, ANSWERS],
-    "units": [TOKEN_UNIT, SUM_UNIT, CHOICE_UNIT],
-    "allowed": ALLOWED,
-    "dropped": DROPPED,
-    "held_at": HELD_AT,
-    "runs": RUNS,
-}
+
+
+def recipe(own_answers: str) -> dict:
+    """All that trained vectors depend on beside their examples."""
+    allowed, weight = OWN_ANSWERS[own_answers]
+    return {
+        "epochs": EPOCHS,
+        "learning_rate": LEARNING_RATE,
+        "weights": [PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, weight],
+        "sizes": [PAIRS, TEXTS, QUESTIONS, ANSWERS],
+        "units": [TOKEN_UNIT, SUM_UNIT, CHOICE_UNIT],
+        "allowed": allowed,
+        "dropped": DROPPED,
+        "held_at": HELD_AT,
+        "runs": RUNS,
+    }
 
 
 def trainer(
@@ -80,6 +87,7 @@ def trainer(
     seed: int = 0,
     max_tokens: int = 2048,
     where: str = "all",
+    own_answers: str = "change",
 ) -> Callable[[int], Tensor]:
     """Prepare the training of one vector a layer, in `RUNS` runs; the model leaves as it came.
 
@@ -90,7 +98,7 @@ def trainer(
     gate: scales the vectors at each position, in training as later.
     layers: those that are steered. max_tokens: positions computed at a time, which changes no
         more than rounding. where: the positions that are steered, in training as later (see
-        `grains.settings.parse_positions`).
+        `grains.settings.parse_positions`). own_answers: a name in `OWN_ANSWERS`.
     Returns a function from the number of a run to (L, D), zero at layers that are not steered. The
     mean of all runs has strength 1 in absolute units. A run depends on its number alone, not on
     the process or the order. Raises UserError if pairs, texts, questions or answers are missing;
@@ -110,13 +118,14 @@ def trainer(
     remaining = replace(lm, memory=lm.memory - sum(_kept_bytes(lm, items) for items in kinds))
     fits = [fitting(remaining, items, max_tokens) for items in kinds]
     width, checkpointed = min(width for width, _ in fits), any(flag for _, flag in fits)
+    allowed, weight = OWN_ANSWERS[own_answers]
     terms = [
         _Term(lm, min(layers), width, where, *settings)
         for settings in (
             (pairs, PAIRS, PAIR_WEIGHT, 1.0, pair_losses),
             (texts, TEXTS, TEXT_WEIGHT, HELD_AT, text_losses),
             (questions, QUESTIONS, QUESTION_WEIGHT, HELD_AT, question_losses),
-            (answers, ANSWERS, ANSWER_WEIGHT, 1.0, answer_losses),
+            (answers, ANSWERS, weight, 1.0, partial(answer_losses, allowed=allowed)),
         )
     ]
     generator = torch.Generator().manual_seed(seed)
@@ -192,9 +201,9 @@ def text_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
     return ((base - values) / lengths)[:, 0].clamp_min(0)
 
 
-def answer_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
-    """(n,) rise of an answer's negative log-likelihood (n, 1), per token, beyond `ALLOWED`."""
-    return (((base - values) / lengths)[:, 0] - ALLOWED).clamp_min(0)
+def answer_losses(values: Tensor, base: Tensor, lengths: Tensor, allowed: float) -> Tensor:
+    """(n,) rise of an answer's negative log-likelihood (n, 1), per token, beyond the allowed."""
+    return (((base - values) / lengths)[:, 0] - allowed).clamp_min(0)
 
 
 def question_losses(values: Tensor, base: Tensor, lengths: Tensor) -> Tensor:
