@@ -207,6 +207,11 @@ def run_all(
 # --- a row ---
 
 
+def methods(kind: Kind) -> tuple[str, ...]:
+    """The methods that rows of our settings compare."""
+    return IMAGE_METHODS if kind.images else METHODS
+
+
 def measured(
     row: Row,
     folder: Path,
@@ -242,8 +247,7 @@ def measured(
         )
         num_test = args.num_test or (500 if args.kind.images else None)
         size += ["--num_test", str(num_test)] if num_test else []
-        methods = IMAGE_METHODS if args.kind.images else METHODS
-        grid = [] if "--methods" in row.evaluated else ["--methods", *methods]
+        grid = [] if "--methods" in row.evaluated else ["--methods", *methods(args.kind)]
         results = folder / "results"
         run(
             [
@@ -389,11 +393,7 @@ def hours(row: Row, args: argparse.Namespace) -> float:
         operations = 2 * weights * args.num_prompts * 2 * (tokens + 256)
     else:
         attributed = 6 * weights * args.num_samples * POINTS[row.settings] * tokens
-        tried = (
-            2
-            if row.settings == "published"
-            else (len(IMAGE_METHODS if args.kind.images else METHODS) + 2) * STRENGTHS
-        )
+        tried = 2 if row.settings == "published" else (len(methods(args.kind)) + 2) * STRENGTHS
         asked = min(row.questions, args.num_validation + (args.num_test or row.questions))
         operations = attributed + 2 * weights * asked * (1 + tried) * (tokens + 40)
     return operations / (args.tflops * 1e12) / 3600

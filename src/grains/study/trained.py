@@ -39,6 +39,7 @@ from grains.logprobs import ResponseScorer
 from grains.prompts import Encoded
 from grains.replay import replay
 from grains.scoring import batches, packed_batch
+from grains.settings import StudySettings
 from grains.steering import Gate, steer
 from grains.study.lora import fitting
 
@@ -87,7 +88,7 @@ def trainer(
     seed: int = 0,
     max_tokens: int = 2048,
     where: str = "all",
-    own_answers: str = "change",
+    own_answers: str = StudySettings.own_answers,
 ) -> Callable[[int], Tensor]:
     """Prepare the training of one vector a layer, in `RUNS` runs; the model leaves as it came.
 
