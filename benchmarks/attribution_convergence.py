@@ -28,8 +28,10 @@ sys.path.insert(0, str(ROOT / "src"))
 from grains import data, models, prompts, runs  # noqa: E402
 from grains.ablation import hidden_states, select  # noqa: E402
 from grains.attribution import attribute, attributed_positions  # noqa: E402
+from grains.cli import documents  # noqa: E402
 from grains.settings import AttributionSettings  # noqa: E402
 
+DOCUMENT = ROOT / "docs" / "attribution.md"
 PATHS = [("mean", "content"), ("pad", "content"), ("zeros", "content"), ("zeros", "all")]
 RULES: dict[str, dict] = {
     "Gauss-Legendre 8": {"ig_steps": 8},
@@ -53,8 +55,9 @@ CHOSEN_ON = {0, 1, 3, 5, 7, 9, 10, 13, 14, 17, 18, 21, 22, 24, 26, 28, 30, 35, 4
 STYLES = ("qa", "chat")  # of the other pairs, in turn
 
 
-def begin_end(name: str) -> tuple[str, str]:
-    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+def held_out(examples: list) -> list:
+    """Those of the first examples of misconceptions on which the adaptive rule was not chosen."""
+    return [example for i, example in enumerate(examples) if i not in CHOSEN_ON]
 
 
 def measure(args) -> pd.DataFrame:
@@ -66,8 +69,7 @@ def measure(args) -> pd.DataFrame:
     styles = ["qa"] * count
     paths, rules = PATHS, RULES
     if args.held_out:
-        examples = [e for i, e in enumerate(examples) if i not in CHOSEN_ON]
-        examples = examples[: args.held_out]
+        examples = held_out(examples)[: args.held_out]
         styles = [STYLES[i % 2] for i in range(len(examples))]
         paths, rules = PATHS[:1], WITH_MEDIUM if args.medium else HELD_OUT
     lm = models.load(args.model_name)
@@ -167,13 +169,6 @@ def table(measured: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def markdown(lines: pd.DataFrame) -> str:
-    head = "| " + " | ".join(lines.columns) + " |\n|" + "---|" * len(lines.columns)
-    return "\n".join(
-        [head, *("| " + " | ".join(row) + " |" for row in lines.itertuples(index=False, name=None))]
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -205,20 +200,17 @@ def main() -> None:
         parser.error("--medium needs --held_out")
     measured = measure(args)
     lines = held_out_table(measured) if args.held_out else table(measured)
-    text = markdown(lines)
-    print(text)
-    doc = ROOT / "docs" / "attribution.md"
-    name = "held out" if args.held_out else "measured"
-    begin, end = begin_end("matmul precision" if args.medium else name)
-    before, _, rest = doc.read_text().partition(begin)
-    _, _, after = rest.partition(end)
+    body = documents.markdown(lines.columns, lines.itertuples(index=False))
+    print(*body, sep="\n")
     note = (
         f"{args.model_name}, {measured.id.nunique()} pairs of {args.dataset_name}, float32, "
         f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}, transformers "
         f"{runs.versions()['transformers']}."
     )
-    doc.write_text(f"{before}{begin}\n{note}\n\n{text}\n{end}{after}")
-    print(f"\nwritten to {doc}")
+    kind = "held out" if args.held_out else "measured"
+    name = "matmul precision" if args.medium else kind
+    documents.write_between(DOCUMENT, name, [note, "", *body])
+    print(f"\nwritten to {DOCUMENT}")
 
 
 if __name__ == "__main__":

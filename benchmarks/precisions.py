@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
-from attribution_convergence import CHOSEN_ON, TOP  # noqa: E402
+from attribution_convergence import CHOSEN_ON, TOP, held_out  # noqa: E402
 
 from grains import data, models, prompts, runs  # noqa: E402
 from grains.ablation import select  # noqa: E402
@@ -37,7 +37,7 @@ def measure(pairs: int, model_name: str) -> dict[str, list[dict]]:
     """precision -> what was measured of each pair."""
     rows, source = data.load(DATASET, data.default_split(DATASET, "steering"))
     examples = [e.pair() for e in data.examples(rows, source, 0, pairs + len(CHOSEN_ON))]
-    examples = [e for i, e in enumerate(examples) if i not in CHOSEN_ON][:pairs]
+    examples = held_out(examples)[:pairs]
     measured = {}
     for precision in PRECISIONS:
         lm = models.load(model_name, precision, "cpu")

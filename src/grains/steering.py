@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,10 @@ class TowerVectors:
                 "expected vectors of a vision tower (Lv, T, Dv) and norms (Lv,), found "
                 f"{tuple(self.vectors.shape)} and {tuple(self.norms.shape)}"
             )
+
+
+# What may go with vectors; a file holds its tensors under names such as gate_weights.
+PARTS: dict[str, type] = {"gate": Gate, "tower": TowerVectors}
 
 
 @dataclass(frozen=True)
@@ -518,35 +522,26 @@ class SteeringVectors:
 
     def content(self) -> tuple[dict[str, Tensor], dict]:
         """What `save` writes: the tensors by their names, and `info`."""
-        gate = (
-            {"gate_weights": self.gate.weights, "gate_biases": self.gate.biases}
-            if self.gate
-            else {}
-        )
-        tower = (
-            {"tower_vectors": self.tower.vectors, "tower_norms": self.tower.norms}
-            if self.tower
-            else {}
-        )
-        return {"vectors": self.vectors, "norms": self.norms, **gate, **tower}, self.info
+        tensors = {"vectors": self.vectors, "norms": self.norms}
+        for name in PARTS:
+            if part := getattr(self, name):
+                tensors |= {f"{name}_{key}": tensor for key, tensor in vars(part).items()}
+        return tensors, self.info
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVectors:
         """Read a file that `save` wrote. Raises UserError for any other file."""
         tensors, info = read_tensors(Path(path))
-        gated = {"gate_weights", "gate_biases"} <= set(tensors)
-        gate = Gate(tensors.pop("gate_weights"), tensors.pop("gate_biases")) if gated else None
-        seeing = {"tower_vectors", "tower_norms"} <= set(tensors)
-        tower = (
-            TowerVectors(tensors.pop("tower_vectors"), tensors.pop("tower_norms"))
-            if seeing
-            else None
-        )
+        parts: dict[str, Any] = {}
+        for name, kind in PARTS.items():
+            keys = {each.name: f"{name}_{each.name}" for each in fields(kind)}
+            if set(keys.values()) <= set(tensors):
+                parts[name] = kind(**{own: tensors.pop(key) for own, key in keys.items()})
         if set(tensors) != {"vectors", "norms"}:
             raise UserError(
                 f"'{path}' holds {', '.join(sorted(tensors))}: these are no steering vectors"
             )
-        return cls(tensors["vectors"], tensors["norms"], info, gate, tower)
+        return cls(tensors["vectors"], tensors["norms"], info, **parts)
 
 
 def _sizes(vectors: SteeringVectors) -> str:
