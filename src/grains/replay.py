@@ -453,9 +453,7 @@ def _layer(lm: LanguageModel, index: int, calls: Calls, states: Tensor) -> Tenso
     return output
 
 
-def _routing(
-    calls: Calls, layer: int, sequence: int, tokens: int
-) -> AbstractContextManager[object]:
+def _routing(calls: Calls, layer: int, sequence: int, tokens: int) -> AbstractContextManager[Any]:
     return calls.experts.routing(layer, sequence, tokens) if calls.experts else nullcontext()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from PIL import Image
@@ -91,7 +92,7 @@ def _hooked(
 ) -> Iterator[None]:
     """Say which of the modules was called, and what it returned, within the block."""
 
-    def hook(module: nn.Module, args: tuple, output: object) -> None:
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
         called(module)
         returned(first_tensor(output))
 
