@@ -53,18 +53,22 @@ from grains.settings import AttributionSettings  # noqa: E402
 STAGES = ("attribution", "scoring", "decoding")
 AXES = ("examples", "prompt tokens", "configurations")
 WORDS, ANSWER, NEW_TOKENS = 12, 4, 4  # of a prompt, of an answer, of a text
+STEERING, STATES = 4, "states.safetensors"  # examples of the vectors, and where their states go
 ROOM = 24  # rows beside the measured ones, for the other splits
-LEAST = 0.3  # seconds of processor time that a measurement in the library lasts at least
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: numbers of examples, tokens, configurations; rows with pictures."""
+    """What is measured: numbers of examples, tokens, configurations; rows with pictures.
+
+    least: seconds of processor time that a measurement in the library lasts at least.
+    """
 
     examples: tuple[int, ...]
     tokens: tuple[int, ...]
     configurations: tuple[int, ...]
     pictures: int
+    least: float
 
 
 SIZES = {
@@ -73,8 +77,9 @@ SIZES = {
         tuple(2**power for power in range(5, 13)),
         tuple(2**power for power in range(7)),
         93_258,
+        0.3,
     ),
-    "tiny": Size((4, 8, 16), (32, 64), (1, 2), 200),
+    "tiny": Size((2, 4, 8), (32, 64), (1, 2), 200, 0),
 }
 
 
@@ -146,20 +151,23 @@ def script(name: str, *arguments: object) -> None:
 
 
 def stage_on(stage: str, folder: Path, count: int, place: Path) -> None:
-    """One stage by its script on so many examples; its files go into `place`."""
+    """One stage by its script on so many examples; its files go into `place`.
+
+    Scoring and decoding read the states that attribution left in `folder`.
+    """
     data = ["--model_name", folder / "model", "--dataset_name", "made"]
     data += ["--dataset_path", folder / "rows.jsonl", "--prompt_style", "qa"]
-    states = ["--output_path_hidden", place / "states.safetensors"]
-    first = ["--num_samples", count if stage == "attribution" else 4, "--top", "pos"]
-    first += ["--output_path_meta", place / "tokens.csv"]
-    script("token_ablation", *data, *first, *states, "--grad_method", "vanilla")
-    grid = ["--num_samples", 4, "--grad_method", "vanilla", "--methods", "gradient"]
+    if stage == "attribution":
+        first = ["--num_samples", count, "--top", "pos", "--grad_method", "vanilla"]
+        first += ["--output_path_meta", place / "tokens.csv"]
+        script("token_ablation", *data, *first, "--output_path_hidden", place / STATES)
+        return
+    grid = ["--num_samples", STEERING, "--grad_method", "vanilla", "--methods", "gradient"]
     grid += ["--alphas", 0.01, "--num_validation", 4, "--output_dir", place]
-    grid += ["--hidden_states_path", place / "states.safetensors"]
-    grid += ["--steering_vectors_dir", place]
+    grid += ["--hidden_states_path", folder / STATES, "--steering_vectors_dir", place]
     if stage == "scoring":
         script("steering_mc", *data, *grid, "--mode", "pos", "--num_test", count)
-    elif stage == "decoding":
+    else:
         words = ["--num_prompts", count, "--num_test", count, "--max_new_tokens", NEW_TOKENS]
         script("steering_generation", *data, *grid, *words, "--layer_idxs", "all")
 
@@ -206,19 +214,21 @@ def library(stage: str, lm: LanguageModel, items: list[Encoded], count: int) -> 
     return lambda: generation.generate(lm, items, configurations, NEW_TOKENS)
 
 
-def measured(work: Callable[[], Any]) -> tuple[float, float]:
-    """Processor seconds of work, repeated until `LEAST` have passed, and MiB beside what was."""
+def measured(work: Callable[[], Any], least: float) -> tuple[float, float]:
+    """Processor seconds of work, repeated until `least` have passed, and MiB beside what was."""
     work()
     held = side.memory()[0]
     _, _, most = bench.peak_memory(work)
     before, times = processor(), 0
-    while not times or processor() - before < LEAST:
+    while not times or processor() - before < least:
         work()
         times += 1
     return (processor() - before) / times, most - held
 
 
-def by_library(stage: str, folder: Path, axis: str, sizes: tuple[int, ...]) -> list[tuple]:
+def by_library(
+    stage: str, folder: Path, axis: str, sizes: tuple[int, ...], least: float
+) -> list[tuple]:
     """(seconds, MiB) at each size."""
     cpu.return_freed_memory()  # so that each measurement begins with what it needs
     lm = models.load(str(folder / "model"))
@@ -228,7 +238,7 @@ def by_library(stage: str, folder: Path, axis: str, sizes: tuple[int, ...]) -> l
             work = library(stage, lm, [item_of(lm, size)], 4)
         else:
             work = library(stage, lm, [item_of(lm, WORDS, n) for n in range(8)], size)
-        values.append(measured(work))
+        values.append(measured(work, least))
     return values
 
 
@@ -300,6 +310,7 @@ def measure(size: Size, folder: Path) -> pd.DataFrame:
     """A row for each stage, axis and size: seconds and MiB, of each example or in all."""
     apart(make_model, folder / "model")
     make_rows(folder / "rows.jsonl", max(size.examples) + ROOM)
+    apart(stage_on, "attribution", folder, STEERING, folder)
     least, *counts = size.examples
     # Two at a time, those that take longest first: it is processor time that is measured.
     with ThreadPoolExecutor(2) as pool:
@@ -314,7 +325,7 @@ def measure(size: Size, folder: Path) -> pd.DataFrame:
                 ("configurations", size.configurations),
             ):
                 if stage != "attribution" or axis != "configurations":
-                    job = pool.submit(apart, by_library, stage, folder, axis, sizes)
+                    job = pool.submit(apart, by_library, stage, folder, axis, sizes, size.least)
                     jobs[stage, axis, sizes] = job
         rows = [
             (stage, axis, number, *values)

@@ -1,6 +1,5 @@
 """The benchmark of growth runs whole at tiny size: every stage and size, figures and table."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "growth.py"
 sys.path.insert(0, str(SCRIPT.parent))
+
+pytest_plugins = ("helpers.command_line",)
 
 
 def test_the_exponent_of_a_power():
@@ -18,21 +19,18 @@ def test_the_exponent_of_a_power():
     assert growth.exponent(sizes, [2.0, 2.0, 2.0]) == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.slow
-def test_every_stage_is_measured(tmp_path):
-    command = [sys.executable, SCRIPT, "--size", "tiny", "--folder", tmp_path]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+def test_every_stage_is_measured(commands, tmp_path):
+    commands.run(SCRIPT, "--size", "tiny", "--folder", tmp_path).ok()
     text = (tmp_path / "tables" / "growth.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert [row[:3] for row in rows[1:]] == [
-        ["attribution", "examples", "8 / 16"],
+        ["attribution", "examples", "4 / 8"],
         ["attribution", "prompt tokens", "32 / 64"],
         *(
             [stage, axis, sizes]
             for stage in ("scoring", "decoding")
             for axis, sizes in (
-                ("examples", "8 / 16"),
+                ("examples", "4 / 8"),
                 ("prompt tokens", "32 / 64"),
                 ("configurations", "1 / 2"),
             )
