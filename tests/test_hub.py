@@ -58,7 +58,7 @@ def truthfulqa_files() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
+def hub(hub_port, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     tokenizer = small_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -66,7 +66,7 @@ def hub(tmp_path_factory):
     table = io.BytesIO()
     pd.DataFrame(tiny.question_rows()).to_parquet(table)
     files = folder_files(folder)
-    with Hub() as hub:
+    with Hub(hub_port) as hub:
         hub.add("models", "meta-llama/Llama-3.1-8B-Instruct", files)
         hub.add("models", "meta-llama/Llama-3.1-8B", files, gated=True)
         script = {"truthful_qa_binary.py": b"raise SystemExit", "README.md": b"# a script\n"}
@@ -83,16 +83,11 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def commands(hub, server_with, tmp_path_factory):
-    """A server whose hub is the stand-in."""
-    home = tmp_path_factory.mktemp("home")
-    return server_with(
-        HF_ENDPOINT=hub.url,
-        HF_HOME=str(home / "hf"),
-        HOME=str(home),
-        PYTHON=sys.executable,
-        NUM_SAMPLES=str(STEERING),
-    )
+def commands(commands, hub, tmp_path_factory):
+    """The server, whose hub is the stand-in."""
+    given = {"PYTHON": sys.executable, "NUM_SAMPLES": str(STEERING)}
+    with commands.at_home(tmp_path_factory.mktemp("home"), **given) as at_home:
+        yield at_home
 
 
 @pytest.fixture(scope="module")

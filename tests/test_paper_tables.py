@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -65,9 +64,9 @@ def mc_rows():
 
 
 @pytest.fixture(scope="module")
-def commands(server_with, tmp_path_factory):
-    """A server whose hub is the stand-in."""
-    folder, home = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("home")
+def commands(commands, hub_port, tmp_path_factory):
+    """The server, whose hub is the stand-in."""
+    folder = tmp_path_factory.mktemp("llama")
     tokenizer = small_tokenizer()
     tokenizer.save_pretrained(folder)
     tiny.llama(len(tokenizer), layers=3, hidden_size=32).save_pretrained(folder)
@@ -77,7 +76,7 @@ def commands(server_with, tmp_path_factory):
         f"    path: {config}/validation-*\n"
         for config in ("multiple_choice", "generation")
     )
-    with Hub() as hub:
+    with Hub(hub_port) as hub:
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         hub.add("models", "meta-llama/Llama-3.1-8B-Instruct", files)
         hub.add("datasets", "EleutherAI/truthful_qa_binary", {"README.md": b"# a script\n"})
@@ -101,9 +100,8 @@ def commands(server_with, tmp_path_factory):
             "Salesforce/FaithEval-counterfactual-v1.0",
             {"data/test-00000-of-00001.parquet": parquet(faitheval_rows())},
         )
-        yield server_with(
-            HF_ENDPOINT=hub.url, HF_HOME=str(home / "hf"), HOME=str(home), PYTHON=sys.executable
-        )
+        with commands.at_home(tmp_path_factory.mktemp("home")) as at_home:
+            yield at_home
 
 
 def arguments(folder, *more):

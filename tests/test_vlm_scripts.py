@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 
 import numpy as np
 import pandas as pd
@@ -84,8 +83,8 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def hub(model_folder):
-    with Hub() as hub:
+def hub(model_folder, hub_port):
+    with Hub(hub_port) as hub:
         hub.add(
             "models",
             "llava-hf/llava-v1.6-vicuna-7b-hf",
@@ -128,17 +127,11 @@ def png(seed: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def commands(hub, server_with, tmp_path_factory):
-    """A server whose hub is the stand-in."""
-    home = tmp_path_factory.mktemp("home")
-    return server_with(
-        HF_ENDPOINT=hub.url,
-        HF_HOME=str(home / "hf"),
-        HOME=str(home),
-        PYTHON=sys.executable,
-        NUM_SAMPLES=str(STEERING),
-        NUM_TEST=str(TEST),
-    )
+def commands(commands, hub, tmp_path_factory):
+    """The server, whose hub is the stand-in."""
+    given = {"NUM_SAMPLES": str(STEERING), "NUM_TEST": str(TEST)}
+    with commands.at_home(tmp_path_factory.mktemp("home"), **given) as at_home:
+        yield at_home
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,12 @@ file is the server (when run), its client, and a pytest plugin with both.
 
 from __future__ import annotations
 
+import copy
 import gc
+import itertools
 import json
 import os
+import random
 import resource
 import runpy
 import signal
@@ -18,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +92,8 @@ class Commands:
     def __init__(self, library: str = "stages", **environment: str):
         self.environment = child_environment(**environment)
         self.folder = tempfile.TemporaryDirectory(prefix="commands-")
-        self.count = 0
+        self.count = itertools.count()
+        self.given: dict[str, str] = {}
         self.server = subprocess.Popen(
             [sys.executable, __file__, library],
             stdin=subprocess.PIPE,
@@ -121,13 +126,12 @@ class Commands:
         seconds: of CPU time, after which it is killed.
         short_texts: the experiment measures costs on less text (see `helpers.short_texts`).
         """
-        self.count += 1
-        folder = Path(self.folder.name) / str(self.count)
+        folder = Path(self.folder.name) / str(next(self.count))
         folder.mkdir()
         pid = self.ask(
             {
                 "run": [str(SRC / script), *map(str, arguments)],
-                "env": env or {},
+                "env": self.given | (env or {}),
                 "out": str(folder / "out"),
                 "err": str(folder / "err"),
                 "die_after": die_after,
@@ -183,6 +187,27 @@ class Commands:
             )
             for rank in range(2)
         ]
+
+    @contextmanager
+    def at_home(self, folder: Path, **environment: str) -> Iterator[Commands]:
+        """This server with another home folder, its cache of the hub in it, and variables.
+
+        A started server keeps the path of the cache: it is a link, which leads to the folder.
+        """
+        given = {"HOME": str(folder), **environment}
+        moved = copy.copy(self)
+        moved.given, moved.environment = given, self.environment | given
+        before = Path(self.environment["HF_HOME"]).readlink()
+        self._link(folder)
+        try:
+            yield moved
+        finally:
+            self._link(before)
+
+    def _link(self, folder: Path) -> None:
+        link = Path(self.environment["HF_HOME"])
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder)
 
     def close(self) -> None:
         self.server.stdin.close()
@@ -261,10 +286,24 @@ def server_with():
 
 
 @pytest.fixture(scope="session")
-def commands(server_with, tmp_path_factory):
-    """A server that has no network: the hub is a port where nobody listens."""
+def hub_port():
+    """Where the hub is for the server: nobody listens unless a test's stand-in does.
+
+    Below those that systems give to whoever asks for any.
+    """
+    for port in random.Random().sample(range(20_000, 32_000), 100):
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
+
+
+@pytest.fixture(scope="session")
+def commands(server_with, hub_port, tmp_path_factory):
+    """A server that has no network, for all tests: those of the hub give it a home of their own."""
     home = tmp_path_factory.mktemp("home")
-    return server_with(HF_HOME=str(home), HF_ENDPOINT="http://127.0.0.1:9")
+    (home / "link").symlink_to(home)
+    return server_with(HF_HOME=str(home / "link"), HF_ENDPOINT=f"http://127.0.0.1:{hub_port}")
 
 
 def _serve(library: str = "stages") -> None:

@@ -41,9 +41,12 @@ class Repo:
 
 
 class Hub:
-    """`with Hub() as hub:` serves the repositories given to `add`; hub.asked lists all requests."""
+    """`with Hub(port) as hub:` serves the repositories given to `add`.
 
-    def __init__(self):
+    hub.asked lists all requests.
+    """
+
+    def __init__(self, port: int):
         self.repos: dict[tuple[str, str], Repo] = {}
         self.asked: list[str] = []
         self.missing = 401  # the status for a repository that is not there
@@ -53,10 +56,8 @@ class Hub:
             pass
 
         Handler.hub = hub
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
-        port = self.server.server_address[1]
-        self.url = f"http://127.0.0.1:{port}"
         self.storage = f"http://localhost:{port}"  # large files come from another host
 
     def add(
