@@ -21,10 +21,12 @@ from safetensors import safe_open
 
 pytest_plugins = ("helpers.command_line",)
 
-STAGE1 = "truthfulqa_llama-3.1-8b-instruct_n4_seed0_qa_contrastive_integrated_gradients_k10"
-STEM = f"{STAGE1}_joint_all_mode-pos+both_validation-6"
-STEERING, VALIDATION, TEST = 4, 6, 14
+STEERING, VALIDATION, TEST = 2, 3, 4
 LAYERS, SIZE = 3, 32
+STAGE1 = (
+    f"truthfulqa_llama-3.1-8b-instruct_n{STEERING}_seed0_qa_contrastive_integrated_gradients_k10"
+)
+STEM = f"{STAGE1}_joint_all_mode-pos+both_validation-{VALIDATION}"
 
 
 def folder_files(folder) -> dict[str, bytes]:
@@ -64,7 +66,7 @@ def hub(hub_port, tmp_path_factory):
     tokenizer.save_pretrained(folder)
     tiny.llama(len(tokenizer), layers=LAYERS, hidden_size=SIZE).save_pretrained(folder)
     table = io.BytesIO()
-    pd.DataFrame(tiny.question_rows()).to_parquet(table)
+    pd.DataFrame(tiny.question_rows(STEERING + VALIDATION + TEST)).to_parquet(table)
     files = folder_files(folder)
     with Hub(hub_port) as hub:
         hub.add("models", "meta-llama/Llama-3.1-8B-Instruct", files)

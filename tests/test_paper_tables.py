@@ -19,7 +19,7 @@ from grains.errors import UserError
 pytest_plugins = ("helpers.command_line",)
 
 MODEL = "llama-3.1-8b-instruct"
-STEERING, VALIDATION, TEST = 4, 5, 6
+STEERING, VALIDATION, TEST = 2, 2, 3
 
 
 def parquet(rows):

@@ -29,7 +29,7 @@ from grains.steering import SteeringVectors
 
 pytest_plugins = ("helpers.command_line",)
 
-STEERING, VALIDATION, TEST = 4, 5, 6
+STEERING, VALIDATION, TEST = 2, 2, 3
 LAYERS, SIZE = SIZES["num_hidden_layers"], SIZES["hidden_size"]
 STAGE1 = f"spa-vl_llava-1.6-7b_n{STEERING}_seed0_chat_contrastive_integrated_gradients_k50"
 STEM = f"{STAGE1}_joint_all_mode-pos+both_validation-{VALIDATION}_test-{TEST}"
@@ -95,9 +95,9 @@ def hub(model_folder, hub_port):
             "sqrti/SPA-VL",
             {
                 "README.md": CARD.encode(),
-                "data/train-00000-of-00002.parquet": parquet(0, 5),
-                "data/train-00001-of-00002.parquet": parquet(5, 4),
-                "validation/validation-00000-of-00001.parquet": parquet(100, 14),
+                "data/train-00000-of-00002.parquet": parquet(0, 3),
+                "data/train-00001-of-00002.parquet": parquet(3, 2),
+                "validation/validation-00000-of-00001.parquet": parquet(100, 8),
                 "test/harm-00000-of-00001.parquet": parquet(200, 3, pairs=False),
                 "test/help-00000-of-00001.parquet": parquet(210, 3, pairs=False),
             },
@@ -144,7 +144,7 @@ def written_by_scripts() -> set:
     return {
         path
         for folder in ("data/llm", "data/vlm", "results")
-        for path in (SRC / folder).rglob("*llava-1.6-7b*n4*")
+        for path in (SRC / folder).rglob(f"*llava-1.6-7b*n{STEERING}*")
     }
 
 
