@@ -148,6 +148,24 @@ def test_a_gate_is_the_logistic_regression_of_the_states(lm, max_tokens):
     assert gate.weights[2:].isnan().all() and gate.biases[2:].isnan().all()
 
 
+def test_states_of_items_that_begin_alike_are_their_own(lm):
+    """Their beginning is computed once, in a batch of their own; one more item begins otherwise."""
+    begin = W[:12]
+    items = [encoded(lm, begin + W[20 : 23 + i], [[W[40 + i]], W[50 + i : 53]]) for i in range(3)]
+    items.insert(1, encoded(lm, W[60:72], [W[80:84]]))
+    assert gates._by_beginning(items) == [[0, 2, 3], [1]]
+    states = gates._states(lm, items, [0, 2], 2048, torch.Generator().manual_seed(0), "")
+    expected = own_states(lm, items)
+    ranks = np.random.default_rng(0).standard_normal(lm.hidden_size)
+    for layer, found in states.items():
+        rows, own = found.numpy(), expected[layer]
+        assert rows.shape == own.shape == (sum(item.packed_length for item in items), len(ranks))
+        # Those of the common beginning are there once for each item.
+        in_order = (values[np.argsort(values @ ranks)] for values in (rows, own))
+        assert relative(*in_order) < 1e-4
+    assert sorted(states) == [0, 2]
+
+
 def test_positions_are_drawn_where_there_are_many(lm, monkeypatch):
     others = [encoded(lm, W[60:100], [W[100:104]])]
     whole = gates.fit(lm, questions(lm), others, [1])
@@ -216,7 +234,8 @@ def test_vectors_keep_their_gate(lm, tmp_path):
 
 
 def test_the_scripts_steer_behind_a_gate(commands, tmp_path):
-    """Stage 2 fits it once, keeps it with the vectors of all methods, and stage 3 takes it up."""
+    """Stage 2 fits it once, at the layers that it steers, and keeps it with the vectors of all
+    methods. A run at another layer adds that one, and stage 3 takes it up."""
     model = tiny.save_model(tmp_path / "tiny", max_position_embeddings=2048)
     rows = [row | {"context": f"It is said: {row['question']}"} for row in tiny.question_rows()]
     questions = tiny.write_jsonl(tmp_path / "q.jsonl", rows)
@@ -239,7 +258,7 @@ def test_the_scripts_steer_behind_a_gate(commands, tmp_path):
     made = {name: SteeringVectors.load(path) for name, path in files.items()}
     by_method = {made[name].info["method"]: made[name] for name in gated}
     gate = by_method["gradient"].gate
-    assert torch.equal(gate.weights, by_method["rotated"].gate.weights)
+    assert torch.equal(gate.weights[:2], by_method["rotated"].gate.weights[:2])
     # The same gate from the library, and what it does to a test question.
     lm = models.load(str(model))
     drawn = splits.steering_examples(DataSettings("q", str(questions), 4), 0)
@@ -250,12 +269,17 @@ def test_the_scripts_steer_behind_a_gate(commands, tmp_path):
     assert sum(pair.question in item.text for pair in pairs for item in background) >= 4
     size = AblationSettings().batch_tokens  # positions are drawn batch by batch
     expected = gates.fit(lm, asked, background, [*range(len(lm.layers))], size)
-    assert torch.allclose(gate.weights, expected.weights, rtol=1e-3, atol=1e-3)
-    (grid,) = (tmp_path / "out").glob("*gate-True*_grid.csv")
+    assert gate.biases.isnan().tolist() == [False, False, True]
+    assert torch.allclose(gate.weights[:2], expected.weights[:2], rtol=1e-3, atol=1e-3)
+    commands.run(*stage2, "--gate", "--layer_idxs", 1, 2).ok()  # the last of two flags counts
+    grown = SteeringVectors.load(next(iter(gated.values()))).gate
+    assert torch.equal(grown.weights[:2], gate.weights[:2])
+    assert torch.allclose(grown.weights[2], expected.weights[2], rtol=1e-3, atol=1e-3)
+    (grid,) = (tmp_path / "out").glob("*joint_0+1*gate-True*_grid.csv")
     table = pd.read_csv(grid, keep_default_na=False)
     own = table[(table.method == "gradient") & (table.part == "test")].iloc[0]
     assert own["mode"] == "gated"
-    (answers,) = (tmp_path / "out").glob("*gate-True*_questions.csv")
+    (answers,) = (tmp_path / "out").glob("*joint_0+1*gate-True*_questions.csv")
     asked = pd.read_csv(answers, keep_default_na=False)
     asked = asked[asked.part == "test"].groupby("configuration")
     steered_rows = asked.get_group(own.configuration)
@@ -270,7 +294,7 @@ def test_the_scripts_steer_behind_a_gate(commands, tmp_path):
     plain = replace(vectors, gate=None).at(0.5, [0, 1])
     assert relative(score_all(lm, items, [plain], 4096)[0][1], scored[0][1]) > 1e-3
     # Stage 3 takes the chosen configuration, with its gate.
-    (chosen,) = (tmp_path / "out").glob("*gate-True*_chosen.json")
+    (chosen,) = (tmp_path / "out").glob("*joint_0+1*gate-True*_chosen.json")
     assert json.loads(chosen.read_text())["gate"] is True
     commands.run(
         *("steering_generation.py", *flags, "--grad_method", "none", "--chosen_path", chosen),

@@ -245,6 +245,20 @@ def test_shared_files(tmp_path):
     assert tensors["v"].tolist() == [1] * 4 and found["seed"] == 2
 
 
+def test_shared_files_gain_what_was_not_made(tmp_path):
+    """NaN is what a run has not made; what was there stays as it was."""
+    path, info, none = tmp_path / "v.st", {"stage": "s"}, torch.nan
+    runs.write_shared(path, {"v": torch.tensor([1.0, none, none])}, info)
+    runs.write_shared(path, {"v": torch.tensor([1.0001, 2.0, none])}, info)
+    assert runs.read_tensors(path)[0]["v"].nan_to_num(0).tolist() == [1, 2, 0]
+    before = files(tmp_path)
+    runs.write_shared(path, {"v": torch.tensor([none, 2.0, none])}, info)
+    assert files(tmp_path) == before
+    with pytest.raises(UserError, match=r"from another run \(other values\)"):
+        runs.write_shared(path, {"v": torch.tensor([none, 3.0, 4.0])}, info)
+    assert files(tmp_path) == before
+
+
 @pytest.mark.parametrize("content", [b"", b"mine", b"\x08" + b"\0" * 7 + b"{}      "])
 def test_a_shared_file_does_not_replace_what_is_not_ours(tmp_path, content):
     path = tmp_path / "v.st"

@@ -236,18 +236,20 @@ def keys_and_values(
     calls: Calls,
     start: int = 0,
     after: Callable[[int, Tensor], Tensor | None] | None = None,
+    stop: int | None = None,
 ) -> list:
-    """Caches for each layer from `start` on of positions that come first; None below.
+    """Caches for each layer from `start` to stop-1 of positions that come first; None for others.
 
-    states, calls, start, after: as `replay` takes them, of c rows. The caches serve any number of
-    rows for each of the c (see `with_caches`).
+    states, calls, start, after, stop: as `replay` takes them, of c rows. The caches serve any
+    number of rows for each of the c (see `with_caches`).
     Raises UserError if a layer does not give its cache its keys and values.
     """
     noted = [_Noted() for _ in lm.layers]
-    replay(lm, states, with_caches(lm, calls, noted), start=start, after=after)
-    if any(len(note.given) != 1 for note in noted[start:]):
+    replay(lm, states, with_caches(lm, calls, noted), start, stop, after)
+    if any(len(note.given) != 1 for note in noted[start:stop]):
         raise UserError(f"{lm.name}: its layers do not keep keys and values in their cache")
-    return [None] * start + [_Kept(*note.given[0]) for note in noted[start:]]
+    kept = [_Kept(*note.given[0]) for note in noted[start:stop]]
+    return [None] * start + kept + [None] * (len(noted) - start - len(kept))
 
 
 def with_caches(lm: LanguageModel, calls: Calls, caches: list) -> Calls:

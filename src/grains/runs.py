@@ -325,6 +325,8 @@ def write_shared(
 ) -> None:
     """Write a tensor file that several runs make alike, unless it is there already.
 
+    What a run has not made is NaN: each adds what it made to what is there.
+
     Raises UserError if another file is at the path: one that these scripts wrote with the same
     `stage` is replaced with `overwrite`, any other one is not.
     """
@@ -338,6 +340,12 @@ def write_shared(
                 kept, recorded = {}, {}
             different = differences(json.loads(json.dumps(info)), recorded)
             if not different and _alike(tensors, kept):
+                whole = {
+                    name: torch.where(kept[name].isnan(), tensor, kept[name])
+                    for name, tensor in tensors.items()
+                }
+                if any(not torch.equal(whole[name].isnan(), kept[name].isnan()) for name in kept):
+                    write_tensors(path, whole, info)
                 return
             if recorded.get("stage") != info.get("stage"):
                 raise UserError(_not_ours(path))
@@ -432,10 +440,15 @@ def _lock_of(path: Path) -> Path:
 
 
 def _alike(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Whether tensors are the same, but for rounding on another machine."""
+    """Whether tensors are the same where none is NaN, but for rounding on another machine."""
+
+    def near(values: Tensor, kept: Tensor) -> bool:
+        difference = values - kept
+        both = ~difference.isnan()
+        return bool(difference[both].norm() <= 1e-3 * values[both].norm())
+
     return first.keys() == second.keys() and all(
-        first[name].shape == second[name].shape
-        and (first[name] - second[name]).norm() <= 1e-3 * first[name].norm()
+        first[name].shape == second[name].shape and near(first[name], second[name])
         for name in first
     )
 

@@ -142,6 +142,26 @@ def score_all(
     return [scores[index] for index in range(len(encoded))]
 
 
+def read_states(
+    lm: LanguageModel,
+    encoded: list[Encoded],
+    read: Callable[[int, slice, Tensor], None],
+    stop: int | None = None,
+) -> None:
+    """The base model's hidden states of one batch, responses packed behind their prompts.
+
+    read: called with each layer below `stop` (None: all), the positions that are computed, and
+        their states behind the layer: (Q, T, D), padded on the right; (1, T, D) of positions that
+        all prompts begin with.
+    """
+    batch, _ = packed_batch(lm, encoded)
+
+    def after(part: _Part, layer: int, states: Tensor) -> None:
+        read(layer, part.positions, states)
+
+    _replay(lm, _parts(lm, batch, encoded, []), after, stop)
+
+
 def packed_batch(lm: LanguageModel, encoded: list[Encoded]) -> tuple[Capture, ResponseScorer]:
     """Examples as one batch, responses packed behind their prompts, and the scorer of these."""
     packs = [pack(item.sequences(without_last=True)) for item in encoded]
@@ -212,12 +232,26 @@ def _base(lm: LanguageModel, parts: list[_Part], starts: set[int]) -> Tensor:
         if layer in starts:
             part.kept[layer] = states
 
+    return _replay(lm, parts, keep)
+
+
+def _replay(
+    lm: LanguageModel,
+    parts: list[_Part],
+    after: Callable[[_Part, int, Tensor], None],
+    stop: int | None = None,
+) -> Tensor:
+    """The states (Q, T, D) of the last part that leave the last layer below `stop` (None: all).
+
+    after: called as after(part, layer, output) after each layer of each part.
+    """
     calls = parts[-1].captured.calls
     for part in parts[:-1]:
         own = part.captured
-        caches = keys_and_values(lm, own.embeds, own.calls, after=partial(keep, part))
+        caches = keys_and_values(lm, own.embeds, own.calls, after=partial(after, part), stop=stop)
         calls = with_caches(lm, calls, caches)
-    return replay(lm, parts[-1].captured.embeds, calls, after=partial(keep, parts[-1]))
+    embeds = parts[-1].captured.embeds
+    return replay(lm, embeds, calls, stop=stop, after=partial(after, parts[-1]))
 
 
 def _steered(

@@ -25,7 +25,7 @@ from grains.settings import (
 from grains.states import StatesFile
 from grains.steering import Configuration, Gate, SteeringVectors, directions
 
-FitGate = Callable[[LanguageModel, list[Example], PromptSettings, int, int], Gate]
+FitGate = Callable[[LanguageModel, list[Example], PromptSettings, list[int], int, int], Gate]
 
 
 def states_files(args: argparse.Namespace, grid: GridSettings) -> dict[str, StatesFile]:
@@ -119,21 +119,22 @@ def gate_of(
     lm: LanguageModel,
     states: StatesFile,
     made: SteeringVectors,
+    layers: list[int],
     path: Path,
     fit_gate: FitGate,
 ) -> Gate:
-    """The gate in the file of these vectors, or a new one at all layers.
+    """The gate in the file of these vectors, or a new one, at the layers that are steered.
 
-    made: the vectors without a gate. path: their file. Raises UserError if there is none and the
-    flags name other data than that of the states.
+    made: the vectors without a gate. path: their file. Raises UserError if it lacks a gate of one
+    of the layers and the flags name other data than that of the states.
     """
     if path.is_file():
         kept = SteeringVectors.load(path)
-        if kept.gate and kept.info == made.info:
+        if kept.gate and kept.info == made.info and not kept.gate.biases[layers].isnan().any():
             return kept.gate
     if not (again := steering_pairs(args, states)):
         raise _other_data("a gate", states)
-    return fit_gate(lm, *again, args.batch_tokens, args.seed)
+    return fit_gate(lm, *again, layers, args.batch_tokens, args.seed)
 
 
 def steering_pairs(
@@ -186,7 +187,10 @@ def configurations(
     for method, mode, by_layer in vectors.make_all(states, grid, args.seed, taken):
         path = path_of(method, mode)
         if grid.gate:
-            gate = gate or gate_of(args, lm, states["pos"], by_layer, path, fit_gate)
+            if gate is None:
+                every = directions(by_layer, method, mode, grid)
+                layers = sorted({layer for item in every for layer in item.layers})
+                gate = gate_of(args, lm, states["pos"], by_layer, layers, path, fit_gate)
             by_layer = replace(by_layer, gate=gate)
         files[path] = by_layer
         if not by_layer.vectors.any():  # pos and neg ablate the same where k is not exceeded

@@ -14,17 +14,19 @@ once for a prompt; the paper steers everywhere.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from grains.data import Example
 from grains.errors import UserError
 from grains.lm import LanguageModel
 from grains.prompts import Encoded, encode
-from grains.replay import replay
-from grains.scoring import batches, packed_batch
+from grains.scoring import SHARED, batches, read_states
 from grains.settings import PromptSettings
 from grains.steering import Gate
 
@@ -83,18 +85,23 @@ def fit(
 
 
 def around(
-    lm: LanguageModel, pairs: list[Example], prompt: PromptSettings, max_tokens: int, seed: int
+    lm: LanguageModel,
+    pairs: list[Example],
+    prompt: PromptSettings,
+    layers: list[int],
+    max_tokens: int,
+    seed: int,
 ) -> Gate:
-    """The gate at all layers between steering examples and other text.
+    """The gate between steering examples and other text.
 
     That text is training text of this project, and the examples' questions without their context
-    (see `costs.gate_background`). max_tokens, seed: see `fit`.
+    (see `costs.gate_background`). layers, max_tokens, seed: see `fit`.
     """
     from grains.study import costs  # late: it takes scipy along, and most runs have no gate
 
     encoded = [encode(lm, pair, prompt) for pair in pairs]
     background = costs.gate_background(lm, pairs, prompt)
-    return fit(lm, encoded, background, [*range(len(lm.layers))], max_tokens, seed)
+    return fit(lm, encoded, background, layers, max_tokens, seed)
 
 
 @torch.inference_mode()
@@ -107,22 +114,59 @@ def _states(
     description: str,
 ) -> dict[int, Tensor]:
     """layer -> (n, D) states of unit length at about `POSITIONS` positions of the items."""
-    share = POSITIONS / sum(item.length for item in items)
-    states_of: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for members in tqdm(
-        batches([item.length for item in items], max_tokens), desc=description, unit="batch"
-    ):
-        batch, _ = packed_batch(lm, [items[index] for index in members])
-        count, length = batch.embeds.shape[:2]
-        read = (torch.arange(length) < batch.lengths[:, None]) & (
-            torch.rand(count, length, generator=generator) < share
-        )
+    numbers, count = _drawn(items, max_tokens, generator)
+    states_of = {layer: torch.empty(count, lm.hidden_size) for layer in layers}
 
-        def keep(layer: int, states: Tensor, read: Tensor = read) -> None:
+    def read(members: list[int]) -> None:
+        number = pad_sequence([numbers[i] for i in members], batch_first=True, padding_value=-1)
+
+        def keep(layer: int, positions: slice, states: Tensor) -> None:
             if layer in states_of:
-                states_of[layer].append(
-                    normalize(states[read.to(states.device)].float(), dim=-1).cpu()
-                )
+                own = number[:, positions]
+                drawn = own >= 0
+                picked = states.expand(len(members), -1, -1)[drawn.to(states.device)]
+                states_of[layer][own[drawn]] = normalize(picked.float(), dim=-1).cpu()
 
-        replay(lm, batch.embeds, batch.calls, stop=max(layers) + 1, after=keep)
-    return {layer: torch.cat(parts) for layer, parts in states_of.items()}
+        read_states(lm, [items[index] for index in members], keep, max(layers) + 1)
+
+    groups = [
+        [alike[index] for index in members]
+        for alike in _by_beginning(items)
+        for members in batches([items[index].length for index in alike], max_tokens)
+    ]
+    for members in tqdm(groups, desc=description, unit="batch"):
+        read(members)
+    return states_of
+
+
+def _drawn(
+    items: list[Encoded], max_tokens: int, generator: torch.Generator
+) -> tuple[dict[int, Tensor], int]:
+    """Which positions of the items are read, drawn batch by batch.
+
+    Returns for the index of each item (T,), the number of the row that a position is read into or
+    -1, and the number of all rows.
+    """
+    share = POSITIONS / sum(item.length for item in items)
+    numbers: dict[int, Tensor] = {}
+    count = 0
+    for members in batches([item.length for item in items], max_tokens):
+        lengths = [items[index].packed_length for index in members]
+        drawn = torch.rand(len(members), max(lengths), generator=generator) < share
+        for index, length, row in zip(members, lengths, drawn, strict=True):
+            own = row[:length]
+            numbers[index] = torch.where(own, count + own.cumsum(0) - 1, -1)
+            count += int(own.sum())
+    return numbers, count
+
+
+def _by_beginning(items: list[Encoded]) -> list[list[int]]:
+    """Indices of the items that begin as most of them do, and of the others.
+
+    What all of a batch begin with is computed once, and a few do not make a batch.
+    """
+    begins = [tuple(item.prompt_ids[: SHARED + 1]) for item in items]
+    ((common, _),) = Counter(begins).most_common(1)
+    alike = [index for index, begin in enumerate(begins) if begin == common]
+    others = [index for index, begin in enumerate(begins) if begin != common]
+    return [alike, others] if others and len(common) > SHARED else [[*range(len(items))]]
