@@ -64,8 +64,10 @@ def test_the_text_demo_takes_the_files_of_its_own_stages(tmp_path):
         ["bash", "scripts/llm/demo.sh"], cwd=SRC, env=environment, check=True, capture_output=True
     )
     called = {}
-    for words in map(str.split, calls.read_text().splitlines()):
-        called.setdefault(words[0], []).append(words[1:])
+    for line in calls.read_text().splitlines():
+        for command in line.removeprefix("demo/in_turn.py ").split(" -- "):
+            script, *words = command.removeprefix("-- ").split()
+            called.setdefault(script, []).append(words)
     first, shown = map(token_ablation.parser(flags.LLM).parse_args, called["token_ablation.py"])
     chosen, *beside = map(steering_mc.parser(flags.LLM).parse_args, called["steering_mc.py"])
     grids = [

@@ -18,21 +18,21 @@ grid=(--methods gradient rotated --mode pos
       "${steering[@]}" "${questions[@]}" --max_ppl_increase 0.02)
 # The program says where its files are: results/ may hold others, of other settings.
 where() { "${PYTHON:-python}" -m grains.cli.where llm "$@"; }
+# Scripts of one step share a process: importing their libraries takes longer than loading the model.
+in_turn() { PYTHONPATH=. "${PYTHON:-python}" demo/in_turn.py "$@"; }
 states=$(where states --top pos "${stage[@]}")
 accuracies=$(where grid "${stage[@]}" "${grid[@]}")
 chosen=$(where chosen "${stage[@]}" "${grid[@]}")
 shown=("${model[@]}" --dataset_name "$DATASET_NAME" --num_samples 2 --grad_method integrated_gradients)
 
 echo "1/4 hidden states of 80 steering questions; which words two of the answers depend on"
-bash scripts/llm/run_token_ablation.sh --prompt_style chat
-NUM_SAMPLES=2 GRAD_METHOD=integrated_gradients \
-  bash scripts/llm/run_token_ablation.sh --prompt_style chat --top pos
+in_turn token_ablation.py "${stage[@]}" -- token_ablation.py "${shown[@]}" --top pos
 echo
 echo "2/4 steering vectors and their gate: the strength is chosen on validation questions, within +2 % perplexity"
 bash scripts/llm/run_steering_mc.sh --prompt_style chat "${grid[@]}"
 echo
 echo "3/4 the same vectors: texts that agree with memory, no text, unrelated questions"
-beside=()
+beside=() commands=()
 for data in faithfulness-agreeing faithfulness-bare unrelated; do
   others=("${model[@]}" --dataset_name "$data" --grad_method "$GRAD_METHOD" --num_samples "$NUM_SAMPLES"
           --hidden_states_path "$states" --methods gradient "${steering[@]}" --num_validation 4)
@@ -41,14 +41,15 @@ for data in faithfulness-agreeing faithfulness-bare unrelated; do
   else
     others+=(--num_test 40)
   fi
-  "${PYTHON:-python}" steering_mc.py "${others[@]}" > /dev/null
+  commands+=(-- steering_mc.py "${others[@]}")
   beside+=("$data=$(where grid "${others[@]}")")
 done
+in_turn "${commands[@]}" > /dev/null
 echo
 echo "4/4 free answers, base and steered"
 bash scripts/llm/run_steering_generation.sh --prompt_style chat --chosen_path "$chosen" \
   "${questions[@]}" --num_prompts 24 --max_new_tokens 24 --output_dir results/llm/demo
 answers=$(where generations "${stage[@]}" --output_dir results/llm/demo | xargs -r ls -t | head -n 1)
-PYTHONPATH=. "${PYTHON:-python}" demo/text_figure.py "$(where attributions "${shown[@]}")" \
-  "$accuracies" "$chosen" "$answers" results/llm/demo.png --beside "${beside[@]}"
-"${PYTHON:-python}" report.py results/llm --output results/llm/report.html
+in_turn demo/text_figure.py "$(where attributions "${shown[@]}")" \
+  "$accuracies" "$chosen" "$answers" results/llm/demo.png --beside "${beside[@]}" \
+  -- report.py results/llm --output results/llm/report.html
