@@ -403,22 +403,22 @@ def test_a_path_keeps_its_points():
 
 # -- SmolLM2 --
 
-QUESTION = example("What is the capital of Australia?", "Canberra is", "Canberra or Sydney")
+CAPITAL = example("What is the capital of Australia?", "Canberra is", "Canberra or Sydney")
+SHORT = example("Is it?", "Yes", "No")  # a path that few points integrate
 
 
-@pytest.fixture(scope="module")
-def question(smollm2):
-    return prompts.encode(smollm2, QUESTION)
-
-
-@pytest.mark.parametrize(("kind", "scope"), [("zeros", "all"), ("mean", "content")])
-def test_smollm2_gauss_legendre_is_captums(smollm2, question, kind, scope):
-    settings = AttributionSettings(baseline=kind, attribute=scope, ig_steps=6)
+@pytest.mark.parametrize(
+    ("kind", "scope", "style"), [("zeros", "all", "qa"), ("mean", "content", "chat")]
+)
+def test_smollm2_gauss_legendre_is_captums(smollm2, kind, scope, style):
+    question = prompts.encode(smollm2, CAPITAL, style)
+    settings = AttributionSettings(baseline=kind, attribute=scope, ig_steps=3)
     (found,) = attribute(smollm2, question, settings, 128, generator())
-    assert relative(found.scores, captum_scores(smollm2, question, kind, scope, 6)) <= 1e-3
+    assert relative(found.scores, captum_scores(smollm2, question, kind, scope, 3)) <= 1e-3
 
 
-def test_smollm2_vanilla_and_completeness(smollm2, question):
+def test_smollm2_vanilla_and_completeness(smollm2):
+    question = prompts.encode(smollm2, CAPITAL, "chat")
     (found,) = attribute(
         smollm2, question, AttributionSettings(grad_method="vanilla"), 128, generator()
     )
@@ -427,7 +427,8 @@ def test_smollm2_vanilla_and_completeness(smollm2, question):
     assert relative(found.scores, expected) <= 1e-4
 
 
-def test_smollm2_adaptive_converges_to_many_points(smollm2, question):
+def test_smollm2_adaptive_converges_to_many_points(smollm2):
+    question = prompts.encode(smollm2, SHORT)
     start = start_of_path(smollm2, question, "mean", "content")
     function = PromptFunction(smollm2, question, [1.0, -1.0], 256)
     compute, asked = function.values_and_grads, []
@@ -438,14 +439,15 @@ def test_smollm2_adaptive_converges_to_many_points(smollm2, question):
 
     function.values_and_grads = counted
     found = adaptive_simpson(StraightPath(function, start), 0.02, 150)
-    assert found.points == len(asked) == len(set(asked)) <= 150
+    assert 9 < found.points == len(asked) == len(set(asked)) <= 150
     assert found.relative_error <= 0.02
-    many = gauss_legendre(StraightPath(function, start), 100)
+    many = gauss_legendre(StraightPath(function, start), 30)
+    assert many.relative_error <= 0.02
     norms = np.linalg.norm(found.scores) * np.linalg.norm(many.scores)
     cosine = found.scores @ many.scores / norms
     print(
         f"{found.points} points, error {found.relative_error:.2%}, cosine {cosine:.4f}; "
-        f"100 points, error {many.relative_error:.2%}"
+        f"30 points, error {many.relative_error:.2%}"
     )
     assert cosine >= 0.98
     f = objective(smollm2, question)
@@ -454,7 +456,8 @@ def test_smollm2_adaptive_converges_to_many_points(smollm2, question):
     assert found.difference == pytest.approx(difference.item(), abs=1e-3)
 
 
-def test_smollm2_attribute_keeps_its_budget(smollm2, question):
+def test_smollm2_attribute_keeps_its_budget(smollm2):
+    question = prompts.encode(smollm2, CAPITAL)
     settings = AttributionSettings("normal", tolerance=1e-6, max_points=12)
     found = attribute(smollm2, question, settings, 512, generator())
     assert [9 <= item.points <= 12 for item in found] == [True, True]
@@ -462,11 +465,11 @@ def test_smollm2_attribute_keeps_its_budget(smollm2, question):
 
 def test_a_path_from_zeros_everywhere_has_finite_scores(smollm2):
     """There the slope of the first point overflows; the rest of the path is still integrated."""
-    item = prompts.encode(smollm2, example("Is it?", "Yes", "No"))
-    settings = AttributionSettings(baseline="zeros", attribute="all", max_points=33)
+    item = prompts.encode(smollm2, SHORT)
+    settings = AttributionSettings(baseline="zeros", attribute="all", max_points=17)
     (found,) = attribute(smollm2, item, settings, MAX_TOKENS, generator())
     assert np.isfinite(found.scores).all() and np.isfinite(found.difference)
-    assert found.scores.any() and found.points <= 33
+    assert found.scores.any() and 9 < found.points <= 17
 
 
 @pytest.mark.slow
