@@ -76,7 +76,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 24, "mamba_d_ssm": 96},
     "gemma2": {"head_dim": 12, "sliding_window": WINDOW, "final_logit_softcapping": 5.0} | MIXED,
     "gemma3n_text": MIXED
-    | {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+    | {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}
+    | {"intermediate_size": 64},
     # A tower of timm's own tests instead of 300 million weights; vocabularies one after the other.
     "gemma3n": {
         "vision_config": {
@@ -116,6 +117,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_local_experts": 0,
         "shared_intermediate_size": 32,
     },
+    "longcat_flash": {"zero_expert_num": 4},
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},

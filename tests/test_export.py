@@ -9,10 +9,11 @@ import interop
 import numpy as np
 import pytest
 import torch
+from helpers.loading import load_in_this_process
 from helpers.reference import hooked, no_hooks, own_logits
 from safetensors.torch import load_file
 
-from grains import export, models
+from grains import export, gguf_files, models
 from grains.errors import UserError
 from grains.export import card, files, folders, plan
 from grains.export.objects import keep_norm
@@ -129,9 +130,9 @@ def test_the_card_says_what_was_measured(make_tiny, tmp_path):
         card.measured(tmp_path / "grid.csv", plan.make(lm, v, "hf", 0.2, [1]))
 
 
-@pytest.mark.slow
-def test_gates_go_into_a_folder_with_code_alone(make_tiny, tmp_path):
+def test_gates_go_into_a_folder_with_code_alone(make_tiny, tmp_path, monkeypatch):
     lm = make_tiny("llama")
+    load_in_this_process(monkeypatch)
     generator = torch.Generator().manual_seed(3)
     weights = 5 * torch.randn(4, lm.hidden_size, generator=generator)
     v = vectors(lm, gate=Gate(weights, torch.tensor([0.0, 0.5, torch.nan, -0.5])))
@@ -216,15 +217,13 @@ def test_arrays_of_others(make_tiny, tmp_path):
 
 def test_biases_in_the_embedded_gguf_file(smollm2, tmp_path):
     """SmolLM2's Q4_1 file with biases: its other tensors are as they were."""
-    from gguf import GGUFReader
-
     v = vectors(smollm2)
     check = export.write(smollm2, v, "gguf-bias", tmp_path / "out", 0.2, ["0-29"])
     assert check.written[0] < 2e-4 and check.effect[1] > 0.01
     page = (tmp_path / "out" / "README.md").read_text()
     assert page.startswith("---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n")
     source, written = (
-        {item.name: item for item in GGUFReader(path).tensors}
+        {item.name: item for item in gguf_files.reader_of(path).tensors}
         for path in (models.embedded_file(), tmp_path / "out" / folders.MODEL_GGUF)
     )
     assert written.keys() - source.keys() == {f"blk.{n}.ffn_down.bias" for n in range(30)}

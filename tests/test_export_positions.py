@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import vlm_models
 from helpers.decoding import text_of
+from helpers.loading import load_in_this_process
 from helpers.reference import example, no_hooks, words
 
 import grains
@@ -134,9 +135,9 @@ def test_what_cannot_be_known_is_refused(make_tiny, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.slow
-def test_what_was_written_is_loaded_and_compared(make_tiny, tmp_path):
-    """Through AutoModelForCausalLM, in a process of its own; a slice behind the text's end too."""
+def test_what_was_written_is_loaded_and_compared(make_tiny, tmp_path, monkeypatch):
+    """Through AutoModelForCausalLM; a slice behind the text's end too."""
+    load_in_this_process(monkeypatch)
     lm, out = make_tiny("llama"), tmp_path / "out"
     found = export.write(lm, vectors(lm), "hf", out, 0.5, [1, 2], positions="40:42")
     assert found.written[0] < 2e-4 < 0.001 < found.effect[1]
@@ -194,9 +195,9 @@ def test_a_folder_of_a_model_that_reads_pictures(tmp_path, word):
             model(torch.tensor([words(5)]))
 
 
-@pytest.mark.slow
-def test_a_folder_that_reads_pictures_is_loaded_again(tmp_path):
+def test_a_folder_that_reads_pictures_is_loaded_again(tmp_path, monkeypatch):
     """Through AutoModelForImageTextToText, on a picture; its processor lies in it."""
+    load_in_this_process(monkeypatch)
     lm, out = vlm_models.make("llava-next"), tmp_path / "out"
     found = export.write(lm, vectors(lm), "hf", out, 0.5, [1, 2], positions="image")
     assert found.written[0] < 2e-4 < 0.001 < found.effect[1]

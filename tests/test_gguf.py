@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import gguf
@@ -237,6 +238,18 @@ def test_numbers_are_cut_as_the_file_says():
         assert mended.pre_tokenizer.pre_tokenize_str(text) == own.pre_tokenize_str(text)
 
 
+def test_a_file_is_read_as_ggufs_own_reader_does(tmp_path):
+    path = write(tmp_path / "model.gguf", llama(LLAMA3), byte_tokenizer().backend_tokenizer)
+    found, own = gguf_files.reader_of(path), gguf.GGUFReader(path)
+    assert {name: field.contents() for name, field in found.fields.items()} == {
+        name: field.contents() for name, field in own.fields.items()
+    }
+    for read, expected in zip(found.tensors, own.tensors, strict=True):
+        assert (read.name, read.tensor_type) == (expected.name, expected.tensor_type)
+        assert read.data.dtype == expected.data.dtype and read.data.any()
+        assert np.array_equal(read.data, expected.data)
+
+
 def refused(path):
     with pytest.raises(UserError) as error:
         gguf_files.converted(path, torch.float32)
@@ -264,16 +277,14 @@ def test_what_cannot_be_followed_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_embedded_models_file_gives_its_tokenizer():
-    read, metadata = (
-        smollm2_tokenizer(),
-        {
-            "general.architecture": "llama",
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": "smollm",
-            "tokenizer.ggml.add_bos_token": False,
-        },
-    )
-    mended = gguf_files.described_tokenizer(smollm2_tokenizer(), metadata)
+    read = smollm2_tokenizer()
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    mended = gguf_files.described_tokenizer(copy.deepcopy(read), metadata)
     for text in TEXTS:  # transformers keeps "4 ½" together, which the model's own tokenizer cuts
         text = text.replace("½", "")
         assert mended(text).input_ids == read(text).input_ids

@@ -128,15 +128,30 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_gguf(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
-    """A GGUF file, and its metadata by name. Raises UserError for what is no whole GGUF file."""
+def reader_of(path: Path) -> GGUFReader:
+    """gguf's reader of a file.
+
+    Every word of a vocabulary is a slice of the file, and slices of a memory map take several times
+    as long as those of the plain array over it.
+    """
+    import numpy as np
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):
+        def _build_fields(self, *arguments: Any) -> int:
+            self.data = np.asarray(self.data)
+            return super()._build_fields(*arguments)
+
+    return Reader(path)
+
+
+def open_gguf(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
+    """A GGUF file, and its metadata by name. Raises UserError for what is no whole GGUF file."""
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise UserError(f"{path}: it does not begin as a GGUF file does; is it one, and whole?")
     try:
-        reader = GGUFReader(path)
+        reader = reader_of(path)
         return reader, {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:
         raise UserError(

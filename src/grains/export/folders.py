@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from grains.errors import UserError
 from grains.export.files import down_projection, write_all
 from grains.export.plan import Plan, adding, logits
-from grains.gguf_files import open_gguf
+from grains.gguf_files import open_gguf, reader_of
 from grains.lm import LanguageModel
 
 MODEL_GGUF, CODE = "model.gguf", "modeling_steered.py"
@@ -210,12 +210,10 @@ def copy_gguf(
 
 def gguf_bias_logits(lm: LanguageModel, folder: Path, ids: Tensor) -> Tensor:
     """(T, V) logits of the model here with the biases that the file holds."""
-    from gguf import GGUFReader
-
     ending = ".ffn_down.bias"
     biases = {
         int(item.name.removesuffix(ending).removeprefix("blk.")): torch.tensor(item.data)
-        for item in GGUFReader(folder / MODEL_GGUF).tensors
+        for item in reader_of(folder / MODEL_GGUF).tensors
         if item.name.endswith(ending)
     }
     with adding({down_projection(lm, layer)[1]: bias for layer, bias in biases.items()}):
