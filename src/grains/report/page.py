@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -37,20 +38,25 @@ def build(folders: list[Path], output: Path, count: int) -> tuple[str, dict[str,
     output: where the page will lie, for its links; count: examples shown of each file.
     """
     images = Images()
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("template.html.j2")
-    page = template.render(
+    page = _template().render(
         sections=[section_view(section, output.parent, images, count) for section in find(folders)],
         demo=[demo_view(path) for path in demo_files(folders)],
         scores=TITLES,
         version=runs.versions()["grains"],
     )
     return page, images.pngs
+
+
+@cache
+def _template() -> jinja2.Template:
+    """Compiled once, however many reports a process makes."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    ).get_template("template.html.j2")
 
 
 def section_view(section: Section, folder: Path, images: Images, count: int) -> dict:
