@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from grains import stats
@@ -86,70 +85,64 @@ def front(chosen_and_tested: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.
     the chosen configurations (`choose`, with COSTS on test) and a row per question and
     configuration.
     """
-    scored = []
-    for chosen, questions in chosen_and_tested:
-        questions = questions.set_index(["evaluated_on", "id"])
-        base = questions[questions.configuration == BASE.label]
-        for row in chosen.itertuples():
-            steered = questions[questions.configuration == row.configuration]
-            scored.append(
-                pd.DataFrame(
-                    {
-                        "dataset": steered.dataset,
-                        "seed": steered.seed,
-                        "method": row.method,
-                        "mode": row.mode,
-                        "score": row.score,
-                        "max_ppl_increase": row.max_ppl_increase,
-                        "limit": row.limit,
-                        "configuration": row.configuration,
-                        **{cost: getattr(row, cost) for cost in COSTS},
-                        "right": steered[row.score].astype(float),
-                        "was": base[row.score].astype(float),
-                    }
-                )
-            )
+    answers = [
+        {
+            of: rows.set_index("id")
+            for of, rows in questions.groupby(["evaluated_on", "configuration"], sort=False)
+        }
+        for _, questions in chosen_and_tested
+    ]
+    costs_of = [
+        chosen.drop_duplicates("configuration").set_index("configuration")[[*COSTS]]
+        for chosen, _ in chosen_and_tested
+    ]
 
-    @cache  # budgets and constraints often choose the same configuration
-    def interval(values: bytes) -> tuple[float, float]:
-        return stats.bootstrap_interval(np.frombuffer(values))
+    @cache  # budgets and constraints often choose the same configurations
+    def compared(tested: str, score: str, picked: tuple[tuple[int, str], ...]) -> dict[str, Any]:
+        """What follows from the answers to the questions of a data set.
 
-    @cache
-    def p_value(values: bytes) -> float:
-        return stats.sign_flip_p_value(np.frombuffer(values))
-
-    every = pd.concat(scored).reset_index()
-    keys = ["dataset", "evaluated_on", "method", "mode", "score", "max_ppl_increase", "limit"]
-    rows = []
-    for names, table in every.groupby(keys, sort=False):
+        picked: for each seed the number of its study and the configuration chosen in it.
+        """
+        tables = []
+        for number, label in picked:
+            steered, base = (answers[number][tested, name] for name in (label, BASE.label))
+            columns = {"right": steered[score].astype(float), "was": base[score].astype(float)}
+            tables.append(pd.DataFrame({"seed": steered.seed, **columns}))
+        table = pd.concat(tables)
         by_question = table.groupby("id")[["right", "was"]].mean()
         gains = (by_question.right - by_question.was).to_numpy()
         by_seed = table.groupby("seed")[["right", "was"]].mean()
+        accuracy_low, accuracy_high = stats.bootstrap_interval(by_question.right.to_numpy())
+        gain_low, gain_high = stats.bootstrap_interval(gains)
+        return {
+            "seeds": len(by_seed),
+            "questions": len(gains),
+            "configuration": "; ".join(dict.fromkeys(label for _, label in picked)),
+            "base_accuracy": by_question.was.mean(),
+            "accuracy": by_question.right.mean(),
+            "accuracy_low": accuracy_low,
+            "accuracy_high": accuracy_high,
+            "gain": gains.mean(),
+            "gain_low": gain_low,
+            "gain_high": gain_high,
+            "gain_seed_sd": (by_seed.right - by_seed.was).std(ddof=1) if len(by_seed) > 1 else 0.0,
+            "p_value": stats.sign_flip_p_value(gains),
+            **pd.DataFrame([costs_of[number].loc[label] for number, label in picked]).mean(),
+        }
+
+    keys = ["dataset", "evaluated_on", "method", "mode", "score", "max_ppl_increase", "limit"]
+    picked: dict[tuple, list[tuple[int, str]]] = {}
+    for number, (chosen, questions) in enumerate(chosen_and_tested):
+        tested = questions[["dataset", "evaluated_on"]].drop_duplicates()
+        for row in chosen.itertuples():
+            for dataset, evaluated_on in tested.itertuples(index=False):
+                names = dataset, evaluated_on, *(getattr(row, key) for key in keys[2:])
+                picked.setdefault(names, []).append((number, row.configuration))
+    rows = []
+    for names, of_seeds in picked.items():
         row = dict(zip(keys, names, strict=True))
-        accuracy_low, accuracy_high = interval(by_question.right.to_numpy().tobytes())
-        gain_low, gain_high = interval(gains.tobytes())
-        seeds = table.drop_duplicates("seed")
-        rows.append(
-            row
-            | {
-                "is_control": row["method"] in CONTROLS,
-                "seeds": len(seeds),
-                "questions": len(gains),
-                "configuration": "; ".join(dict.fromkeys(seeds.configuration)),
-                "base_accuracy": by_question.was.mean(),
-                "accuracy": by_question.right.mean(),
-                "accuracy_low": accuracy_low,
-                "accuracy_high": accuracy_high,
-                "gain": gains.mean(),
-                "gain_low": gain_low,
-                "gain_high": gain_high,
-                "gain_seed_sd": (by_seed.right - by_seed.was).std(ddof=1)
-                if len(seeds) > 1
-                else 0.0,
-                "p_value": p_value(gains.tobytes()),
-                **seeds[[*COSTS]].mean(),
-            }
-        )
+        measured = compared(row["evaluated_on"], row["score"], tuple(of_seeds))
+        rows.append(row | {"is_control": row["method"] in CONTROLS} | measured)
     table = pd.DataFrame(rows)
     unrelated = table.evaluated_on == UNRELATED
     same = ["dataset", "method", "mode", "max_ppl_increase", "limit"]
