@@ -241,7 +241,7 @@ def test_smollm2(smollm2):
     item = prompts.encode(
         smollm2,
         example("What is the capital of Australia?", "Canberra is", "Sydney, of course"),
-        "chat",
+        "qa",
     )
     positions = item.content.nonzero()[:, 0].tolist()[1:4]
     found = hidden_states(smollm2, item, [positions], max_tokens=512)

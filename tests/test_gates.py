@@ -90,26 +90,29 @@ def test_scores_are_those_of_hooks_on_every_sequence(lm):
         assert (np.diff(np.sort(values[:, 0])) > 0.01).all()  # no two alike, nor like the base
 
 
-def test_a_batch_decodes_gated_and_not_side_by_side(smollm2):
-    items = [encoded(smollm2, words(9 - size, seed=size), [[5]]) for size in range(3)]
-    gated = replace(
-        random_configuration(smollm2, tuple(range(10, 30)), 0.5, 2), gate=a_gate(smollm2)
-    )
+def check_decoding(lm, layers, strength, late, prompts, tokens):
+    """Base, gated, not gated and another layer: a batch writes what each prompt gets alone."""
+    items = [encoded(lm, words(9 - size, seed=size), [[5]]) for size in range(prompts)]
+    gated = replace(random_configuration(lm, layers, strength, 2), gate=a_gate(lm))
     plain = replace(gated, gate=None)
-    late = random_configuration(smollm2, (25,), 5.0, 3)
-    found = generate(smollm2, items, [gated, plain, late], 5)
+    found = generate(lm, items, [gated, plain, *late], tokens)
     opening = {layer: gated.gate.at(layer) for layer in gated.layers}
-    for texts, vectors, gate in zip(
-        found,
-        ({}, gated.vectors, plain.vectors, late.vectors),
-        (None, opening, None, None),
-        strict=True,
-    ):
+    steering = [({}, None), (gated.vectors, opening), (plain.vectors, None)]
+    steering += [(item.vectors, None) for item in late]
+    for texts, (vectors, gate) in zip(found, steering, strict=True):
         for prompt, text in zip(items, texts, strict=True):
-            with steered(smollm2, vectors, gate):
-                expected = greedy(smollm2, prompt.prompt_ids, {}, 5)
-            assert text == text_of(smollm2, expected)
+            with steered(lm, vectors, gate):
+                expected = greedy(lm, prompt.prompt_ids, {}, tokens)
+            assert text == text_of(lm, expected)
     assert found[1] != found[2] and found[1] != found[0]
+
+
+def test_a_batch_decodes_gated_and_not_side_by_side(lm):
+    check_decoding(lm, (1, 2, 3), 1.0, [random_configuration(lm, (3,), 5.0, 3)], 3, 5)
+
+
+def test_smollm2_decodes_gated_and_not(smollm2):
+    check_decoding(smollm2, tuple(range(10, 30)), 0.5, [], 2, 3)
 
 
 def own_states(lm, items):

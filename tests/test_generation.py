@@ -16,7 +16,7 @@ from grains.sampling import Choice, generator
 from grains.settings import DecodingSettings
 from grains.steering import BASE
 
-NEW = 8
+NEW = 4
 PROMPTS = [
     "The capital of France is",
     "Why is the sky blue?",

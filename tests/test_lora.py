@@ -315,7 +315,6 @@ def test_pictures():
 SMOLLM2 = [
     example("What is the capital of Australia?", "Canberra is", "Sydney is"),
     example("Is a tomato a fruit?", "Yes, botanically it is one", "No, never"),
-    example("Do bulls hate red?", "No, they react to motion", "Yes, red makes them angry"),
 ]
 
 
@@ -324,10 +323,10 @@ def test_smollm2(smollm2, tmp_path):
     likelier."""
     items = [prompts.encode(smollm2, item) for item in SMOLLM2]
     base = np.concatenate(score(smollm2, items, [], 2048))
-    adapter = lora.train(smollm2, items, "dpo", 4, 3e-4, 2)
+    adapter = lora.train(smollm2, items, "dpo", 4, 1e-3, 1)
     lora.save(tmp_path / "dpo.safetensors", adapter, {"model": smollm2.identity()})
     adapter, _ = lora.load(tmp_path / "dpo.safetensors")
-    margins, losses = [np.zeros(3)], [np.log(2)]
+    margins, losses = [np.zeros(2)], [np.log(2)]
     for scale in (0.5, 1.0):
         with lora.adapted(smollm2, adapter) as set_scale:
             set_scale(scale)
@@ -337,7 +336,7 @@ def test_smollm2(smollm2, tmp_path):
     assert (margins[2] > margins[1]).all() and (margins[1] > margins[0]).all()
     assert losses[2] < losses[1] < losses[0]
 
-    with lora.adapted(smollm2, lora.train(smollm2, items, "sft", 4, 3e-4, 2)):
+    with lora.adapted(smollm2, lora.train(smollm2, items, "sft", 4, 1e-3, 1)):
         found = np.concatenate(score(smollm2, items, [], 2048))
     assert (found[:, 0] > base[:, 0] + 0.5).all()
 
