@@ -107,12 +107,12 @@ def replaced(lm, positions, kind):
     return prompt
 
 
-def states_of(lm, prompt, response):
-    """(L+1, T, D) what enters layer 0 and every layer's output, of one sequence."""
-    sequence = torch.cat([prompt, embeds(lm, response)])[None]
-    with torch.no_grad(), layer_outputs(lm) as outputs:
-        lm.model(inputs_embeds=sequence, use_cache=False)
-    return torch.stack(outputs)[:, 0]
+@torch.no_grad()
+def own_forward(lm, prompt, response):
+    """(L+1, T, D) what enters layer 0 and every layer's output, of one sequence, and log P."""
+    with layer_outputs(lm) as outputs:
+        value = log_likelihood(lm, prompt, response).item()
+    return torch.stack(outputs)[:, 0], value
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,9 @@ def test_last_hidden_states_and_log_likelihoods(tiny, pair, kind):
     for row, positions in enumerate([[], *ABLATED]):
         prompt = replaced(tiny, positions, kind)
         for column, response in enumerate(item.responses):
-            expected = states_of(tiny, prompt, response)[:, -1]
-            for layer in range(len(expected)):  # the last one too is before the final norm
-                assert relative(found.last[row, column, layer], expected[layer]) <= 1e-4
-            with torch.no_grad():
-                value = log_likelihood(tiny, prompt, response).item()
+            states, value = own_forward(tiny, prompt, response)
+            for layer, expected in enumerate(states[:, -1]):  # the last too is before the norm
+                assert relative(found.last[row, column, layer], expected) <= 1e-4
             assert found.log_likelihoods[row, column].item() == pytest.approx(value, abs=1e-3)
     assert (
         torch.equal(found.last[4], found.last[0]) or relative(found.last[4], found.last[0]) <= 1e-5
@@ -166,8 +164,8 @@ def test_norms_are_medians_over_the_plain_positions(tiny, pair):
     prompt = embeds(tiny, PROMPT)
     states = torch.cat(
         [
-            states_of(tiny, prompt, item.responses[0]),
-            states_of(tiny, prompt, item.responses[1])[:, shared:],
+            own_forward(tiny, prompt, item.responses[0])[0],
+            own_forward(tiny, prompt, item.responses[1])[0][:, shared:],
         ],
         dim=1,
     )

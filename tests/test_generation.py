@@ -66,7 +66,7 @@ def test_tiny_models_with_sliding_layers_too(tiny):
     assert found[0] != found[1] != found[2]
 
 
-def rows_of(lm, settings, configurations=(BASE,), limits=(9, 3, 12, 5, 7)):
+def rows_of(lm, settings, configurations=(BASE,), limits=(6, 2, 8, 3, 5)):
     """Prompts of several lengths, two of which begin alike, each with a limit of its own."""
     how = sampling.choosing(lm, settings)
     prompts_of = [W[:14], W[20:23], W[:9] + W[30:41], W[41:48], W[:14] + W[50:53]]

@@ -113,21 +113,24 @@ def test_a_batch_of_tries_is_every_sequence_alone_with_gradients(tiny):
     )
     (gradients,) = torch.autograd.grad(total, states)
 
-    for row, item in enumerate(index):
-        packed = tries[item][0]
+    decoder = tiny.model.get_decoder()
+    for number, (packed, _) in enumerate(tries):
         own = embeds(tiny, packed.tokens.tolist()).requires_grad_()
-        expected = torch.zeros(())
-        for order, path in enumerate(packed.paths, start=1):
-            normed = tiny.model.get_decoder()(inputs_embeds=own[path][None], use_cache=False)[0][0]
-            assert difference(found[row, path], normed) <= 1e-4
-            expected = expected + (normed @ weights[row]).tanh().sum() * order
-        (gradient,) = torch.autograd.grad(expected, own)
-        assert relative(gradients[row, : len(own)], gradient) <= 1e-4
-        assert not gradients[row, len(own) :].any()
-        with torch.no_grad():
-            ids = packed.tokens[packed.paths[-1]].tolist()
-            last = tiny.head(found[row, packed.paths[-1][-1]])
-            assert difference(last, own_logits(tiny, ids)[-1]) <= 1e-4
+        states = [
+            decoder(inputs_embeds=own[path][None], use_cache=False)[0][0] for path in packed.paths
+        ]
+        expected_logits = own_logits(tiny, packed.tokens[packed.paths[-1]].tolist())[-1]
+        for row in (number, len(tries) + number):
+            expected = torch.zeros(())
+            for order, (path, normed) in enumerate(zip(packed.paths, states, strict=True), start=1):
+                assert difference(found[row, path], normed) <= 1e-4
+                expected = expected + (normed @ weights[row]).tanh().sum() * order
+            (gradient,) = torch.autograd.grad(expected, own, retain_graph=True)
+            assert relative(gradients[row, : len(own)], gradient) <= 1e-4
+            assert not gradients[row, len(own) :].any()
+            with torch.no_grad():
+                last = tiny.head(found[row, packed.paths[-1][-1]])
+                assert difference(last, expected_logits) <= 1e-4
 
 
 def test_padding_sees_itself_alone_and_is_seen_by_nothing(tiny):

@@ -41,10 +41,10 @@ MAX_TOKENS = 2048
 def make_vlm():
     made = {}
 
-    def make(*key):
-        if key not in made:
-            made[key] = vlm_models.make(*key)
-        return made[key]
+    def make(family, attention="sdpa"):
+        if (family, attention) not in made:
+            made[family, attention] = vlm_models.make(family, attention)
+        return made[family, attention]
 
     return make
 
@@ -86,11 +86,16 @@ def own_logits(lm, item, response):
         return lm.model(**own_inputs(item, response), use_cache=False).logits[0].float()
 
 
-def own_states(lm, item, response):
-    """What enters layer 0 (the words' embeddings and the picture's features), every output."""
+def own_forward(lm, item, response):
+    """What enters layer 0 (the words' embeddings and the picture's features), every output, and
+    the logits (T, V)."""
     with torch.no_grad(), layer_outputs(lm) as states:
-        lm.model(**own_inputs(item, response), use_cache=False)
-    return [state[0] for state in states]
+        logits = lm.model(**own_inputs(item, response), use_cache=False).logits[0].float()
+    return [state[0] for state in states], logits
+
+
+def own_states(lm, item, response):
+    return own_forward(lm, item, response)[0]
 
 
 def own_log_likelihood(lm, item, response):
@@ -248,16 +253,13 @@ def test_a_text_model_refuses_a_picture(make_tiny):
 def test_a_replay_is_the_models_own_forward(either, size):
     item = encode(either, size)
     for response in item.responses:
-        states = own_states(either, item, response)
+        states, expected = own_forward(either, item, response)
         captured = capture(either, own_inputs(item, response))
         assert torch.equal(captured.embeds[0], states[0])
         for start in (0, 2):
             with torch.no_grad():
                 final = replay.replay(either, states[start][None], captured.calls, start=start)
-            assert (
-                difference(logprobs.logits(either, final)[0], own_logits(either, item, response))
-                <= 1e-4
-            )
+            assert difference(logprobs.logits(either, final)[0], expected) <= 1e-4
 
 
 @pytest.mark.parametrize("answers", ANSWERS)
@@ -330,9 +332,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def start_of_path(lm, item, text, image, scope):
-    """(P, D) where the path begins, put together from its parts."""
-    prompt = merged(lm, item)
+def start_of_path(lm, item, prompt, text, image, scope):
+    """(P, D) where the path begins, put together from its parts; prompt: what `merged` gives."""
     matrix = lm.model.get_input_embeddings()(torch.arange(lm.head.weight.shape[0]))
     word = {"zeros": torch.zeros(lm.hidden_size), "mean": matrix.mean(0)}[text]
     moves = {
@@ -373,8 +374,8 @@ def test_integrated_gradients_are_captums(either, text, image, scope):
     item = encode(either, answers="common beginning")
     settings = AttributionSettings(baseline=text, image_baseline=image, attribute=scope, ig_steps=5)
     (found,) = attribute(either, item, settings, MAX_TOKENS, generator())
-    start = start_of_path(either, item, text, image, scope)
     f, prompt = objective(either, item), merged(either, item)
+    start = start_of_path(either, item, prompt, text, image, scope)
     expected = (
         IntegratedGradients(f)
         .attribute(
@@ -404,13 +405,14 @@ def test_scores_of_image_and_words_add_up(vlm, size):
     """Completeness over the merged sequence: every image token and every word has its share."""
     item = encode(vlm, size)
     (found,) = attribute(vlm, item, AttributionSettings(max_points=800), MAX_TOKENS, generator())
-    start = start_of_path(vlm, item, "mean", "blank", "content")
+    prompt = merged(vlm, item)
+    start = start_of_path(vlm, item, prompt, "mean", "blank", "content")
     f = objective(vlm, item)
     with torch.no_grad():
-        expected = (f(merged(vlm, item)[None]) - f(start[None])).item()
+        expected = (f(prompt[None]) - f(start[None])).item()
     assert found.difference == pytest.approx(expected, abs=1e-3)
     assert found.scores.sum() == pytest.approx(expected, rel=0.051)
-    moves = (start != merged(vlm, item)).any(-1)
+    moves = (start != prompt).any(-1)
     assert (found.scores[moves.numpy()] != 0).all()
     assert (item.image | item.content).sum() - moves.sum() == rows_of_tiles(vlm, item)
 
@@ -436,7 +438,7 @@ def test_hidden_states_plain_and_ablated(vlm, image):
     chosen = [places[0], places[-1], item.content.nonzero()[0].item()]
     found = ablation.hidden_states(vlm, item, [chosen], MAX_TOKENS, "pad", image)
     prompt = merged(vlm, item)
-    start = start_of_path(vlm, item, "zeros", image, "image")
+    start = start_of_path(vlm, item, prompt, "zeros", image, "image")
     ablated = prompt.clone()
     ablated[chosen[:2]] = start[chosen[:2]]
     ablated[chosen[2]] = vlm.model.get_input_embeddings()(torch.tensor(vlm.tokenizer.pad_token_id))
@@ -519,13 +521,13 @@ def test_generation_in_a_batch_is_one_at_a_time(either):
     vectors = vectors_for(either)
     grid = [Configuration("mean", "pos", (1, 3), 1.0, vectors)]
     hooks = hooked(either)
-    together = generation.generate(either, items, grid, 5)
+    together = generation.generate(either, items, grid, 4)
     for index, item in enumerate(items):
-        alone = generation.generate(either, [item], grid, 5)
+        alone = generation.generate(either, [item], grid, 4)
         assert [texts[index] for texts in together] == [texts[0] for texts in alone]
-        assert together[0][index] == greedy(either, item, 5)
+        assert together[0][index] == greedy(either, item, 4)
         with steered(either, vectors):
-            assert together[1][index] == greedy(either, item, 5)
+            assert together[1][index] == greedy(either, item, 4)
     assert together[0] != together[1] and hooked(either) == hooks
     assert len({*together[0], *together[1]}) > 3
 
@@ -546,7 +548,7 @@ def kinds_of_pictures():
     alpha = base.convert("RGBA")
     alpha.putalpha(Image.linear_gradient("L").resize(base.size))
     on_white = Image.composite(base, Image.new("RGB", base.size, "white"), alpha.getchannel("A"))
-    large = picture(5000, 3000)
+    large = picture(3000, 1800)
     return {
         "greyscale": (saved(grey), grey.convert("RGB")),
         "palette": (saved(palette), palette.convert("RGB")),
