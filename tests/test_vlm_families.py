@@ -37,29 +37,17 @@ ANSWERS = {
 MAX_TOKENS = 2048
 
 
-@pytest.fixture(scope="module")
-def make_vlm():
-    made = {}
-
-    def make(family, attention="sdpa"):
-        if (family, attention) not in made:
-            made[family, attention] = vlm_models.make(family, attention)
-        return made[family, attention]
-
-    return make
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
-def vlm(request, make_vlm):
-    return make_vlm(request.param)
+def vlm(request):
+    return vlm_models.make(request.param)
 
 
 @pytest.fixture(
     scope="module", params=[(f, a) for f in FAMILIES for a in ("sdpa", "eager")], ids="-".join
 )
-def either(request, make_vlm):
+def either(request):
     """Every family with sdpa and with eager attention."""
-    return make_vlm(*request.param)
+    return vlm_models.make(*request.param)
 
 
 def encode(lm, size=(90, 30), answers="different", seed=0, style="chat", **options):
@@ -592,10 +580,10 @@ def test_a_broken_picture_names_the_example(vlm):
             prompts.encode(vlm, asked(stored, id="number-7"), "chat")
 
 
-def test_a_picture_that_the_processor_refuses_names_the_example(make_vlm):
+def test_a_picture_that_the_processor_refuses_names_the_example():
     """Qwen2.5-VL's takes no picture more than 200 times as long as wide."""
     with pytest.raises(UserError, match=r"example number-7: .*201x1.*aspect ratio"):
-        prompts.encode(make_vlm("qwen2.5-vl"), asked(picture(201, 1), id="number-7"), "chat")
+        prompts.encode(vlm_models.make("qwen2.5-vl"), asked(picture(201, 1), id="number-7"), "chat")
 
 
 def test_pictures_200_times_as_long_as_wide(vlm):

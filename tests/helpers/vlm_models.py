@@ -9,6 +9,7 @@ Gemma-3's image tokens see each other both ways, in layers with a sliding window
 from __future__ import annotations
 
 import io
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -242,9 +243,14 @@ def parts(family: str, attention: str = "sdpa", seed: int = 0, **changes):
     return randomise(kind(config), seed).eval(), processor_of(family, tokenizer)
 
 
-def make(family: str, attention: str = "sdpa", **options) -> models.LanguageModel:
-    """A tiny model of a family; it has passed the self-check."""
-    model, processor = parts(family, attention, **options)
+def make(family: str, attention: str = "sdpa", local: bool = False) -> models.LanguageModel:
+    """A tiny model of a family, the same one for all tests; it has passed the self-check."""
+    return _made(family, attention, local)
+
+
+@cache
+def _made(family: str, attention: str, local: bool) -> models.LanguageModel:
+    model, processor = parts(family, attention, local=local)
     return models.wrap(f"tiny-{family}", model, processor.tokenizer, processor)
 
 
