@@ -77,6 +77,7 @@ def flags(tmp_path_factory):
         "num_samples": 3,
         "num_validation": 4,
         "top_k": 3,
+        "ig_steps": 2,
         "methods": ["mean", "gradient", "random", "shuffled"],
         "mode": ["pos"],
         "alphas": ALPHAS,
@@ -418,7 +419,7 @@ def test_what_is_learnt_is_tried_at_multiples_of_its_length(made):
 def test_strengths_are_set_by_the_cost(flags, tmp_path):
     """Of two data sets' directions, gated and not, none of what is learnt."""
     changes = {"seeds": 0, "max_ppl_increase": [0.02, 0.08], "strengths_at": [0.04, 0.01]}
-    changes |= {"alphas": None, "lora": "none", "no-train_vectors": True}
+    changes |= {"alphas": None, "lora": "none", "no-train_vectors": True, "ig_steps": None}
     changes["gated"] = ["mean", "gradient", "random"]
     settings = settings_of(flags | changes)
     assert settings.grid.alphas == ()
@@ -786,7 +787,7 @@ def test_a_run_killed_again_and_again_makes_the_files_of_one_that_was_not(
     arguments = arguments_of(small | {"output_dir": tmp_path, "document": tmp_path / "results.md"})
 
     def run():
-        after = chance.randint(15, 35)
+        after = chance.randint(25, 55)
         return commands.run("experiment.py", *arguments, die_after=after, short_texts=True)
 
     def files(folder):
@@ -799,7 +800,7 @@ def test_a_run_killed_again_and_again_makes_the_files_of_one_that_was_not(
     while (result := run()).code:
         assert result.code == -signal.SIGKILL, result
         kills += 1
-    assert kills > 5
+    assert kills > 3
     assert files(tmp_path) == files(whole)
     assert not [*tmp_path.rglob("*.parts"), *tmp_path.rglob("*.lock"), *tmp_path.rglob(".*")]
 
@@ -883,9 +884,9 @@ def test_scenes_through_a_chat_template(commands, tmp_path):
     flags = {
         "model_name": "shapes-vlm",
         "dataset_name": "shapes",
-        "num_samples": 3,
-        "num_validation": 3,
-        "num_test": 4,
+        "num_samples": 2,
+        "num_validation": 2,
+        "num_test": 2,
         "seeds": 0,
         "top_k": 3,
         "methods": ["random", "vti"],
@@ -901,7 +902,7 @@ def test_scenes_through_a_chat_template(commands, tmp_path):
     assert len(validated) == 3 + 3 * len(learned.SCALES)  # trained and its two controls
     assert validated.answers_increase["base"] == 0
     assert (validated.answers_increase.drop("base").abs() > 1e-9).all()
-    assert set(grid[grid.part == "test"].questions) == {4}
+    assert set(grid[grid.part == "test"].questions) == {2}
     written = pd.read_csv(next(tmp_path.glob("*_generations.csv")), keep_default_na=False)
     assert set(written.number) == {0, 1} and (written.text != "").all()
 
@@ -944,9 +945,11 @@ def test_a_file_of_the_users_own_is_no_table(commands, flags, tmp_path, script):
 
 
 def test_ablations_are_experiments_with_one_setting_changed(commands, flags, tmp_path):
-    """Each setting's tables are those of an experiment with that flag."""
+    """A setting's tables are those of an experiment with that flag: one for which everything is
+    attributed again, and one for which nothing is."""
     changes = {"seeds": 0, "methods": ["mean", "gradient"], "gated": None, "lora": "none"}
     changes |= {"alphas": [0.3, 2], "max_ppl_increase": 1000, "num_generations": 2}
+    changes["ig_steps"] = None  # what they attribute differs more between the settings
     flags = flags | changes
     settings = ("grad_method=vanilla", "top_k=1", "num_samples=2")
     result = commands.run(
@@ -959,10 +962,10 @@ def test_ablations_are_experiments_with_one_setting_changed(commands, flags, tmp
     (path,) = tmp_path.glob("*_ablations.csv")
     table = pd.read_csv(path, keep_default_na=False)
     assert [*table.setting.unique()] == [ablations.GIVEN, *settings]
-    for setting in table.setting.unique():
+    for setting in ("grad_method=vanilla", "num_samples=2"):
         alone = tmp_path / setting
         name, _, value = setting.partition("=")
-        changed = {name: value} if value else {}
+        changed = {name: value}
         commands.run(
             "experiment.py",
             *arguments_of(flags | {"no-train_vectors": True, "output_dir": alone} | changed),
@@ -995,7 +998,7 @@ def test_ablations_are_experiments_with_one_setting_changed(commands, flags, tmp
 
 def test_one_setting_is_changed_and_no_other(flags):
     settings = settings_of(flags)
-    ablation = settings.ablation
+    ablation, attributed = settings.ablation, settings.ablation.attribution
     for text, expected in (
         ("top_k=7", replace(settings, ablation=replace(ablation, top_k=7))),
         (
@@ -1009,14 +1012,14 @@ def test_one_setting_is_changed_and_no_other(flags):
             "attribution=normal",
             replace(
                 settings,
-                ablation=replace(ablation, attribution=AttributionSettings(objective="normal")),
+                ablation=replace(ablation, attribution=replace(attributed, objective="normal")),
             ),
         ),
         (
             "grad_method=vanilla",
             replace(
                 settings,
-                ablation=replace(ablation, attribution=AttributionSettings(grad_method="vanilla")),
+                ablation=replace(ablation, attribution=replace(attributed, grad_method="vanilla")),
             ),
         ),
     ):
@@ -1040,7 +1043,7 @@ def test_what_is_attributed_alike_is_attributed_once(method, flags, tmp_path, mo
             folder = tmp_path / f"{known is None}{k}{count}{seed}"
             source = DataSettings("first", path, count)
             settings = AblationSettings(
-                AttributionSettings(grad_method=method), ("pos", "rand"), k, seed=seed
+                AttributionSettings(grad_method=method, ig_steps=2), ("pos", "rand"), k, seed=seed
             )
             pairs = [example.pair() for example in splits.steering_examples(source, seed)]
             files = {top: folder / f"states_{top}.safetensors" for top in settings.tops}
