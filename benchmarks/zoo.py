@@ -7,6 +7,7 @@ from a name is in `SPECIAL`.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 import torch
@@ -315,17 +316,25 @@ def shrunk(config: PretrainedConfig) -> dict[str, Any]:
     return small | SPECIAL.get(config.model_type, {})
 
 
+def _from_config(family: str) -> torch.nn.Module:
+    kind = CONFIG_MAPPING[family]
+    auto = AutoModelForImageTextToText if family in picture_families() else AutoModelForCausalLM
+    return auto.from_config(kind(**shrunk(kind())))
+
+
+@cache
+def _weights(family: str) -> int:
+    """How many weights a family's tiny model has."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in _from_config(family).parameters())
+
+
 def make(family: str, seed: int = 0) -> torch.nn.Module:
     """A model of a family whose random weights are large enough for mistakes to show."""
-    kind = CONFIG_MAPPING[family]
-    config = kind(**shrunk(kind()))
-    auto = AutoModelForImageTextToText if family in picture_families() else AutoModelForCausalLM
-    with torch.device("meta"):
-        size = sum(weight.numel() for weight in auto.from_config(config).parameters())
-    if size > BIGGEST:
+    if (size := _weights(family)) > BIGGEST:
         raise ValueError(f"its config shrinks to {size / 1e6:,.0f} million weights only")
     torch.manual_seed(seed)
-    model = randomise(auto.from_config(config), seed).eval()
+    model = randomise(_from_config(family), seed).eval()
     if model.generation_config is not None:  # no token is forced at the end of a text
         model.generation_config.forced_eos_token_id = None
         model.generation_config.forced_bos_token_id = None

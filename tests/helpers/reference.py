@@ -57,9 +57,12 @@ def log_likelihood(lm, prompt, response):
     single = prompt.dim() == 2
     prompt = prompt[None] if single else prompt
     behind = embeds(lm, response)[None].expand(len(prompt), -1, -1)
-    scores = lm.model(inputs_embeds=torch.cat([prompt, behind], 1), use_cache=False).logits.float()
-    first = prompt.shape[1] - 1
-    log_probs = scores[:, first:-1].log_softmax(-1)
+    scores = lm.model(
+        inputs_embeds=torch.cat([prompt, behind], 1),
+        use_cache=False,
+        logits_to_keep=len(response) + 1,
+    ).logits.float()
+    log_probs = scores[:, :-1].log_softmax(-1)
     targets = torch.tensor(response)[None, :, None].expand(len(prompt), -1, 1)
     values = log_probs.gather(-1, targets).sum((1, 2))
     return values[0] if single else values
