@@ -212,6 +212,15 @@ def test_half_a_gate_is_refused(tmp_path):
         SteeringVectors.load(path)
 
 
+def test_layers_without_a_gate_are_refused_and_the_others_named():
+    weights = torch.ones(5, 3)
+    weights[1] = weights[4] = torch.nan
+    made = SteeringVectors(torch.ones(5, 3), torch.ones(5), {}, Gate(weights, weights[:, 0]))
+    assert list(made.scaled(0.1, ["2-3"])) == [2, 3]
+    with pytest.raises(UserError, match=r"give layers that have a gate \(0 2-3\)$"):
+        made.scaled(0.1)
+
+
 def test_vectors_keep_their_gate(lm, tmp_path):
     path, gate = tmp_path / "v.safetensors", a_gate(lm)
     drawn = torch.Generator().manual_seed(0)

@@ -351,8 +351,10 @@ class SteeringVectors:
         if self.gate:
             weights, biases = self.gate.weights[chosen], self.gate.biases[chosen]
             if not weights.isfinite().all() or biases.isnan().any():
+                fitted = (~self.gate.biases.isnan()).nonzero()[:, 0].tolist()
                 raise UserError(
-                    "a gate of these layers is NaN or infinite: give layers that have a gate"
+                    "a gate of these layers is NaN or infinite: give layers that have a gate "
+                    f"({' '.join(layer_ranges(fitted)) or 'none has'})"
                 )
         if units not in UNITS:
             raise UserError(f"unknown units '{units}': expected {' or '.join(UNITS)}")
