@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from helpers import tiny
+from helpers import short_texts, tiny
 from helpers.costs import perplexity
 from pytest import approx
 
@@ -31,12 +31,13 @@ def run(commands, tmp_path_factory):
         *("--output_path_hidden", states),
     ).ok()
 
-    def stage2(name, *more):
+    def stage2(name, *more, short=True):
         return commands.run(
             *("steering_mc.py", *flags, "--num_validation", 8, "--layer_idxs", 1),
             *("--methods", "gradient", "rotated", "--alphas", 0.01, 0.3, -0.3),
             *("--hidden_states_path", states, "--steering_vectors_dir", folder / "vectors"),
             *("--output_dir", folder / name, *more),
+            short_texts=short,
         )
 
     return stage2, folder, model
@@ -54,7 +55,8 @@ def test_the_choice_keeps_within_the_budget(run):
     assert "perplexity_increase" not in free
     # The cost of the model's own forward, steered by hooks, on the validation passages.
     lm = models.load(str(model))
-    texts = costs.neutral_texts()[::8]
+    texts = costs.neutral_texts()[: short_texts.PASSAGES : 8]
+    texts = [" ".join(text.split()[: short_texts.WORDS]) for text in texts]
     (path,) = (folder / "vectors").glob("*gradient*.safetensors")
     vectors = SteeringVectors.load(path)
     base = perplexity(lm, texts, [], 4096)[0]
@@ -80,5 +82,5 @@ def test_the_choice_keeps_within_the_budget(run):
 
 def test_no_strength_within_the_budget_is_an_error(run):
     stage2, _, _ = run
-    message = stage2("none", "--max_ppl_increase", "1e-9").error()
+    message = stage2("none", "--max_ppl_increase", "1e-9", short=False).error()
     assert "every configuration raises the perplexity of prose" in message

@@ -179,7 +179,7 @@ def test_the_model_sees(loaded):
 
     model, processor = loaded
     rng = np.random.default_rng(5)
-    scenes = shapes.scenes_of("yes_no", 80)
+    scenes = shapes.scenes_of("yes_no", 40)
     asked = [shapes.ask_yes_no(s, rng, present=i % 2 == 0) for i, s in enumerate(scenes)]
     questions = [shapes.yes_no_question(pair) for pair, _ in asked]
     right = np.array([answer for _, answer in asked])
