@@ -1,6 +1,7 @@
 """Positions that never change are computed once: the rest is as in a whole forward."""
 
 import copy
+from functools import cache
 
 import families
 import pytest
@@ -38,6 +39,11 @@ FIRST = 13
 KEEP = ("llama", "gpt_neox", "gptj", "falcon", "gemma2", "cohere2", "phi3", "gpt_oss", "nanochat")
 
 
+@cache
+def model_of(name):
+    return families.load(name).lm
+
+
 def moved(lm, ids, seed=0):
     """Three rows of the prompt's embeddings (3, P, D), other ones from FIRST on."""
     noise = torch.randn(3, len(ids), lm.hidden_size, generator=torch.Generator().manual_seed(seed))
@@ -67,7 +73,7 @@ def test_values_and_gradients_are_the_models_own(tiny):
 @pytest.mark.parametrize("name", KEEP)
 def test_text_families(name):
     """Every layer's states behind the prefix, for rows that share it, against the whole rows."""
-    lm = families.load(name).lm
+    lm = model_of(name)
     assert lm.keeps_prefix
     torch.manual_seed(0)
     prompt = torch.randint(20, zoo.VOCABULARY, (20,)).tolist()
@@ -282,7 +288,7 @@ def test_steered_positions_and_gates_behind_a_shared_beginning(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KEEP)
 def test_scores_of_text_families(name):
-    lm = families.load(name).lm
+    lm = model_of(name)
 
     def known(ids):
         return [20 + token % (zoo.VOCABULARY - 20) for token in ids]
