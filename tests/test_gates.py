@@ -3,13 +3,12 @@
 import copy
 import json
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import short_texts, tiny
+from helpers import tiny
 from helpers.decoding import greedy, random_configuration, text_of
 from helpers.reference import encoded, layer_outputs, own_loss_log_likelihood, relative, words
 from sklearn.linear_model import LogisticRegression
@@ -246,20 +245,16 @@ def test_vectors_keep_their_gate(lm, tmp_path):
     assert (np.diff(np.sort(values[:, 0])) > 0.01).all()
 
 
-def test_the_scripts_steer_behind_a_gate(commands, tmp_path, monkeypatch):
+def test_the_scripts_steer_behind_a_gate(commands, tmp_path):
     """Stage 2 fits it once, at the layers that it steers, and keeps it with the vectors of all
     methods. A run at another layer adds that one, and stage 3 takes it up."""
-    for name in ("neutral_texts", "unrelated_examples"):  # as they were, after this test
-        monkeypatch.setattr(costs, name, getattr(costs, name))
-    short_texts.install()
-    run = partial(commands.run, short_texts=True)
     model = tiny.save_model(tmp_path / "tiny", max_position_embeddings=2048)
     rows = [row | {"context": f"It is said: {row['question']}"} for row in tiny.question_rows()]
     questions = tiny.write_jsonl(tmp_path / "q.jsonl", rows)
     flags = ["--model_name", model, "--dataset_name", "q", "--dataset_path", questions]
     flags += ["--num_samples", 4]
     states, folder = tmp_path / "states.safetensors", tmp_path / "vectors"
-    run(
+    commands.run(
         *("token_ablation.py", *flags, "--grad_method", "none"),
         *("--output_path_meta", tmp_path / "t.csv", "--output_path_hidden", states),
     ).ok()
@@ -267,8 +262,8 @@ def test_the_scripts_steer_behind_a_gate(commands, tmp_path, monkeypatch):
     stage2 += ["--alphas", 0.5, "--layer_idxs", 0, 1, "--num_validation", 4, "--num_test", 4]
     stage2 += ["--hidden_states_path", states, "--steering_vectors_dir", folder]
     stage2 += ["--output_dir", tmp_path / "out"]
-    run(*stage2).ok()
-    run(*stage2, "--gate").ok()
+    commands.run(*stage2).ok()
+    commands.run(*stage2, "--gate").ok()
     files = {path.stem: path for path in folder.glob("*.safetensors")}
     gated = {name: path for name, path in files.items() if name.endswith("_gated")}
     assert len(files) == 4 and len(gated) == 2
@@ -288,7 +283,7 @@ def test_the_scripts_steer_behind_a_gate(commands, tmp_path, monkeypatch):
     expected = gates.fit(lm, asked, background, [*range(len(lm.layers))], size)
     assert gate.biases.isnan().tolist() == [False, False, True]
     assert torch.allclose(gate.weights[:2], expected.weights[:2], rtol=1e-3, atol=1e-3)
-    run(*stage2, "--gate", "--layer_idxs", 1, 2).ok()  # the last of two flags counts
+    commands.run(*stage2, "--gate", "--layer_idxs", 1, 2).ok()  # the last of two flags counts
     grown = SteeringVectors.load(next(iter(gated.values()))).gate
     assert torch.equal(grown.weights[:2], gate.weights[:2])
     assert torch.allclose(grown.weights[2], expected.weights[2], rtol=1e-3, atol=1e-3)
@@ -313,7 +308,7 @@ def test_the_scripts_steer_behind_a_gate(commands, tmp_path, monkeypatch):
     # Stage 3 takes the chosen configuration, with its gate.
     (chosen,) = (tmp_path / "out").glob("*joint_0+1*gate-True*_chosen.json")
     assert json.loads(chosen.read_text())["gate"] is True
-    run(
+    commands.run(
         *("steering_generation.py", *flags, "--grad_method", "none", "--chosen_path", chosen),
         *("--num_validation", 4, "--num_test", 4, "--num_prompts", 2, "--max_new_tokens", 5),
         *("--hidden_states_path", states, "--steering_vectors_dir", folder),
