@@ -1,9 +1,12 @@
 """What the text demo prints: every number is of the row, strength and data set that it names."""
 
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 
-from demo import text_figure
+from demo import in_turn, text_figure
 from grains import readable
 
 
@@ -92,6 +95,24 @@ def test_the_table_names_what_it_shows(printed):
             "+1.5 %",
         ],
     ]
+
+
+def test_scripts_run_in_turn_in_one_process(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "if __name__ == '__main__':\n"
+        "    print(os.getpid(), *sys.argv[1:])\n"
+        "    sys.exit('failed' if 'fail' in sys.argv else None)\n"
+    )
+    words = [script, "a", "--", script, "--b", "c", "--", script, "fail", "--", script, "never"]
+    ran = subprocess.run(
+        [sys.executable, in_turn.__file__, *words], capture_output=True, text=True, check=False
+    )
+    said = [line.split(" ", 1) for line in ran.stdout.splitlines()]
+    assert [text for _, text in said] == ["a", "--b c", "fail"]
+    assert len({process for process, _ in said}) == 1
+    assert ran.returncode == 1 and ran.stderr == "failed\n"
 
 
 def test_only_the_users_words_are_shown():

@@ -16,7 +16,11 @@ def main(words: list[str]) -> None:
     for is_end, command in groupby(words, lambda word: word == "--"):
         if not is_end:
             sys.argv = [*command]
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            try:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            except SystemExit as end:
+                if end.code:
+                    raise
 
 
 if __name__ == "__main__":
