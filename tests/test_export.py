@@ -215,17 +215,29 @@ def test_arrays_of_others(make_tiny, tmp_path):
         export.read_gguf(lm, tmp_path / "all.npy")
 
 
-def test_biases_in_the_embedded_gguf_file(smollm2, tmp_path):
-    """SmolLM2's Q4_1 file with biases: its other tensors are as they were."""
+def test_biases_in_the_embedded_gguf_file(smollm2, tmp_path, monkeypatch):
+    """SmolLM2's Q4_1 file with biases: its other tensors are as they were.
+
+    A vocabulary takes a second to read: compared is what was read while it was written."""
+    read = {}
+
+    def noted(path, own=gguf_files.reader_of):
+        read[path.name] = own(path)
+        return read[path.name]
+
+    monkeypatch.setattr(gguf_files, "reader_of", noted)
+    monkeypatch.setattr(folders, "reader_of", noted)
     v = vectors(smollm2)
     check = export.write(smollm2, v, "gguf-bias", tmp_path / "out", 0.2, ["0-29"])
     assert check.written[0] < 2e-4 and check.effect[1] > 0.01
     page = (tmp_path / "out" / "README.md").read_text()
     assert page.startswith("---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n")
     source, written = (
-        {item.name: item for item in gguf_files.reader_of(path).tensors}
-        for path in (models.embedded_file(), tmp_path / "out" / folders.MODEL_GGUF)
+        {item.name: item for item in read[name].tensors}
+        for name in (models.embedded_file().name, folders.MODEL_GGUF)
     )
+    file = np.memmap(tmp_path / "out" / folders.MODEL_GGUF, mode="r")
+    assert np.array_equal(file, read[folders.MODEL_GGUF].data)
     assert written.keys() - source.keys() == {f"blk.{n}.ffn_down.bias" for n in range(30)}
     for name, item in source.items():
         assert written[name].tensor_type == item.tensor_type
