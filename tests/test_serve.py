@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -29,6 +27,8 @@ from grains.data import Example
 from grains.steering import Configuration, SteeringVectors
 
 pytestmark = pytest.mark.slow
+
+pytest_plugins = ("helpers.command_line",)
 
 QUESTIONS = [question for question, *_ in tiny.QUESTIONS]
 LIMITS = ["--max_rows", 8, "--max_waiting", 80, "--max_tokens", 60, "--max_bytes", 20000]
@@ -62,25 +62,16 @@ def free_port() -> int:
 
 
 class Server:
-    def __init__(self, folder, *arguments, port=None):
+    def __init__(self, commands, folder, *arguments, port=None):
         self.port = port or free_port()
         vectors = [f"{name}={folder / name}.safetensors" for name in ("first", "second")]
         command = ["serve.py", "--model_name", folder / "tiny", "--vectors", *vectors, *LIMITS]
         command += ["--port", self.port, *arguments]
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=SRC,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for line in self.process.stderr:
-            if "Uvicorn running" in line:
-                break
-        else:
-            raise AssertionError("the server did not start")
-        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+        self.process = commands.start(*command)
+        said = self.process.folder / "err"
+        while not said.exists() or "Uvicorn running" not in said.read_text():
+            assert self.process.running(), self.process.wait()
+            time.sleep(0.02)
         self.address = f"http://127.0.0.1:{self.port}"
 
     def client(self, key="none", **options):
@@ -98,13 +89,13 @@ class Server:
             time.sleep(0.05)
 
     def stop(self, number=signal.SIGTERM):
-        self.process.send_signal(number)
-        self.process.wait(30)
+        self.process.kill(number)
+        self.process.wait()
 
 
 @pytest.fixture(scope="module")
-def server(folder):
-    server = Server(folder)
+def server(commands, folder):
+    server = Server(commands, folder)
     yield server
     server.stop()
 
@@ -253,13 +244,13 @@ def test_seeds_and_several_choices(client):
     )
 
 
-def test_64_clients_get_what_each_gets_alone(server, lm, vectors):
+def test_64_requests_get_what_each_gets_alone(client, server, lm, vectors):
     """More than the batch holds, base and many strengths at the same time."""
     asked = [(QUESTIONS[n % len(QUESTIONS)], n % 4, 4 + n % 5, 0.2 + n / 100) for n in range(64)]
 
     def ask(question, kind, length, alpha):
         steering = {"vectors": ("first", "second")[kind % 2], "alpha": alpha} if kind else None
-        answer = chat(server.client(), question, steering=steering, max_tokens=length)
+        answer = chat(client, question, steering=steering, max_tokens=length)
         return answer.choices[0].message.content.strip()
 
     with ThreadPoolExecutor(64) as pool:
@@ -347,9 +338,9 @@ def test_errors_of_the_client(client, server):
     assert status == 404 and "Not Found" in content["error"]["message"]
 
 
-def test_a_key_and_a_new_start(folder):
+def test_a_key_and_a_new_start(commands, folder):
     """Killed in the middle of an answer, and started again at the same place."""
-    server = Server(folder, "--api_key", "secret", "--served_name", "mine")
+    server = Server(commands, folder, "--api_key", "secret", "--served_name", "mine")
     client = server.client("secret")
     expected = chat(client, "Why?", "mine").choices
     for key in ("secre", "wrong", "é"):
@@ -361,7 +352,9 @@ def test_a_key_and_a_new_start(folder):
     with pytest.raises((openai.APIError, Exception)):
         list(stream)
         raise openai.OpenAIError("the stream ended")
-    again = Server(folder, "--api_key", "secret", "--served_name", "mine", port=server.port)
+    again = Server(
+        commands, folder, "--api_key", "secret", "--served_name", "mine", port=server.port
+    )
     assert chat(again.client("secret"), "Why?", "mine").choices == expected
     again.stop()
 
