@@ -47,13 +47,14 @@ def python(tmp_path_factory):
         shutil.copy(ROOT / name, source)
     for path in ROOT.glob("requirements*.txt"):
         shutil.copy(path, source)
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    pip = [sys.executable, "-m", "pip"]
+    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--no-index", "-w", str(folder), str(source)], cwd=folder, check=True)
     (wheel,) = folder.glob("grains-*.whl")
     venv.create(folder / "env", with_pip=False)
     (packages,) = (folder / "env").glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    install = [*pip, "install", "-q", "--no-deps", "--no-index", "--no-compile"]
     subprocess.run([*install, "--target", str(packages), str(wheel)], cwd=folder, check=True)
     return folder / "env" / "bin" / "python"
 
