@@ -1,6 +1,9 @@
 """Fixtures that many tests share: SmolLM2-135M-Instruct, tiny models of three families."""
 
 import gc
+
+gc.disable()  # until all tests are collected: what the libraries make while imported stays
+
 from itertools import product
 
 import pytest
@@ -20,6 +23,7 @@ def pytest_collection_finish():
     freed memory is kept, as the scripts do it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     cpu.keep_freed_memory()
 
 

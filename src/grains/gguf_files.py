@@ -138,6 +138,8 @@ def reader_of(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
     class Reader(GGUFReader):
+        data: np.ndarray
+
         def _build_fields(self, *arguments: Any) -> int:
             self.data = np.asarray(self.data)
             return super()._build_fields(*arguments)

@@ -308,12 +308,14 @@ def commands(server_with, hub_port, tmp_path_factory):
 
 def _serve(library: str = "stages") -> None:
     sys.path.insert(0, str(SRC))
+    gc.disable()  # while the libraries are imported, which make nothing that could be freed
     import pandas  # noqa: F401  # imported late by the scripts: here once for all
 
     import grains.runs  # noqa: F401
 
     if library == "stages":
         _import_stages()
+    gc.enable()
     for line in sys.stdin:
         request = json.loads(line)
         if "run" in request:
