@@ -96,8 +96,8 @@ def own_loss(pairs, texts, questions, answers, base, lengths, own_answers):
             * kl((base[2] / scale).log_softmax(1), (questions / scale).log_softmax(1)).mean()
         )
     rises = (base[3] - answers)[:, 0] / lengths[3][:, 0]
-    allowed, weight = trained.OWN_ANSWERS[own_answers]
-    return loss + weight * torch.relu(rises - allowed).mean()
+    aim = trained.OWN_ANSWERS[own_answers]
+    return loss + aim.weight * torch.relu(rises - aim.allowed).mean()
 
 
 def own_training(lm, groups, rate, kept, last=False, own_answers="change"):
@@ -156,8 +156,8 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight, where, 
     """So few items make one group each. At the start the texts' loss has an edge, which rounding
     falls on either side of: its weight begins to count in a second test, from other vectors."""
     monkeypatch.setattr(trained, "TEXT_WEIGHT", weight)
-    for name, (_, factor) in trained.OWN_ANSWERS.items():  # so that answers count at all
-        monkeypatch.setitem(trained.OWN_ANSWERS, name, (-9.0, factor))
+    for name, aim in trained.OWN_ANSWERS.items():  # so that answers count at all
+        monkeypatch.setitem(trained.OWN_ANSWERS, name, aim._replace(allowed=-9.0))
     monkeypatch.setattr(trained, "QUESTION_WEIGHT", 300.0)  # and questions, whose loss begins at 0
     if weight:
         monkeypatch.setattr(
@@ -177,6 +177,23 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight, where, 
     assert relative(found[LAYERS], expected) <= 0.02
     assert (found[[0, 2]] == 0).all()
     assert no_hooks(lm)
+
+
+@pytest.mark.parametrize(("own_answers", "steps", "rate"), [("change", 5, 4e-4), ("keep", 8, 2e-4)])
+def test_an_aim_has_its_own_steps(lm, monkeypatch, own_answers, steps, rate):
+    """From a constant gradient Adam takes steps of the rate: their sum is the vectors' length."""
+    monkeypatch.setattr(trained, "dropout", lambda layers, generator: torch.ones(layers))
+    monkeypatch.setattr(
+        trained._Term,
+        "backward",
+        lambda term, group, checkpointed, vectors, after: (vectors.sum() / 4).backward() or 1.0,
+    )
+    found = trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, own_answers=own_answers)(0)
+    # The rate falls evenly from the whole to 1 / steps of it.
+    expected = -rate * (steps + 1) / 2 * norms(lm)[LAYERS, None].expand(-1, lm.hidden_size)
+    assert torch.allclose(found[LAYERS], expected, rtol=1e-4)
+    made = trained.recipe(own_answers)
+    assert (made["epochs"], made["learning_rate"]) == (steps, rate)
 
 
 def test_the_pairs_are_preferred_or_the_texts_are_kept(lm, monkeypatch):

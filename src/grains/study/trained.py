@@ -12,7 +12,7 @@ pairs, of texts, of questions and of answers, the loss is
 
 where a margin is log P(y+) - log P(y-). The answers are what the base model itself writes to the
 prompts of the pairs, where the gate is open: without this penalty the vectors raise the margins by
-breaking the language of answers. `OWN_ANSWERS` has the weight and what is allowed. They are
+breaking the language of answers. `OWN_ANSWERS` has the weight and what is allowed. Answers are
 sampled, because a small model's greedy answers repeat themselves. Text and question penalties use
 vectors scaled by HELD_AT. Every step leaves out layers drawn at random (dropout), as 50 pairs are
 quickly overfitted; the result averages RUNS runs, which cancels effects of the order of examples.
@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,16 +44,29 @@ from grains.settings import StudySettings
 from grains.steering import Gate, steer
 from grains.study.lora import fitting
 
-EPOCHS, LEARNING_RATE = 5, 4e-4
 PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT = 2.2, 3.0, 1.0
 PAIRS, TEXTS, QUESTIONS, ANSWERS = 10, 3, 12, 10  # of a step
 # Units of the margins, five times their standard deviation over a small model's questions: with
 # smaller ones, pairs that are right already have no gradient, and test questions gain less.
 TOKEN_UNIT, SUM_UNIT = 1.5, 24.0
 CHOICE_UNIT = 0.3  # temperature of the choice by log-likelihoods per token
-# Nats per token that an answer may lose for free, and the weight of what it loses beyond them:
-# either answers are meant to change, or to stay as they are.
-OWN_ANSWERS = {"change": (1.2, 1.0), "keep": (0.05, 3.0)}
+
+
+class Aim(NamedTuple):
+    """How vectors are trained to let the model's own answers change, or stay as they are.
+
+    allowed: nats per token that an answer may lose for free. weight: of what it loses beyond them.
+    epochs: over the pairs. learning_rate: of the first step; it falls to 0.
+    """
+
+    allowed: float
+    weight: float
+    epochs: int
+    learning_rate: float
+
+
+# Small steps, and more of them, gain more for the same change of answers (docs/trials.md).
+OWN_ANSWERS = {"change": Aim(1.2, 1.0, 5, 4e-4), "keep": Aim(0.05, 3.0, 8, 2e-4)}
 DROPPED = 0.5  # probability that a layer is left out in a step, where there are many layers
 RUNS = 4  # averaged; each has its own order of examples and its own dropout
 HELD_AT = 1.5  # scale of the vectors in the text and question penalties, a margin of safety
@@ -60,14 +74,14 @@ HELD_AT = 1.5  # scale of the vectors in the text and question penalties, a marg
 
 def recipe(own_answers: str) -> dict:
     """All that trained vectors depend on beside their examples."""
-    allowed, weight = OWN_ANSWERS[own_answers]
+    aim = OWN_ANSWERS[own_answers]
     return {
-        "epochs": EPOCHS,
-        "learning_rate": LEARNING_RATE,
-        "weights": [PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, weight],
+        "epochs": aim.epochs,
+        "learning_rate": aim.learning_rate,
+        "weights": [PAIR_WEIGHT, TEXT_WEIGHT, QUESTION_WEIGHT, aim.weight],
         "sizes": [PAIRS, TEXTS, QUESTIONS, ANSWERS],
         "units": [TOKEN_UNIT, SUM_UNIT, CHOICE_UNIT],
-        "allowed": allowed,
+        "allowed": aim.allowed,
         "dropped": DROPPED,
         "held_at": HELD_AT,
         "runs": RUNS,
@@ -83,8 +97,8 @@ def trainer(
     norms: Tensor,
     gate: Gate,
     layers: list[int],
-    epochs: int = EPOCHS,
-    learning_rate: float = LEARNING_RATE,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
     seed: int = 0,
     max_tokens: int = 2048,
     where: str = "all",
@@ -100,6 +114,7 @@ def trainer(
     layers: those that are steered. max_tokens: positions computed at a time, which changes no
         more than rounding. where: the positions that are steered, in training as later (see
         `grains.settings.parse_positions`). own_answers: a name in `OWN_ANSWERS`.
+    epochs, learning_rate: instead of those in `OWN_ANSWERS`.
     Returns a function from the number of a run to (L, D), zero at layers that are not steered. The
     mean of all runs has strength 1 in absolute units. A run depends on its number alone, not on
     the process or the order. Raises UserError if pairs, texts, questions or answers are missing;
@@ -119,14 +134,15 @@ def trainer(
     remaining = replace(lm, memory=lm.memory - sum(_kept_bytes(lm, items) for items in kinds))
     fits = [fitting(remaining, items, max_tokens) for items in kinds]
     width, checkpointed = min(width for width, _ in fits), any(flag for _, flag in fits)
-    allowed, weight = OWN_ANSWERS[own_answers]
+    aim = OWN_ANSWERS[own_answers]
+    epochs, rate = epochs or aim.epochs, learning_rate or aim.learning_rate
     terms = [
         _Term(lm, min(layers), width, where, *settings)
         for settings in (
             (pairs, PAIRS, PAIR_WEIGHT, 1.0, pair_losses),
             (texts, TEXTS, TEXT_WEIGHT, HELD_AT, text_losses),
             (questions, QUESTIONS, QUESTION_WEIGHT, HELD_AT, question_losses),
-            (answers, ANSWERS, weight, 1.0, partial(answer_losses, allowed=allowed)),
+            (answers, ANSWERS, aim.weight, 1.0, partial(answer_losses, allowed=aim.allowed)),
         )
     ]
     generator = torch.Generator().manual_seed(seed)
@@ -137,7 +153,7 @@ def trainer(
 
     def run(index: int) -> Tensor:
         vectors = torch.zeros(len(layers), lm.hidden_size, requires_grad=True)
-        optimizer = torch.optim.Adam([vectors], lr=learning_rate, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam([vectors], lr=rate, betas=(0.9, 0.95))
 
         def after(stretch: Tensor, part: Tensor | None, layer: int, states: Tensor) -> Tensor:
             if layer not in row:
@@ -150,7 +166,7 @@ def trainer(
             plan, desc=f"training vectors, run {index + 1} of {RUNS}", unit="step", leave=False
         )
         for step, (kept, groups) in enumerate(bar):
-            optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / len(plan))
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / len(plan))
             total = sum(
                 term.backward(group, checkpointed, vectors, partial(after, term.stretch * kept))
                 for term, group in zip(terms, groups, strict=True)
