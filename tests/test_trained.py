@@ -96,7 +96,7 @@ def own_loss(pairs, texts, questions, answers, base, lengths, own_answers):
             * kl((base[2] / scale).log_softmax(1), (questions / scale).log_softmax(1)).mean()
         )
     rises = (base[3] - answers)[:, 0] / lengths[3][:, 0]
-    aim = trained.OWN_ANSWERS[own_answers]
+    aim = trained.AIMS[own_answers]
     return loss + aim.weight * torch.relu(rises - aim.allowed).mean()
 
 
@@ -156,8 +156,8 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight, where, 
     """So few items make one group each. At the start the texts' loss has an edge, which rounding
     falls on either side of: its weight begins to count in a second test, from other vectors."""
     monkeypatch.setattr(trained, "TEXT_WEIGHT", weight)
-    for name, aim in trained.OWN_ANSWERS.items():  # so that answers count at all
-        monkeypatch.setitem(trained.OWN_ANSWERS, name, aim._replace(allowed=-9.0))
+    for name, aim in trained.AIMS.items():  # so that answers count at all
+        monkeypatch.setitem(trained.AIMS, name, aim._replace(allowed=-9.0))
     monkeypatch.setattr(trained, "QUESTION_WEIGHT", 300.0)  # and questions, whose loss begins at 0
     if weight:
         monkeypatch.setattr(

@@ -12,7 +12,7 @@ pairs, of texts, of questions and of answers, the loss is
 
 where a margin is log P(y+) - log P(y-). The answers are what the base model itself writes to the
 prompts of the pairs, where the gate is open: without this penalty the vectors raise the margins by
-breaking the language of answers. `OWN_ANSWERS` has the weight and what is allowed. Answers are
+breaking the language of answers. `AIMS` has the weight and what is allowed. Answers are
 sampled, because a small model's greedy answers repeat themselves. Text and question penalties use
 vectors scaled by HELD_AT. Every step leaves out layers drawn at random (dropout), as 50 pairs are
 quickly overfitted; the result averages RUNS runs, which cancels effects of the order of examples.
@@ -66,7 +66,7 @@ class Aim(NamedTuple):
 
 
 # Small steps, and more of them, gain more for the same change of answers (docs/trials.md).
-OWN_ANSWERS = {"change": Aim(1.2, 1.0, 5, 4e-4), "keep": Aim(0.05, 3.0, 8, 2e-4)}
+AIMS = {"change": Aim(1.2, 1.0, 5, 4e-4), "keep": Aim(0.05, 3.0, 8, 2e-4)}
 DROPPED = 0.5  # probability that a layer is left out in a step, where there are many layers
 RUNS = 4  # averaged; each has its own order of examples and its own dropout
 HELD_AT = 1.5  # scale of the vectors in the text and question penalties, a margin of safety
@@ -74,7 +74,7 @@ HELD_AT = 1.5  # scale of the vectors in the text and question penalties, a marg
 
 def recipe(own_answers: str) -> dict:
     """All that trained vectors depend on beside their examples."""
-    aim = OWN_ANSWERS[own_answers]
+    aim = AIMS[own_answers]
     return {
         "epochs": aim.epochs,
         "learning_rate": aim.learning_rate,
@@ -113,8 +113,8 @@ def trainer(
     gate: scales the vectors at each position, in training as later.
     layers: those that are steered. max_tokens: positions computed at a time, which changes no
         more than rounding. where: the positions that are steered, in training as later (see
-        `grains.settings.parse_positions`). own_answers: a name in `OWN_ANSWERS`.
-    epochs, learning_rate: instead of those in `OWN_ANSWERS`.
+        `grains.settings.parse_positions`). own_answers: a name in `AIMS`.
+    epochs, learning_rate: instead of those in `AIMS`.
     Returns a function from the number of a run to (L, D), zero at layers that are not steered. The
     mean of all runs has strength 1 in absolute units. A run depends on its number alone, not on
     the process or the order. Raises UserError if pairs, texts, questions or answers are missing;
@@ -134,7 +134,7 @@ def trainer(
     remaining = replace(lm, memory=lm.memory - sum(_kept_bytes(lm, items) for items in kinds))
     fits = [fitting(remaining, items, max_tokens) for items in kinds]
     width, checkpointed = min(width for width, _ in fits), any(flag for _, flag in fits)
-    aim = OWN_ANSWERS[own_answers]
+    aim = AIMS[own_answers]
     epochs, rate = epochs or aim.epochs, learning_rate or aim.learning_rate
     terms = [
         _Term(lm, min(layers), width, where, *settings)
