@@ -143,8 +143,13 @@ def gate(lm):
     )
 
 
-def train(lm, epochs=3, rate=1e-2, **options):
-    run = trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, epochs, rate, **options)
+def quick(epochs, rate=1e-2, own_answers="change"):
+    return trained.AIMS[own_answers]._replace(epochs=epochs, learning_rate=rate)
+
+
+def train(lm, epochs=3, rate=1e-2, own_answers="change", **options):
+    aim = quick(epochs, rate, own_answers)
+    run = trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, aim, **options)
     return sum(map(run, range(trained.RUNS))) / trained.RUNS
 
 
@@ -188,11 +193,12 @@ def test_an_aim_has_its_own_steps(lm, monkeypatch, own_answers, steps, rate):
         "backward",
         lambda term, group, checkpointed, vectors, after: (vectors.sum() / 4).backward() or 1.0,
     )
-    found = trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, own_answers=own_answers)(0)
+    aim = trained.AIMS[own_answers]
+    found = trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, aim)(0)
     # The rate falls evenly from the whole to 1 / steps of it.
     expected = -rate * (steps + 1) / 2 * norms(lm)[LAYERS, None].expand(-1, lm.hidden_size)
     assert torch.allclose(found[LAYERS], expected, rtol=1e-4)
-    made = trained.recipe(own_answers)
+    made = trained.recipe(aim)
     assert (made["epochs"], made["learning_rate"]) == (steps, rate)
 
 
@@ -270,7 +276,7 @@ def test_the_seed_decides(lm, monkeypatch):
 
 def test_a_run_is_the_same_wherever_it_is_made(lm):
     first, second = (
-        trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, 2, 1e-2) for _ in range(2)
+        trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, quick(2)) for _ in range(2)
     )
     made = [first(number) for number in range(trained.RUNS)]
     assert torch.equal(second(trained.RUNS - 1), made[-1]) and torch.equal(second(0), made[0])
@@ -279,7 +285,7 @@ def test_a_run_is_the_same_wherever_it_is_made(lm):
 
 def test_no_step_computes_what_no_vector_changes(lm):
     """Up to the first steered layer the base model's states are those of every step."""
-    run = trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, 2, 1e-2)
+    run = trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, quick(2))
     calls = []
     handles = [
         layer.register_forward_hook(lambda *_, index=index: calls.append(index))
@@ -304,7 +310,7 @@ def test_what_is_kept_for_all_steps_is_known_before(lm):
 
 def test_a_single_layer_and_the_last_one_are_trained(lm):
     for layer in (0, len(lm.layers) - 1):
-        found = trained.trainer(lm, *items(lm), norms(lm), gate(lm), [layer], 1, 1e-2)(0)
+        found = trained.trainer(lm, *items(lm), norms(lm), gate(lm), [layer], quick(1))(0)
         assert found.norm(dim=-1).nonzero().flatten().tolist() == [layer]
 
 
@@ -313,4 +319,4 @@ def test_what_is_missing_is_refused(lm):
         groups = items(lm)
         groups[index] = []
         with pytest.raises(UserError, match=f"found no {name}"):
-            trained.trainer(lm, *groups, norms(lm), gate(lm), LAYERS)
+            trained.trainer(lm, *groups, norms(lm), gate(lm), LAYERS, quick(1))

@@ -104,8 +104,9 @@ def trained_vectors(
     path = study.names.trained(where, settings.own_answers)
     layers = later_layers(settings.grid.layers, len(lm.layers))
     answers = own_answers(lm, study, "training")
+    aim = trained.AIMS[settings.own_answers]
     manifest = manifest | {
-        "trained": {**trained.recipe(settings.own_answers), "layers": layers},
+        "trained": {**trained.recipe(aim), "layers": layers},
         "answers": data.fingerprint(answers),
         "max_new_tokens": settings.max_new_tokens,
         **({"positions": where} if where != "all" else {}),
@@ -123,10 +124,10 @@ def trained_vectors(
             norms,
             gate,
             layers,
+            aim,
             seed=study.seed,
             max_tokens=ablation.batch_tokens,
             where=where,
-            own_answers=settings.own_answers,
         )
 
     def save(made: Iterator[dict[str, Tensor]]) -> None:

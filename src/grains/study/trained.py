@@ -40,7 +40,6 @@ from grains.logprobs import ResponseScorer
 from grains.prompts import Encoded
 from grains.replay import replay
 from grains.scoring import batches, packed_batch
-from grains.settings import StudySettings
 from grains.steering import Gate, steer
 from grains.study.lora import fitting
 
@@ -72,9 +71,8 @@ RUNS = 4  # averaged; each has its own order of examples and its own dropout
 HELD_AT = 1.5  # scale of the vectors in the text and question penalties, a margin of safety
 
 
-def recipe(own_answers: str) -> dict:
+def recipe(aim: Aim) -> dict:
     """All that trained vectors depend on beside their examples."""
-    aim = AIMS[own_answers]
     return {
         "epochs": aim.epochs,
         "learning_rate": aim.learning_rate,
@@ -97,12 +95,10 @@ def trainer(
     norms: Tensor,
     gate: Gate,
     layers: list[int],
-    epochs: int | None = None,
-    learning_rate: float | None = None,
+    aim: Aim,
     seed: int = 0,
     max_tokens: int = 2048,
     where: str = "all",
-    own_answers: str = StudySettings.own_answers,
 ) -> Callable[[int], Tensor]:
     """Prepare the training of one vector a layer, in `RUNS` runs; the model leaves as it came.
 
@@ -111,10 +107,9 @@ def trainer(
     answers: prompts with an answer sampled from the model itself, one response each.
     norms: (L,) median ||h_l||, the unit of each layer's vector in training.
     gate: scales the vectors at each position, in training as later.
-    layers: those that are steered. max_tokens: positions computed at a time, which changes no
-        more than rounding. where: the positions that are steered, in training as later (see
-        `grains.settings.parse_positions`). own_answers: a name in `AIMS`.
-    epochs, learning_rate: instead of those in `AIMS`.
+    layers: those that are steered. aim: one of `AIMS`. max_tokens: positions computed at a time,
+        which changes no more than rounding. where: the positions that are steered, in training as
+        later (see `grains.settings.parse_positions`).
     Returns a function from the number of a run to (L, D), zero at layers that are not steered. The
     mean of all runs has strength 1 in absolute units. A run depends on its number alone, not on
     the process or the order. Raises UserError if pairs, texts, questions or answers are missing;
@@ -134,8 +129,6 @@ def trainer(
     remaining = replace(lm, memory=lm.memory - sum(_kept_bytes(lm, items) for items in kinds))
     fits = [fitting(remaining, items, max_tokens) for items in kinds]
     width, checkpointed = min(width for width, _ in fits), any(flag for _, flag in fits)
-    aim = AIMS[own_answers]
-    epochs, rate = epochs or aim.epochs, learning_rate or aim.learning_rate
     terms = [
         _Term(lm, min(layers), width, where, *settings)
         for settings in (
@@ -147,13 +140,13 @@ def trainer(
     ]
     generator = torch.Generator().manual_seed(seed)
     plans = [
-        _plan(terms, len(layers), epochs * len(terms[0].groups), generator) for _ in range(RUNS)
+        _plan(terms, len(layers), aim.epochs * len(terms[0].groups), generator) for _ in range(RUNS)
     ]
     row = {layer: index for index, layer in enumerate(layers)}
 
     def run(index: int) -> Tensor:
         vectors = torch.zeros(len(layers), lm.hidden_size, requires_grad=True)
-        optimizer = torch.optim.Adam([vectors], lr=rate, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam([vectors], lr=aim.learning_rate, betas=(0.9, 0.95))
 
         def after(stretch: Tensor, part: Tensor | None, layer: int, states: Tensor) -> Tensor:
             if layer not in row:
@@ -166,7 +159,7 @@ def trainer(
             plan, desc=f"training vectors, run {index + 1} of {RUNS}", unit="step", leave=False
         )
         for step, (kept, groups) in enumerate(bar):
-            optimizer.param_groups[0]["lr"] = rate * (1 - step / len(plan))
+            optimizer.param_groups[0]["lr"] = aim.learning_rate * (1 - step / len(plan))
             total = sum(
                 term.backward(group, checkpointed, vectors, partial(after, term.stretch * kept))
                 for term, group in zip(terms, groups, strict=True)
