@@ -28,8 +28,9 @@ def faster(monkeypatch):
 
 
 @pytest.fixture
-def both(tokenizer, faster):
-    """The same tiny model twice, multiplied by torch and by oneDNN."""
+def both(tokenizer, faster, monkeypatch):
+    """The same tiny model twice, multiplied by torch and by oneDNN, in its narrow layers too."""
+    monkeypatch.setattr("grains.cpu.FEWEST_INPUTS", 0)
     model = tiny_model("qwen2")  # its query, key and value layers have a bias
     one, two = (models.wrap("tiny", copy.deepcopy(model), tokenizer) for _ in range(2))
     use_onednn(two.model)
@@ -120,6 +121,12 @@ def test_it_is_for_amds_avx512(monkeypatch, capability, vendor, expected):
     use_onednn(module)
     assert is_faster() == expected
     assert type(module[0]) is (OneDnnLinear if expected else nn.Linear)
+
+
+def test_layers_of_few_inputs_are_multiplied_by_torch(faster):
+    module = nn.Sequential(*(nn.Linear(inputs, 64) for inputs in (32, 63, 64)))
+    use_onednn(module)
+    assert [*map(type, module)] == [nn.Linear, nn.Linear, OneDnnLinear]
 
 
 class Account(ctypes.Structure):
