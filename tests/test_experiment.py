@@ -348,9 +348,28 @@ def test_answers_are_those_of_the_configurations(made):
         assert len(mine) == 7
         assert row.words == approx(mine.text.str.split().str.len().mean())
         assert row.repetition == approx(mine.repetition.mean())
+    front = protocol.read_front(next(made.folder.glob("*_front.csv")))
+    own = front.dataset == front.evaluated_on
+    changes = front[[f"repetition_change{end}" for end in ("", "_low", "_high")]]
+    # Four tokens repeat no three words, so nothing changes; no questions of other data are asked.
+    assert (changes[own] == 0).all(axis=None) and changes[~own].isna().all(axis=None)
+    assert "/ 0.00, +0.00 [+0.00, +0.00] |" in made.flags["document"].read_text()
     transferred = grid[grid.dataset != grid.evaluated_on]
     assert len(transferred) and transferred.words.isna().all()
     assert transferred.perplexity.isna().all()
+
+
+def test_the_repetition_of_an_answer_stands_beside_its_question():
+    """Three test questions, of which two are answered freely; an unrelated one with their name."""
+    asked = [("d", "base", name) for name in "abc"] + [("d", "m", name) for name in "abc"]
+    asked += [(pareto.UNRELATED, "base", "a"), (pareto.UNRELATED, "m", "a")]
+    questions = pd.DataFrame(asked, columns=["evaluated_on", "configuration", "id"])
+    written = [("m", "b", 0.4), ("base", "a", 0.1), ("m", "a", 0.3), ("base", "b", 0.2)]
+    answers = pd.DataFrame(written, columns=["configuration", "id", "repetition"])
+    found = protocol.with_repetition(questions.assign(token=True), answers.assign(dataset="d"))
+    assert found[questions.columns].equals(questions) and found.token.all()
+    expected = [0.1, 0.2, np.nan, 0.3, 0.4, np.nan, np.nan, np.nan]
+    assert found.repetition.tolist() == approx(expected, nan_ok=True)
 
 
 def test_the_document_has_every_gain_and_the_rest_of_the_file(made, again):
@@ -665,10 +684,12 @@ def test_the_front_follows_from_the_grid(made):
     assert (own.unrelated_change_low < own.unrelated_change_high).any()
 
 
-def test_what_unrelated_questions_lose_by_hand():
-    """Two seeds; ids of the data set's questions are those of unrelated ones as well."""
+def test_what_unrelated_questions_lose_and_repetition_rises_by_hand():
+    """Two seeds; ids of the data set's questions are those of unrelated ones as well. The first
+    seed answers both questions freely, the second the first one alone."""
     answers = []
     for seed, right in enumerate(([0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1])):
+        base_repeats, repeats = [[0.1, 0.5], [0.2, np.nan]][seed], [[0.4, 0.2], [0.7, np.nan]][seed]
         chosen = pd.DataFrame(
             [
                 {
@@ -691,14 +712,15 @@ def test_what_unrelated_questions_lose_by_hand():
                 "configuration": configuration,
                 "token": bool(is_right),
                 "sum": False,
+                "repetition": repeated,
             }
-            for tested, configuration, answered in (
-                ("d", "base", [0, 0]),
-                ("d", "m x 1", [1, 1]),
-                (pareto.UNRELATED, "base", [1, 1, 1, 1, 1, 0]),
-                (pareto.UNRELATED, "m x 1", right),
+            for tested, configuration, answered, repetitions in (
+                ("d", "base", [0, 0], base_repeats),
+                ("d", "m x 1", [1, 1], repeats),
+                (pareto.UNRELATED, "base", [1, 1, 1, 1, 1, 0], [np.nan] * 6),
+                (pareto.UNRELATED, "m x 1", right, [np.nan] * 6),
             )
-            for number, is_right in enumerate(answered)
+            for number, (is_right, repeated) in enumerate(zip(answered, repetitions, strict=True))
         ]
         answers.append((chosen, pd.DataFrame(rows)))
     (row,) = pareto.front(answers).itertuples()
@@ -706,6 +728,9 @@ def test_what_unrelated_questions_lose_by_hand():
     low, high = stats.bootstrap_interval(np.array([-1, -0.5, 0, 0, 0, 0.5]))
     assert low < -1 / 6 < high
     assert (row.unrelated_change_low, row.unrelated_change_high) == (approx(low), approx(high))
+    # The first question repeats 0.3 and 0.5 more, the second 0.3 less: each counts once.
+    assert row.repetition_change == approx((0.4 - 0.3) / 2)
+    assert (row.repetition_change_low, row.repetition_change_high) == (approx(-0.3), approx(0.4))
 
 
 def test_what_is_chosen_by_hand():

@@ -265,7 +265,7 @@ def test_front_table_and_sentence(tmp_path):
                 f"{100 * row.gain:+.1f} [{100 * row.gain_low:.1f}, {100 * row.gain_high:.1f}] "
                 f"p = {row.p_value:g}{adjusted[row.method]} perplexity "
                 f"{100 * row.perplexity_increase:+.1f} % own answers +7.0 % repetition 18.0 % "
-                "unrelated -1.2 [-3.1, 0.4]"
+                "unrelated -1.2 [-3.1, 0.4] change of repetition +2.1 [-1.3, 5.5]"
             )
     assert [e.text for e in page.all("span", "significant")] == [
         text

@@ -292,6 +292,9 @@ def write_front(folder: Path, rows: list[dict], stem=STEM, limits=(UNCONSTRAINED
                     "unrelated_change": -0.012,
                     "unrelated_change_low": -0.031,
                     "unrelated_change_high": 0.004,
+                    "repetition_change": 0.021,
+                    "repetition_change_low": -0.013,
+                    "repetition_change_high": 0.055,
                 }
             )
     table = pd.DataFrame(lines)

@@ -138,7 +138,8 @@ KINDS = {
         | _each(measure, "perplexity_increase", "unrelated_change")
         | _each(measure, "unrelated_change_low", "unrelated_change_high"),
         _each(label, "evaluated_on")
-        | _each(measure, "varied_increase", "answers_increase", "repetition"),
+        | _each(measure, "varied_increase", "answers_increase", "repetition")
+        | _each(measure, "repetition_change", "repetition_change_low", "repetition_change_high"),
         ("dataset", "evaluated_on", "method", "mode", "score", "limit", "max_ppl_increase"),
     ),
     "generation": Kind(

@@ -39,6 +39,8 @@ MEASURES = {
     "repetition": ("repetition in free answers", "repetition", percent),
     "words": ("words of a free answer", "words", count),
 }
+# Costs that a front gives as changes in points, with their intervals.
+CHANGES = {"unrelated_change": "unrelated", "repetition_change": "change of repetition"}
 
 
 def present(rows: pd.DataFrame) -> list[str]:
@@ -92,6 +94,7 @@ def gains(front: pd.DataFrame, limit: str) -> list[dict]:
     """
     budgets = sorted(front.max_ppl_increase.unique())
     measured = {column: MEASURES[column] for column in present(front)}
+    changes = [item for item in CHANGES.items() if item[0] in front]
 
     def cell(row: pd.Series) -> dict:
         return {
@@ -101,7 +104,11 @@ def gains(front: pd.DataFrame, limit: str) -> list[dict]:
             "adjusted": "" if row.is_control else p_text(row.adjusted),
             "significant": row.adjusted < SIGNIFICANT,
             "costs": [f"{name} {form(row[column])}" for column, (_, name, form) in measured.items()]
-            + [f"unrelated {points(row.unrelated_change)}", interval(row, "unrelated_change")],
+            + [
+                text
+                for name, title in changes
+                for text in (f"{title} {points(row[name])}", interval(row, name))
+            ],
         }
 
     tables = []

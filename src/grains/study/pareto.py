@@ -79,11 +79,12 @@ def front(chosen_and_tested: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.
 
     A question that several seeds test counts once, with its mean over them; intervals are
     bootstrapped over questions, the p-value flips the signs of their gains. Each row also has the
-    change on unrelated questions, with its interval.
+    interval of the change on unrelated questions, and the change of the repetition in free answers
+    with its interval, over the questions that were answered freely (NaN where none was).
 
     chosen_and_tested: for each study (one data set, one seed) and each data set it is tested on,
     the chosen configurations (`choose`, with COSTS on test) and a row per question and
-    configuration.
+    configuration, with the repetition of its free answer or NaN.
     """
     answers = [
         {
@@ -107,13 +108,16 @@ def front(chosen_and_tested: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.
         for number, label in picked:
             steered, base = (answers[number][tested, name] for name in (label, BASE.label))
             columns = {"right": steered[score].astype(float), "was": base[score].astype(float)}
+            columns["repeated"] = steered.repetition - base.repetition
             tables.append(pd.DataFrame({"seed": steered.seed, **columns}))
         table = pd.concat(tables)
         by_question = table.groupby("id")[["right", "was"]].mean()
         gains = (by_question.right - by_question.was).to_numpy()
+        repeated = table.groupby("id").repeated.mean().dropna().to_numpy()
         by_seed = table.groupby("seed")[["right", "was"]].mean()
         accuracy_low, accuracy_high = stats.bootstrap_interval(by_question.right.to_numpy())
         gain_low, gain_high = stats.bootstrap_interval(gains)
+        repeated_low, repeated_high = stats.bootstrap_interval(repeated)
         return {
             "seeds": len(by_seed),
             "questions": len(gains),
@@ -128,6 +132,9 @@ def front(chosen_and_tested: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> pd.
             "gain_seed_sd": (by_seed.right - by_seed.was).std(ddof=1) if len(by_seed) > 1 else 0.0,
             "p_value": stats.sign_flip_p_value(gains),
             **pd.DataFrame([costs_of[number].loc[label] for number, label in picked]).mean(),
+            "repetition_change": repeated.mean() if len(repeated) else float("nan"),
+            "repetition_change_low": repeated_low,
+            "repetition_change_high": repeated_high,
         }
 
     keys = ["dataset", "evaluated_on", "method", "mode", "score", "max_ppl_increase", "limit"]
@@ -174,7 +181,8 @@ def summaries(table: pd.DataFrame) -> list[Titled]:
             (
                 f"{dataset}: cost on test, constraint: {limit}; rise of perplexity on neutral text "
                 "/ on code, dialogue, other languages and the like / on the model's own free "
-                "answers / change on unrelated questions in points / repetition in free answers",
+                "answers / change on unrelated questions in points / repetition in free answers "
+                "and its change over the same questions",
                 pivot(limited[limited.score == SCORES[0]], "max_ppl_increase", "+{:.0%}", costs),
             )
         )
@@ -199,12 +207,16 @@ def points(row: Any, name: str = "gain") -> str:
 
 
 def costs(row: Any) -> str:
-    """All costs of a row of a front."""
-    return (
+    """All costs of a row of a front; older ones have no change of the repetition."""
+    cell = (
         f"{row.perplexity_increase:+.1%} / {row.varied_increase:+.1%} / "
         f"{row.answers_increase:+.1%} / {points(row, 'unrelated_change')} / "
         f"{row.repetition:.2f}"
     )
+    if not hasattr(row, "repetition_change"):
+        return cell
+    change, low, high = (getattr(row, f"repetition_change{end}") for end in ("", "_low", "_high"))
+    return f"{cell}, {change:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def pivot(

@@ -126,7 +126,7 @@ def computed(
             by_label = tested.set_index("configuration")[columns]
             chosen[columns] = by_label.loc[chosen.configuration].to_numpy()
             grids += [validated, tested]
-            chosen_and_tested.append((chosen, questions))
+            chosen_and_tested.append((chosen, with_repetition(questions, answers)))
             generations.append(answers)
 
             unknown = dict.fromkeys(pareto.ANSWER_COSTS, np.nan)
@@ -134,12 +134,23 @@ def computed(
                 if target is not current:
                     grid, questions = evaluate(lm, current, target, "test", configurations)
                     grids.append(grid)
-                    chosen_and_tested.append((chosen.assign(**unknown), questions))
+                    unasked = questions.assign(repetition=np.nan)
+                    chosen_and_tested.append((chosen.assign(**unknown), unasked))
     return {
         "grid": pd.concat(grids),
         "front": pareto.front(chosen_and_tested),
         "generations": pd.concat(generations),
     }
+
+
+def with_repetition(questions: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
+    """Rows of questions (see `evaluate`) with the repetition of the free answer, or NaN.
+
+    Unrelated questions, which are not answered freely, may have the names of others.
+    """
+    same = ["evaluated_on", "configuration", "id"]
+    written = answers.rename(columns={"dataset": "evaluated_on"})[[*same, "repetition"]]
+    return questions.merge(written, "left", same)
 
 
 def with_strengths(lm: LanguageModel, current: Study) -> list[Configuration]:
