@@ -35,38 +35,52 @@ QUESTIONS = [
 ]
 
 
-def everything(lm: models.LanguageModel) -> list:
-    """What the three stages compute, texts last."""
-    encoded = [prompts.encode(lm, question, "qa") for question in QUESTIONS]
+SETTINGS = [
+    AttributionSettings(max_points=11),
+    AttributionSettings(objective="normal", ig_steps=2, baseline="pad"),
+    AttributionSettings(grad_method="smoothgrad", baseline="zeros", smooth_samples=2),
+]
+
+
+def grid(lm: models.LanguageModel) -> list[Configuration]:
+    """Steered from a layer of each half on, at the last layer alone, at all."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(LAYERS, lm.hidden_size, generator=generator)
-    # Steered from a layer of each half on, at the last layer alone, at all.
-    grid = [
+    return [
         Configuration("some", "", layers, 1.0, {layer: vectors[layer] for layer in layers})
         for layers in [(1,), (2,), (3,), (0, 1, 2, 3)]
     ]
-    results = []
-    for settings in (
-        AttributionSettings(max_points=11),
-        AttributionSettings(objective="normal", ig_steps=2, baseline="pad"),
-        AttributionSettings(grad_method="smoothgrad", baseline="zeros", smooth_samples=2),
-    ):
-        results += [
-            item.scores
-            for item in attribute(
-                lm, encoded[0], settings, TOKENS, torch.Generator().manual_seed(0)
-            )
-        ]
-    states = hidden_states(lm, encoded[0], [[3, 4], [5]], TOKENS)
-    results += [states.last, states.log_likelihoods, states.norms, states.gradients]
-    results += score(lm, encoded, grid, TOKENS)
-    return [*map(np.asarray, results), generate(lm, encoded, grid, 4)]
 
 
-def check_same(found: list, expected: list) -> None:
-    for here, there in zip(found[:-1], expected[:-1], strict=True):
-        assert relative(here, there) < 1e-4
-    assert found[-1] == expected[-1]
+def encode_all(lm: models.LanguageModel) -> list:
+    return [prompts.encode(lm, question, "qa") for question in QUESTIONS]
+
+
+def stage_1(lm: models.LanguageModel, count: int = len(SETTINGS)) -> list[np.ndarray]:
+    """Hidden states and their gradients, and what `count` of the settings attribute."""
+    item = encode_all(lm)[0]
+    states = hidden_states(lm, item, [[3, 4], [5]], TOKENS)
+    results = [states.last, states.log_likelihoods, states.norms, states.gradients]
+    for settings in SETTINGS[:count]:
+        generator = torch.Generator().manual_seed(0)
+        results += [found.scores for found in attribute(lm, item, settings, TOKENS, generator)]
+    return [*map(np.asarray, results)]
+
+
+def stage_2(lm: models.LanguageModel) -> list[np.ndarray]:
+    return score(lm, encode_all(lm), grid(lm), TOKENS)
+
+
+def check_same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    for values, right in zip(found, expected, strict=True):
+        assert relative(values, right) < 1e-4
+
+
+def check_all(lm: models.LanguageModel, expected: tuple) -> None:
+    numbers, scores, texts = expected
+    check_same(stage_1(lm), numbers)
+    check_same(stage_2(lm), scores)
+    assert generate(lm, encode_all(lm), grid(lm), 3) == texts
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["head", "tied head"])
@@ -78,8 +92,9 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(folder):
+    """The model in one piece, and what the three stages compute with it."""
     lm = models.load(str(folder), dtype="float32", device="cpu")
-    return lm, everything(lm)
+    return lm, (stage_1(lm), stage_2(lm), generate(lm, encode_all(lm), grid(lm), 3))
 
 
 # --- the disk ---
@@ -108,9 +123,10 @@ def test_layers_on_the_disk(folder, whole, monkeypatch, device_map):
     offloaded = [parameter.is_meta for parameter in lm.model.parameters()]
     assert any(offloaded)
     forwards = [layer.forward for layer in lm.layers]
-    check_same(everything(lm), whole[1])
-    # With no memory beside the logits the layers are computed again, so fetched again.
-    check_same(everything(dataclasses.replace(lm, memory=2**25)), whole[1])
+    check_all(lm, whole[1])
+    # With no memory beside the logits, which only gradients ask for, the layers are computed again,
+    # so fetched again.
+    check_same(stage_1(dataclasses.replace(lm, memory=2**25)), whole[1][0])
 
     assert [parameter.is_meta for parameter in lm.model.parameters()] == offloaded
     assert [layer.forward for layer in lm.layers] == forwards
@@ -125,6 +141,7 @@ def test_a_split_model_is_known_by_the_same_weights(folder, whole):
     assert split.identity() == whole[0].identity()
 
 
+@pytest.mark.parametrize("folder", [False], indirect=True, ids=["head"])
 def test_device_map_of_a_script(commands, folder, tmp_path):
     questions = tiny.write_jsonl(tmp_path / "questions.jsonl", tiny.question_rows(4))
     made = []
@@ -327,6 +344,9 @@ def test_two_devices(folder, whole, two_devices):
     put(model, places)
     lm = models.wrap(str(folder), model, whole[0].tokenizer)
     assert lm.device == first and lm.identity() == whole[0].identity()
-    check_same(everything(lm), whole[1])
-    # As for a model that makes its logits in a way of its own.
-    check_same(everything(dataclasses.replace(lm, own_head=True)), whole[1])
+    check_all(lm, whole[1])
+    # As for a model that makes its logits in a way of its own, in which all write texts.
+    numbers, scores, _ = whole[1]
+    own = stage_1(dataclasses.replace(lm, own_head=True), 1)
+    check_same(own, numbers[: len(own)])
+    check_same(stage_2(dataclasses.replace(lm, own_head=True)), scores)

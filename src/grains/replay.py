@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from grains import cpu, experts
 from grains.calls import Calls, SingleSequence, map_tensors, record, states_of
@@ -419,15 +419,22 @@ def replay(
     """
     for index in range(start, len(lm.layers) if stop is None else stop):
         layer = partial(_layer, lm, index, calls)
-        hidden_states = (
-            checkpoint(layer, hidden_states, use_reentrant=False)
-            if checkpointed
-            else layer(hidden_states)
-        )
+        if checkpointed:
+            # A layer that stops early when it is computed again would keep what accelerate fetched
+            # from the disk for the modules that it was in.
+            with set_checkpoint_early_stop(not _fetched(lm.layers[index])):
+                hidden_states = checkpoint(layer, hidden_states, use_reentrant=False)
+        else:
+            hidden_states = layer(hidden_states)
         if after is not None:
             changed = after(index, hidden_states)
             hidden_states = hidden_states if changed is None else changed
     return hidden_states
+
+
+def _fetched(layer: torch.nn.Module) -> bool:
+    """Whether accelerate fetches the weights of a layer when they are needed."""
+    return any(hasattr(module, "_hf_hook") for module in layer.modules())
 
 
 def _layer(lm: LanguageModel, index: int, calls: Calls, states: Tensor) -> Tensor:
