@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import align_module_device
@@ -197,3 +200,19 @@ class LanguageModel:
             "weights": digest.hexdigest()[:16],
             "weights_sum": f"{total:.9e}",
         }
+
+
+Value = TypeVar("Value")
+
+
+def kept_with_model(function: Callable[[LanguageModel], Value]) -> Callable[[LanguageModel], Value]:
+    """A function whose value for a model is computed once, and kept as long as the model is."""
+    known: WeakKeyDictionary[LanguageModel, Value] = WeakKeyDictionary()
+
+    @wraps(function)
+    def value(lm: LanguageModel) -> Value:
+        if lm not in known:
+            known[lm] = function(lm)
+        return known[lm]
+
+    return value

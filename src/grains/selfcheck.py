@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 from itertools import chain, islice
 
 import torch
@@ -18,7 +17,7 @@ from grains import decoding, prompts, sampling
 from grains.calls import own_logits, states_of
 from grains.data import Example
 from grains.errors import UserError, refusing
-from grains.lm import LanguageModel, LogitShape
+from grains.lm import LanguageModel, LogitShape, kept_with_model
 from grains.logprobs import logits
 from grains.packing import pack
 from grains.quantized import holds_packed
@@ -400,7 +399,7 @@ def _decode(lm: LanguageModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tenso
     return output.sequences[0], torch.stack([step[0].float() for step in output.logits])
 
 
-@lru_cache(maxsize=4)
+@kept_with_model
 @torch.no_grad()
 def check_decoding(lm: LanguageModel) -> None:
     """Raise UserError if the model's own decoding is not what its forward says.
@@ -423,7 +422,7 @@ def check_decoding(lm: LanguageModel) -> None:
             )
 
 
-@lru_cache(maxsize=4)
+@kept_with_model
 @torch.no_grad()
 def can_pad(lm: LanguageModel) -> bool:
     """Whether the model's own decoding of a text behind padding is that of the text alone.
@@ -444,7 +443,7 @@ def can_pad(lm: LanguageModel) -> bool:
     return _distance(together, alone) <= _limit(lm)
 
 
-@lru_cache(maxsize=4)
+@kept_with_model
 @torch.no_grad()
 def can_decode(lm: LanguageModel) -> bool:
     """Whether rows of a running batch (see `decoding`) get the logits that each text gets alone.

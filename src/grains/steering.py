@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from grains import tower as towers
 from grains.calls import first_tensor, states_of, with_first, with_states
 from grains.errors import UserError
-from grains.lm import LanguageModel
+from grains.lm import LanguageModel, kept_with_model
 from grains.runs import read_tensors, write_tensors
 from grains.settings import TRAINED_METHODS, UNITS, GridSettings, parse_positions
 
@@ -550,7 +550,7 @@ def _sizes(vectors: SteeringVectors) -> str:
     return f"{len(vectors.vectors)} layers of size {vectors.vectors.shape[1]}"
 
 
-@lru_cache(maxsize=4)
+@kept_with_model
 def _known(lm: LanguageModel) -> dict[str, Any]:
     """A model's identity, taken once: a block may be entered for every prompt."""
     return lm.identity()

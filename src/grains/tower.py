@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from grains import vision
 from grains.calls import first_tensor, record
 from grains.errors import UserError
-from grains.lm import LanguageModel
+from grains.lm import LanguageModel, kept_with_model
 
 BLANK = Image.new("RGB", (224, 224), (128, 128, 128))  # a picture that shows where the layers are
 
 
-@lru_cache(maxsize=4)
+@kept_with_model
 def layers(lm: LanguageModel) -> tuple[nn.Module, ...]:
     """The Lv layers that a picture passes through before the decoder, in their order.
 
