@@ -2,16 +2,17 @@
 
     python benchmarks/families.py [FAMILY ...]      # writes docs/families.md
 
-Every family of benchmarks/zoo.py is built twice. One model is loaded as the scripts load it, the
-other stays untouched: what is expected comes from its own forward, one answer at a time, with hooks
-of this file. A number in the table is the largest difference from that, in nats, or relative to
-the size of what is compared. What is measured is kept in ROWS, so that a run that is stopped goes
-on where it was; with other code or libraries it begins anew.
+Every family of benchmarks/zoo.py is built, and copied. One model is loaded as the scripts load it,
+the other stays untouched: what is expected comes from its own forward, one answer at a time, with
+hooks of this file. A number in the table is the largest difference from that, in nats, or relative
+to the size of what is compared. What is measured is kept in ROWS, so that a run that is stopped
+goes on where it was; with other code or libraries it begins anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import signal
@@ -83,7 +84,9 @@ class Family:
 
 def load(name: str) -> Family:
     """Raises UserError where the family is refused."""
-    return Family(name, models.wrap(name, zoo.make(name), tiny.byte_tokenizer()), zoo.make(name))
+    model = zoo.make(name)
+    untouched = copy.deepcopy(model)
+    return Family(name, models.wrap(name, model, tiny.byte_tokenizer()), untouched)
 
 
 def direction(layer: int, size: int) -> Tensor:

@@ -91,11 +91,11 @@ def captum_scores(lm, item, kind, scope, steps, weights=(1.0, -1.0)):
 @pytest.mark.parametrize("kind", BASELINES)
 def test_gauss_legendre_is_captums(tiny, kind, scope):
     item = encoded(tiny, PROMPT, PAIRS["common beginning"], CONTENT)
-    settings = AttributionSettings(baseline=kind, attribute=scope, ig_steps=7)
+    settings = AttributionSettings(baseline=kind, attribute=scope, ig_steps=4)
     (found,) = attribute(tiny, item, settings, MAX_TOKENS, generator())
-    expected = captum_scores(tiny, item, kind, scope, 7)
+    expected = captum_scores(tiny, item, kind, scope, 4)
     assert relative(found.scores, expected) <= 1e-3
-    assert found.points == 7
+    assert found.points == 4
     still = [i for i in range(len(PROMPT)) if scope == "content" and i not in CONTENT]
     assert not found.scores[still].any()
 
@@ -410,22 +410,22 @@ def test_a_path_keeps_its_points():
 
 # -- SmolLM2 --
 
-CAPITAL = example("What is the capital of Australia?", "Canberra is", "Canberra or Sydney")
 SHORT = example("Is it?", "Yes", "No")  # a path that few points integrate
+ALIKE = example("Is it?", "No idea", "No")  # answers that begin alike
 
 
 @pytest.mark.parametrize(
     ("kind", "scope", "style"), [("zeros", "all", "qa"), ("mean", "content", "chat")]
 )
 def test_smollm2_gauss_legendre_is_captums(smollm2, kind, scope, style):
-    question = prompts.encode(smollm2, CAPITAL, style)
-    settings = AttributionSettings(baseline=kind, attribute=scope, ig_steps=3)
+    question = prompts.encode(smollm2, ALIKE, style)
+    settings = AttributionSettings(baseline=kind, attribute=scope, ig_steps=2)
     (found,) = attribute(smollm2, question, settings, 128, generator())
-    assert relative(found.scores, captum_scores(smollm2, question, kind, scope, 3)) <= 1e-3
+    assert relative(found.scores, captum_scores(smollm2, question, kind, scope, 2)) <= 1e-3
 
 
 def test_smollm2_vanilla_and_completeness(smollm2):
-    question = prompts.encode(smollm2, CAPITAL, "chat")
+    question = prompts.encode(smollm2, ALIKE, "instruct")
     (found,) = attribute(
         smollm2, question, AttributionSettings(grad_method="vanilla"), 128, generator()
     )
@@ -435,7 +435,7 @@ def test_smollm2_vanilla_and_completeness(smollm2):
 
 
 def test_smollm2_adaptive_converges_to_many_points(smollm2):
-    question = prompts.encode(smollm2, SHORT)
+    question = prompts.encode(smollm2, SHORT, "qa")
     start = start_of_path(smollm2, question, "mean", "content")
     function = PromptFunction(smollm2, question, [1.0, -1.0], 256)
     compute, asked = function.values_and_grads, []
@@ -448,13 +448,13 @@ def test_smollm2_adaptive_converges_to_many_points(smollm2):
     found = adaptive_simpson(StraightPath(function, start), 0.02, 150)
     assert 9 < found.points == len(asked) == len(set(asked)) <= 150
     assert found.relative_error <= 0.02
-    many = gauss_legendre(StraightPath(function, start), 30)
+    many = gauss_legendre(StraightPath(function, start), 24)
     assert many.relative_error <= 0.02
     norms = np.linalg.norm(found.scores) * np.linalg.norm(many.scores)
     cosine = found.scores @ many.scores / norms
     print(
         f"{found.points} points, error {found.relative_error:.2%}, cosine {cosine:.4f}; "
-        f"30 points, error {many.relative_error:.2%}"
+        f"24 points, error {many.relative_error:.2%}"
     )
     assert cosine >= 0.98
     f = objective(smollm2, question)
@@ -465,7 +465,7 @@ def test_smollm2_adaptive_converges_to_many_points(smollm2):
 
 def test_a_path_from_zeros_everywhere_has_finite_scores(smollm2):
     """There the slope of the first point overflows; the rest of the path is still integrated."""
-    item = prompts.encode(smollm2, SHORT)
+    item = prompts.encode(smollm2, SHORT, "qa")
     settings = AttributionSettings(baseline="zeros", attribute="all", max_points=17)
     (found,) = attribute(smollm2, item, settings, MAX_TOKENS, generator())
     assert np.isfinite(found.scores).all() and np.isfinite(found.difference)

@@ -134,8 +134,11 @@ def test_rows_are_filled_and_resumed(commands, tmp_path):
             ran.append("stopped")
             raise KeyboardInterrupt
         script, *words = command
-        short = ["--max_new_tokens", "6"] if script == "steering_generation.py" else []
-        commands.run(script, *words, *short).ok()
+        short = {
+            "steering_generation.py": ["--max_new_tokens", "6"],
+            "token_ablation.py": ["--ig_max_points", "9"],
+        }
+        commands.run(script, *words, *short.get(script, [])).ok()
 
     args = arguments(tmp_path)
     with pytest.raises(KeyboardInterrupt):

@@ -169,6 +169,8 @@ def finished(commands, out):
             out / "tokens.csv",
             "--output_path_hidden",
             out / "states.safetensors",
+            "--ig_max_points",
+            9,
         ],
         "run_steering_mc_vlm": where,
         "run_steering_generation_vlm": [
@@ -321,9 +323,9 @@ def test_the_vision_tower_is_steered_in_stages_2_and_3(finished, commands, out, 
         *("--methods", "vti", "--layer_idxs", "all", "--alphas", 0.3),
         *("--num_validation", 1, "--num_test", 2),
     ]
-    commands.shell("vlm/run_steering_mc_vlm.sh", *flags).ok()
+    commands.shell("vlm/run_steering_mc_vlm.sh", *flags, few_copies=True).ok()
     flags += ["--num_prompts", 2, "--max_new_tokens", 4]
-    commands.shell("vlm/run_steering_generation_vlm.sh", *flags).ok()
+    commands.shell("vlm/run_steering_generation_vlm.sh", *flags, few_copies=True).ok()
     (path,) = (out / "vectors").glob("*_vti*.safetensors")
     lm = models.load(str(model_folder), dtype="float32", device="cpu")
     steering = SteeringVectors.load(path).at(0.3)
@@ -377,6 +379,8 @@ def test_a_second_run_has_nothing_to_do(finished, commands, out):
         out / "tokens.csv",
         "--output_path_hidden",
         out / "states.safetensors",
+        "--ig_max_points",
+        9,
     ).ok()
     assert "nothing to do" in result.out
     assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -421,8 +425,11 @@ def test_rows_of_the_papers_tables_are_filled_and_not_run_again(commands, tmp_pa
     )
 
     def run(command):
-        short = ["--max_new_tokens", "5"] if command[0] == "steering_generation_vlm.py" else []
-        commands.run(*command, *short).ok()
+        short = {
+            "steering_generation_vlm.py": ["--max_new_tokens", "5"],
+            "token_ablation_vlm.py": ["--ig_max_points", "9"],
+        }
+        commands.run(*command, *short.get(command[0], []), few_copies=True).ok()
 
     paper_tables.run_all(rows, args, run)
     table = pd.read_csv(tmp_path / "table.csv", dtype=str, keep_default_na=False)

@@ -29,6 +29,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[2].absolute() / "src"
+FEW_COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class Commands:
         largest_file: int | None = None,
         seconds: int = 120,
         short_texts: bool = False,
+        few_copies: bool = False,
     ) -> Process:
         """Start src/`script`.
 
@@ -125,6 +127,7 @@ class Commands:
         largest_file: bytes a file may have at most (the write after that fails).
         seconds: of CPU time, after which it is killed.
         short_texts: the experiment measures costs on less text (see `helpers.short_texts`).
+        few_copies: the method vti compares a picture with FEW_COPIES of it, instead of 50.
         """
         folder = Path(self.folder.name) / str(next(self.count))
         folder.mkdir()
@@ -138,6 +141,7 @@ class Commands:
                 "largest_file": largest_file,
                 "seconds": seconds,
                 "short_texts": short_texts,
+                "few_copies": few_copies,
             }
         )["pid"]
         return Process(self, pid, folder)
@@ -151,7 +155,9 @@ class Commands:
             listener.bind(("127.0.0.1", 0))
             return listener.getsockname()[1]
 
-    def shell(self, script: str, *arguments, **environment: str) -> Result:
+    def shell(
+        self, script: str, *arguments, few_copies: bool = False, **environment: str
+    ) -> Result:
         """Run src/scripts/`script`, and the script that it starts as a process of the server.
 
         What the shell script calls `$PYTHON` with is written down, and then run.
@@ -166,7 +172,7 @@ class Commands:
             check=True,
         )
         name, *words = called.read_text().split("\0")[:-1]
-        return self.run(name, *words)
+        return self.run(name, *words, few_copies=few_copies)
 
     def together(self, script: str, *arguments, **options) -> list[Process]:
         """Start a command as two processes that know of each other, as a launcher does."""
@@ -303,7 +309,12 @@ def commands(server_with, hub_port, tmp_path_factory):
     """A server that has no network, for all tests: those of the hub give it a home of their own."""
     home = tmp_path_factory.mktemp("home")
     (home / "link").symlink_to(home)
-    return server_with(HF_HOME=str(home / "link"), HF_ENDPOINT=f"http://127.0.0.1:{hub_port}")
+    (home / "certificates").mkdir()  # none: a process that asks the hub would read all of a system
+    return server_with(
+        HF_HOME=str(home / "link"),
+        HF_ENDPOINT=f"http://127.0.0.1:{hub_port}",
+        SSL_CERT_DIR=str(home / "certificates"),
+    )
 
 
 def _serve(library: str = "stages") -> None:
@@ -321,6 +332,8 @@ def _serve(library: str = "stages") -> None:
         if "run" in request:
             if Path(request["run"][0]).stem.startswith(("experiment", "ablations")):
                 _import_study()
+            if Path(request["run"][0]).stem.endswith("_vlm"):
+                _import_pictures()
             gc.freeze()  # no child searches for garbage in it, which would copy its pages
             pid = os.fork()
             if pid == 0:
@@ -335,6 +348,7 @@ def _serve(library: str = "stages") -> None:
 def _import_stages() -> None:
     import datasets.packaged_modules.json.json  # noqa: F401
     import pandas.io.formats.csvs  # noqa: F401
+    import scipy.io  # what datasets imports for a parquet file
     import scipy.linalg
     import scipy.stats  # noqa: F401
     import sklearn.decomposition  # noqa: F401
@@ -363,6 +377,17 @@ def _import_study() -> None:
     import grains.study.protocol  # noqa: F401
 
 
+def _import_pictures() -> None:
+    import PIL.Image
+    import transformers.models.llava_next.image_processing_pil_llava_next
+    import transformers.models.llava_next.modeling_llava_next
+    import transformers.models.llava_next.processing_llava_next  # noqa: F401
+
+    import grains.vti  # noqa: F401
+
+    PIL.Image.init()
+
+
 def _child(request: dict) -> None:
     code = 1
     try:
@@ -381,6 +406,10 @@ def _child(request: dict) -> None:
             import short_texts  # beside this file, which is run as a script
 
             short_texts.install()
+        if request["few_copies"]:
+            import grains.vti
+
+            grains.vti.COPIES = FEW_COPIES
         sys.argv = request["run"]
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -66,11 +67,13 @@ def write_jsonl(path: Path, rows: Iterable[dict | str]) -> Path:
     return path
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, words in the questions' commonest pairs merged; control characters that
-    are no white space vanish."""
+SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|bot|>"]
+
+
+@cache
+def _trained_bytes() -> str:
+    """The description of `byte_tokenizer`'s words."""
     words = [word for row in QUESTIONS for text in row for word in text.split()]
-    specials = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|bot|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(Regex("[\u0001-\u0008]"), "")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,13 +84,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         [" ".join(words)],
         BpeTrainer(
             vocab_size=420,
-            special_tokens=specials,
+            special_tokens=SPECIALS,
             show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
+    return tokenizer.to_str()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, words in the questions' commonest pairs merged; control characters that
+    are no white space vanish."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(_trained_bytes()),
         bos_token="<|bos|>",
         eos_token="<|end|>",
         pad_token="<|pad|>",
