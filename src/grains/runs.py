@@ -9,6 +9,7 @@ stopped. Of several processes, each does every n-th unit.
 from __future__ import annotations
 
 import csv
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -45,6 +46,7 @@ Units = Callable[[], Iterator[Unit]]  # all units of a run, in order
 HEADER = "grains"  # the key of our metadata in the header of a safetensors file
 
 
+@functools.cache
 def versions() -> dict:
     """The versions of this package, of Python and of the libraries that results depend on."""
     packages = ("torch", "transformers", "tokenizers", "numpy")

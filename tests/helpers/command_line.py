@@ -320,8 +320,14 @@ def commands(server_with, hub_port, tmp_path_factory):
 def _serve(library: str = "stages") -> None:
     sys.path.insert(0, str(SRC))
     gc.disable()  # while the libraries are imported, which make nothing that could be freed
-    import pandas  # noqa: F401  # imported late by the scripts: here once for all
+    # Imported late by the scripts: here once for all.
+    import multiprocessing.synchronize  # noqa: F401
 
+    import numpy.ctypeslib
+    import numpy.rec  # noqa: F401
+    import pandas  # noqa: F401
+
+    import grains.cli.entry
     import grains.runs  # noqa: F401
 
     if library == "stages":
@@ -364,10 +370,11 @@ def _import_stages() -> None:
     import grains.models
     import grains.stage1
     import grains.study.costs
-    import grains.tables  # noqa: F401
+    import grains.tables
 
     # Names of weights in older files: 880 patterns, which the first model that is loaded compiles.
     get_checkpoint_conversion_mapping("llama")
+    grains.runs.versions()  # reads the libraries' long descriptions
 
 
 def _import_study() -> None:
