@@ -33,25 +33,26 @@ def pack(sequences: list[list[int]]) -> Pack:
     roots: dict[int, int] = {}
     tokens: list[int] = []
     depth: list[int] = []
-    parents: list[int] = []
+    branches: list[tuple[int, int]] = []  # first node of what a sequence adds, its parent or -1
     paths: list[Tensor] = []
     for sequence in sequences:
         level, parent, path = roots, -1, []
+        known = len(tokens)
         for position, token in enumerate(sequence):
             if token not in level:
+                if len(tokens) == known:
+                    branches.append((known, parent))
                 level[token] = len(tokens)
                 tokens.append(token)
                 depth.append(position)
-                parents.append(parent)
                 children.append({})
             parent = level[token]
             level = children[parent]
             path.append(parent)
         paths.append(torch.tensor(path, dtype=torch.long))
-    ancestor = torch.eye(len(tokens), dtype=torch.bool)
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            ancestor[node] |= ancestor[parent]
+    ancestor = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+    for begin, parent in branches:
+        ancestor[begin:, :begin] = ancestor[parent, :begin] if parent >= 0 else False
     return Pack(
         torch.tensor(tokens, dtype=torch.long),
         torch.tensor(depth, dtype=torch.long),

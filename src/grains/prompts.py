@@ -172,7 +172,8 @@ def encode(
         )
     _check_vocabulary(lm, [text_ids], lm.embed)
     _check_vocabulary(lm, responses, lm.head)
-    image = torch.tensor([token == lm.image_token_id for token in prompt_ids])
+    placeholder = lm.image_token_id
+    image = torch.tensor([token == placeholder for token in prompt_ids])
     special_ids = lm.special_ids()
     words = torch.tensor([token not in special_ids for token in prompt_ids]) & ~image
     content = words & _aligned(_content(lm, controls, rendered, guarded), text_ids, prompt_ids)

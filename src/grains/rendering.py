@@ -71,9 +71,10 @@ class Marks:
 
     def fill(self, marked: str) -> tuple[str, list[Span], list[Span]]:
         """The texts in their places; the spans of all of them, and of the user's own."""
-        parts = re.split(f"{self._key}x([0-9]+)x", marked)
-        text, words, content = parts[0], [], []
-        for number, after in zip(parts[1::2], parts[2::2], strict=True):
+        text, *parts = marked.split(self._key)
+        words, content = [], []
+        for part in parts:
+            _, number, after = part.split("x", 2)
             filled, own = self._texts[int(number)]
             span = len(text), len(text) + len(filled)
             words.append(span)

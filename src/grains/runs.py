@@ -83,9 +83,12 @@ def _temporary(path: Path) -> Path:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what killed processes were writing at a path."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.tmp"):
-        if not psutil.pid_exists(int(leftover.name.split(".")[-2])):
-            leftover.unlink(missing_ok=True)
+    begin = f".{path.name}."
+    for name in os.listdir(path.parent):
+        process, _, end = name.removeprefix(begin).rpartition(".")
+        is_one = name.startswith(begin) and end == "tmp" and process.isdecimal()
+        if is_one and not psutil.pid_exists(int(process)):
+            (path.parent / name).unlink(missing_ok=True)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
