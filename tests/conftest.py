@@ -7,10 +7,12 @@ gc.disable()  # until all tests are collected: what the libraries make while imp
 from itertools import product
 
 import pytest
+from helpers import short_texts
 from helpers.families import ATTENTIONS, FAMILIES, small_tokenizer, tiny_model
 from transformers import AutoTokenizer
 
 from grains import cpu, models
+from grains.study import costs
 
 # What takes long: scripts as processes of their own, and the real model.
 SLOW = {"commands", "server_with", "smollm2"}
@@ -49,6 +51,14 @@ def tokenizer():
 def smollm2_tokenizer():
     """SmolLM2's tokenizer with all of its 49,152 words."""
     return AutoTokenizer.from_pretrained(models.embedded_model())
+
+
+@pytest.fixture
+def few_texts(monkeypatch):
+    """This process reads the few passages and questions that commands with `short_texts` read."""
+    for name in ("neutral_texts", "unrelated_examples"):
+        monkeypatch.setattr(costs, name, getattr(costs, name))  # which puts them back
+    short_texts.install()
 
 
 @pytest.fixture(scope="session")

@@ -91,14 +91,6 @@ def flags(tmp_path_factory):
     }
 
 
-@pytest.fixture
-def few_texts(monkeypatch):
-    """This process reads the passages and questions that the experiments' read."""
-    for name in ("neutral_texts", "unrelated_examples"):
-        monkeypatch.setattr(costs, name, getattr(costs, name))  # which puts them back
-    short_texts.install()
-
-
 @pytest.fixture(scope="module")
 def made(commands, flags, tmp_path_factory):
     """The flags, the command's result, its folder, the model's folder."""

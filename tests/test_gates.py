@@ -245,7 +245,7 @@ def test_vectors_keep_their_gate(lm, tmp_path):
     assert (np.diff(np.sort(values[:, 0])) > 0.01).all()
 
 
-def test_the_scripts_steer_behind_a_gate(commands, tmp_path):
+def test_the_scripts_steer_behind_a_gate(commands, few_texts, tmp_path):
     """Stage 2 fits it once, at the layers that it steers, and keeps it with the vectors of all
     methods. A run at another layer adds that one, and stage 3 takes it up."""
     model = tiny.save_model(tmp_path / "tiny", max_position_embeddings=2048)
@@ -263,7 +263,7 @@ def test_the_scripts_steer_behind_a_gate(commands, tmp_path):
     stage2 += ["--hidden_states_path", states, "--steering_vectors_dir", folder]
     stage2 += ["--output_dir", tmp_path / "out"]
     commands.run(*stage2).ok()
-    commands.run(*stage2, "--gate").ok()
+    commands.run(*stage2, "--gate", short_texts=True).ok()
     files = {path.stem: path for path in folder.glob("*.safetensors")}
     gated = {name: path for name, path in files.items() if name.endswith("_gated")}
     assert len(files) == 4 and len(gated) == 2
@@ -283,7 +283,8 @@ def test_the_scripts_steer_behind_a_gate(commands, tmp_path):
     expected = gates.fit(lm, asked, background, [*range(len(lm.layers))], size)
     assert gate.biases.isnan().tolist() == [False, False, True]
     assert torch.allclose(gate.weights[:2], expected.weights[:2], rtol=1e-3, atol=1e-3)
-    commands.run(*stage2, "--gate", "--layer_idxs", 1, 2).ok()  # the last of two flags counts
+    again = [*stage2, "--gate", "--layer_idxs", 1, 2]  # the last of two flags counts
+    commands.run(*again, short_texts=True).ok()
     grown = SteeringVectors.load(next(iter(gated.values()))).gate
     assert torch.equal(grown.weights[:2], gate.weights[:2])
     assert torch.allclose(grown.weights[2], expected.weights[2], rtol=1e-3, atol=1e-3)

@@ -47,15 +47,13 @@ def python(tmp_path_factory):
         shutil.copy(ROOT / name, source)
     for path in ROOT.glob("requirements*.txt"):
         shutil.copy(path, source)
-    pip = [sys.executable, "-m", "pip"]
-    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "--no-index", "-w", str(folder), str(source)], cwd=folder, check=True)
-    (wheel,) = folder.glob("grains-*.whl")
     venv.create(folder / "env", with_pip=False)
     (packages,) = (folder / "env").glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
-    install = [*pip, "install", "-q", "--no-deps", "--no-index", "--no-compile"]
-    subprocess.run([*install, "--target", str(packages), str(wheel)], cwd=folder, check=True)
+    # It builds the wheel, and installs what is in it.
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    install += ["--no-build-isolation", "--no-compile", "--target", str(packages), str(source)]
+    subprocess.run(install, cwd=folder, check=True)
     return folder / "env" / "bin" / "python"
 
 
