@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from itertools import count
 from pathlib import Path
 
@@ -128,16 +129,23 @@ def check_whole(there: dict[str, bytes], whole: list[dict[str, bytes]]) -> None:
         assert any(made.items() <= there.items() for made in whole)
 
 
+@pytest.fixture(scope="module")
+def seen():
+    """Flags of a run -> the states of its folder after which the rest was tried."""
+    return defaultdict(list)
+
+
 @pytest.mark.parametrize("begin", ["nothing", "parts", "outputs"])
-def test_killed_before_any_file_operation(run, whole, begun, tmp_path, begin):
+def test_killed_before_any_file_operation(run, whole, begun, seen, tmp_path, begin):
     """In an empty folder, and where another run's parts or outputs are overwritten.
 
-    What comes after a kill is tried once where several leave the same files: those before reading.
+    What comes after a kill is tried once where several of a command leave the same files: those
+    before reading, and where the same is left to do.
     """
     before = {"nothing": {}, "parts": begun, "outputs": whole[0]}[begin]
     flags = ["--overwrite"] if before else []
     chance = random.Random(begin)
-    left = []
+    left = seen[tuple(flags)]
     for dies in count(1):
         folder = put(before, tmp_path / f"{dies}")
         result = run(folder, 1, *flags, dies=dies)

@@ -77,7 +77,7 @@ def page_of(*folders: Path, count: int = 6, drawn: bool = False) -> Page:
         return Page(page.build(list(folders), folders[0] / "report.html", count)[0])
 
 
-def _filled(draw, height, theme, **options) -> bytes:
+def _filled(draw, height, theme, places=(), **options) -> tuple[bytes, list]:
     if theme == "light":
         draw(Figure(figsize=(images.WIDTH, height)))
-    return b"PNG"
+    return b"PNG", []

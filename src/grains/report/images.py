@@ -6,11 +6,12 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, count
-from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from grains.report import figures
 
@@ -28,14 +29,15 @@ class Images:
 
     def add(self, name: str, draw: Callable[[Figure], None], height: float, alt: str) -> dict:
         """What the template needs for one figure. draw: fills a Figure; height: inches."""
-        light = self._keep(name, rendered(draw, height, "light"))
-        return as_item(alt, height, light, rendered(draw, height, "dark"))
+        light, places = rendered(draw, height, "light")
+        dark, _ = rendered(draw, height, "dark", places)
+        return as_item(alt, height, self._keep(name, light), dark)
 
     def add_picture(
         self, name: str, draw: Callable[[Figure], None], height: float, alt: str
     ) -> dict:
         """As `add`, for a figure without text on a clear ground: one variant goes for both."""
-        png = rendered(draw, height, "light", transparent=True)
+        png, _ = rendered(draw, height, "light", transparent=True)
         return as_item(alt, height, self._keep(name, png))
 
     def _keep(self, name: str, png: bytes) -> bytes:
@@ -62,13 +64,31 @@ def as_item(alt: str, height: float, light: bytes, dark: bytes | None = None) ->
     }
 
 
-def rendered(draw: Callable[[Figure], None], height: float, theme: str, **options: Any) -> bytes:
-    """A figure as a PNG. options: of Figure.savefig."""
+def rendered(
+    draw: Callable[[Figure], None],
+    height: float,
+    theme: str,
+    places: Sequence[Bbox] = (),
+    transparent: bool = False,
+) -> tuple[bytes, list[Bbox]]:
+    """A figure as a PNG, and where its axes are.
+
+    places: of the same figure in another theme. To find them takes as long as to draw it.
+    transparent: without a ground.
+    """
     with figures.style(theme), warnings.catch_warnings():
         # Scripts that the font lacks are drawn as boxes; the page has them as text.
         warnings.filterwarnings("ignore", message="Glyph")
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure)
+        if places:
+            figure.set_layout_engine("none")
+            for axes, place in zip(figure.axes, places, strict=True):
+                axes.set_position(place)
+        if transparent:
+            figure.patch.set_visible(False)
+            for axes in figure.axes:
+                axes.patch.set_visible(False)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", **options)
-    return buffer.getvalue()
+        FigureCanvasAgg(figure).print_png(buffer)  # savefig would first draw it for its size
+    return buffer.getvalue(), [axes.get_position() for axes in figure.axes]
