@@ -59,7 +59,7 @@ from grains.settings import (  # noqa: E402
     PromptSettings,
 )
 from grains.states import StatesInMemory  # noqa: E402
-from grains.steering import Configuration, Direction, Gate, directions  # noqa: E402
+from grains.steering import Configuration, Direction, directions  # noqa: E402
 from grains.study import costs, gates  # noqa: E402
 
 METHODS = ("gradient", "mean", "pca", "caa")
@@ -180,7 +180,8 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
         (lines[method],) = directions(made, method, mode, grid)
 
     if args.gated:
-        gate = fitted_gate(lm, args, pairs, encoded, [*lines.values()], seed)
+        layers = [*lines["gradient"].layers]
+        gate = gates.around(lm, pairs, PromptSettings(args.prompt_style), layers, MAX_TOKENS, seed)
         lines = {
             method: replace(line, vectors=replace(line.vectors, gate=gate))
             for method, line in lines.items()
@@ -268,19 +269,6 @@ def asked_sets(
                 for number, example in enumerate(examples[::2])
             ]
     return asked
-
-
-def fitted_gate(
-    lm: LanguageModel,
-    args: argparse.Namespace,
-    pairs: list[Example],
-    encoded: list[Encoded],
-    lines: list[Direction],
-    seed: int,
-) -> Gate:
-    """The gate between the pairs and other text (see `costs.gate_background`)."""
-    background = costs.gate_background(lm, pairs, PromptSettings(args.prompt_style))
-    return gates.fit(lm, encoded, background, [*lines[0].layers], MAX_TOKENS, seed)
 
 
 def own_answers(

@@ -652,16 +652,24 @@ class Direction:
         )
 
 
+def layer_groups(grid: GridSettings, num_layers: int) -> list[tuple[int, ...]]:
+    """The groups of layers that a grid steers at once (see `GridSettings.layer_mode`).
+
+    num_layers: how many the model has. Raises UserError for layers that it lacks.
+    """
+    layers = parse_layers(grid.layers, num_layers)
+    if grid.layer_mode == "each":
+        return [(layer,) for layer in layers]
+    if grid.layer_mode == "from":
+        return [tuple(range(layer, num_layers)) for layer in layers]
+    return [tuple(layers)]
+
+
 def directions(
     vectors: SteeringVectors, method: str, mode: str, grid: GridSettings
 ) -> list[Direction]:
-    """One method's vectors at each group of layers of a grid (see `GridSettings.layer_mode`)."""
-    layers = parse_layers(grid.layers, len(vectors.vectors))
-    groups: dict[str, list[tuple[int, ...]]] = {
-        "joint": [tuple(layers)],
-        "each": [(layer,) for layer in layers],
-        "from": [tuple(range(layer, len(vectors.vectors))) for layer in layers],
-    }
+    """One method's vectors at each group of layers of a grid (see `layer_groups`)."""
     return [
-        Direction(method, mode, group, vectors, grid.positions) for group in groups[grid.layer_mode]
+        Direction(method, mode, group, vectors, grid.positions)
+        for group in layer_groups(grid, len(vectors.vectors))
     ]

@@ -23,7 +23,7 @@ from grains.settings import (
     selections,
 )
 from grains.states import StatesFile
-from grains.steering import Configuration, Gate, SteeringVectors, directions
+from grains.steering import Configuration, Gate, SteeringVectors, directions, layer_groups
 
 FitGate = Callable[[LanguageModel, list[Example], PromptSettings, list[int], int, int], Gate]
 
@@ -188,8 +188,8 @@ def configurations(
         path = path_of(method, mode)
         if grid.gate:
             if gate is None:
-                every = directions(by_layer, method, mode, grid)
-                layers = sorted({layer for item in every for layer in item.layers})
+                groups = layer_groups(grid, len(by_layer.vectors))
+                layers = sorted({layer for group in groups for layer in group})
                 gate = gate_of(args, lm, states["pos"], by_layer, layers, path, fit_gate)
             by_layer = replace(by_layer, gate=gate)
         files[path] = by_layer
