@@ -158,6 +158,20 @@ def test_what_datasets_writes(tmp_path):
         assert [item.chosen for item in load(tmp_path / name)] == LOOKS_LIKE
 
 
+def test_lists_that_lost_their_commas_are_refused(tmp_path):
+    """As a Python literal what `Dataset.to_csv` wrote would be one answer of two."""
+    from datasets import Dataset
+
+    rows = Dataset.from_list([QUESTION] * 3)
+    rows.to_csv(tmp_path / "p.csv")
+    pd.DataFrame([QUESTION] * 3).to_csv(tmp_path / "q.csv")
+    for name in ("p.csv", "q.csv"):
+        text = message(tmp_path / name)
+        assert "row 1: choices is no valid JSON" in text and "use JSON Lines or Parquet" in text
+    rows.to_json(tmp_path / "p.jsonl")
+    assert load(tmp_path / "p.jsonl")[0].choices == tuple(QUESTION["choices"])
+
+
 # -- rows are read when they are asked for --
 
 

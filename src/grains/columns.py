@@ -181,7 +181,8 @@ def from_json(text: str, name: str) -> Any:
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f'{name} is no valid JSON ({reason}), expected a list such as ["yes", "no"]'
+            f'{name} is no valid JSON ({reason}), expected a list such as ["yes", "no"]; the '
+            "to_csv of datasets and of pandas writes lists otherwise: use JSON Lines or Parquet"
         ) from error
 
 
