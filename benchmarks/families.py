@@ -56,7 +56,7 @@ ASKED = [
     Example("a", "Is glass a slow liquid, as old windows are said to show?", ("No, not", "Yes"), 0),
     Example("b", "Are bats blind?", ("No, they can see", "No, they", "All of them are"), 2),
 ]
-TOKENS = 5
+TOKENS = 4
 # Families whose models and processors tests/helpers/vlm_models.py makes; pictures that are painted.
 BY_TYPE = {"llava_next": "llava-next", "qwen2_5_vl": "qwen2.5-vl", "gemma3": "gemma-3"}
 SHAPES = [(84, 84), (160, 90), (120, 60), (40, 120), (18, 15)]

@@ -141,14 +141,14 @@ def test_draws_are_the_same_in_every_batch(make_tiny):
 
 
 def test_draws_follow_the_probabilities(make_tiny):
-    """4,000 draws of one token against the softmax at that temperature, cut by top_p."""
+    """2,000 draws of one token against the softmax at that temperature, cut by top_p."""
     lm = make_tiny("llama")
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0])
     how = sampling.choosing(lm, DecodingSettings(temperature=0.5, top_p=0.95))
-    drawn = [Choice(lm, how, [1], 1, generator(0, str(n))).token(logits, [1]) for n in range(4000)]
+    drawn = [Choice(lm, how, [1], 1, generator(0, str(n))).token(logits, [1]) for n in range(2000)]
     weights = (logits[:2] / 0.5).softmax(-1)  # the two likeliest hold 0.98 of the probability
     shares = torch.bincount(torch.tensor(drawn), minlength=5) / len(drawn)
-    assert shares[:2] == pytest.approx(weights, abs=0.02) and not shares[2:].any()
+    assert shares[:2] == pytest.approx(weights, abs=0.03) and not shares[2:].any()
 
 
 PENALTIES = {

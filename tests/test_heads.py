@@ -22,7 +22,7 @@ COUNT = 6
 
 @pytest.fixture(params=["llama", "gemma3"])
 def lm(make_tiny, request):
-    return make_tiny(request.param)
+    return make_tiny(request.param, num_hidden_layers=2)
 
 
 @pytest.fixture

@@ -235,7 +235,8 @@ def test_training_is_pefts_own_on_separate_sequences(family, objective):
     }
     expected, losses = pefts_own_training(family, start, objective, items, rate, 3)
     assert third.keys() == expected.keys() == random_adapter(family).keys()
-    assert relative(moved(third, start), moved(expected, start)) <= 0.02
+    # 1e-4 here; 0.01 and more with a beta of 0.12.
+    assert relative(moved(third, start), moved(expected, start)) <= 5e-3
     assert losses[2] < losses[1] < losses[0]
 
 

@@ -151,7 +151,7 @@ def test_padding_sees_itself_alone_and_is_seen_by_nothing(tiny):
 def test_smollm2(smollm2):
     """The same on a real model: packed and batched answers, from layer 0 and from the middle."""
     texts = [
-        ("Q: What is the capital of France?\nA:", [" Paris", " Paris, of course.", " Rome"]),
+        ("Q: What is the capital of France?\nA:", [" Paris", " Paris, of course."]),
         ("Q: Why?\nA:", [" Because it is so.", " Because nobody knows."]),
     ]
     tries = []

@@ -280,11 +280,16 @@ def features_with_objects(lm, size):
     """The objects of `objects_in`; the same of a picture without and of one with each, which take
     one place of the prompt (1 + objects, image tokens, D); the inputs of the first."""
     things = [*objects_in(*size)]
+    return things, *features_with(lm, size, things)
+
+
+def features_with(lm, size, things):
+    """The features of a picture without and of one with each of these objects, as above."""
     pictures = [with_object(size, thing) for thing in (None, *things)]
     item = prompts.encode(lm, asked(pictures[0]), "plain")
     inputs = vision.model_inputs(lm, [item.text] * len(pictures), pictures)
     assert all(ids.equal(item.inputs["input_ids"][0]) for ids in inputs["input_ids"])
-    return things, capture(lm, inputs).embeds[:, item.image], item.inputs
+    return capture(lm, inputs).embeds[:, item.image], item.inputs
 
 
 def views_of(lm, boxes):
@@ -398,20 +403,19 @@ def test_the_tokens_that_change_with_an_object_are_those_whose_boxes_it_touches(
 def test_without_resampling_the_boxes_are_exact(local_models, family, size):
     """A picture that the processor takes as it is: one pixel of an object tells its token."""
     lm = local_models[family]
-    plain, inputs = features(lm, with_object(size, None))
+    random, things = np.random.default_rng(0), []
+    for _ in range(25):
+        x, y = random.integers(0, size[0] - 1), random.integers(0, size[1] - 1)
+        right, low = (
+            min(start + random.integers(1, 30), end)
+            for start, end in zip((x, y), size, strict=True)
+        )
+        things.append((x, y, right, low))
+    (plain, *with_things), inputs = features_with(lm, size, things)
     boxes = vision.token_boxes(lm, inputs, size, len(plain))
     tiles = (TILE // PATCH) ** 2 if family == "llava-next" else 0
     seen = np.zeros(len(plain) - tiles, int)
-    random = np.random.default_rng(0)
-    for _ in range(25):
-        x, y = random.integers(0, size[0] - 1), random.integers(0, size[1] - 1)
-        thing = (
-            x,
-            y,
-            min(x + random.integers(1, 30), size[0]),
-            min(y + random.integers(1, 30), size[1]),
-        )
-        shown, _ = features(lm, with_object(size, thing))
+    for thing, shown in zip(things, with_things, strict=True):
         changed = (shown != plain).any(-1).numpy()[tiles:]
         expected = [
             box is not None

@@ -186,4 +186,5 @@ def without_compiler() -> Iterator[None]:
     try:
         yield
     finally:
-        _drop_stand_ins()
+        if missing:
+            _drop_stand_ins()
