@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import itertools
 import json
 import os
@@ -29,6 +30,15 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[2].absolute() / "src"
+# What some scripts import late: once for all, when the first of them is run.
+LATE = {
+    ("experiment", "ablations"): ("peft", "sklearn.linear_model", "grains.study.protocol"),
+    ("score_generations",): (
+        *("openai.resources.chat", "grains.judge.generations"),
+        *("grains.judge.judges", "grains.judge.scores"),
+    ),
+    ("report",): ("grains.report.page",),
+}
 FEW_COPIES = 5
 
 
@@ -336,8 +346,10 @@ def _serve(library: str = "stages") -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "run" in request:
-            if Path(request["run"][0]).stem.startswith(("experiment", "ablations")):
-                _import_study()
+            for scripts, modules in LATE.items():
+                if Path(request["run"][0]).stem.startswith(scripts):
+                    for module in modules:
+                        importlib.import_module(module)
             if Path(request["run"][0]).stem.endswith("_vlm"):
                 _import_pictures()
             gc.freeze()  # no child searches for garbage in it, which would copy its pages
@@ -375,13 +387,6 @@ def _import_stages() -> None:
     # Names of weights in older files: 880 patterns, which the first model that is loaded compiles.
     get_checkpoint_conversion_mapping("llama")
     grains.runs.versions()  # reads the libraries' long descriptions
-
-
-def _import_study() -> None:
-    import peft  # noqa: F401
-    import sklearn.linear_model  # noqa: F401
-
-    import grains.study.protocol  # noqa: F401
 
 
 def _import_pictures() -> None:
