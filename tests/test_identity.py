@@ -19,16 +19,31 @@ def model(tmp_path):
     return tiny.save_model(tmp_path / "model")
 
 
-@pytest.fixture
-def stage1(commands, model, tmp_path):
-    questions = tiny.write_jsonl(tmp_path / "questions.jsonl", tiny.question_rows())
+def stage1_in(commands, folder):
+    """Runs stage 1 with the model of a folder; its outputs lie in the folder too."""
+    questions = tiny.write_jsonl(folder / "questions.jsonl", tiny.question_rows())
 
     def run(*more, **options):
         changes = {"top_k": 2, "ig_steps": 2, "prompt_style": "chat"}
-        flags = stage1_flags(model, questions, tmp_path / "out", **changes)
+        flags = stage1_flags(folder / "model", questions, folder / "out", **changes)
         return commands.run("token_ablation.py", *arguments_of(flags), *more, **options)
 
     return run
+
+
+@pytest.fixture
+def stage1(commands, model, tmp_path):
+    return stage1_in(commands, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def killed(commands, tmp_path_factory):
+    """A stage 1 that was killed, and its folder."""
+    folder = tmp_path_factory.mktemp("killed")
+    tiny.save_model(folder / "model")
+    run = stage1_in(commands, folder)
+    assert run(die_after=3).code != 0
+    return run, folder
 
 
 def change_one_weight(model):
@@ -72,14 +87,17 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_model_that_changed_between_kill_and_resume_is_another(stage1, model, tmp_path, what):
-    assert stage1(die_after=3).code != 0
-    parts = sorted((tmp_path / "out" / "tokens.parts").iterdir())
+def test_a_model_that_changed_between_kill_and_resume_is_another(killed, what):
+    run, folder = killed
+    parts = sorted((folder / "out" / "tokens.parts").iterdir())
     assert len(parts) > 1
-    CHANGES[what](model)
-    message = stage1().error()
+    before = {path: path.read_bytes() for path in (folder / "model").iterdir()}
+    CHANGES[what](folder / "model")
+    message = run().error()
+    for path, content in before.items():
+        path.write_bytes(content)
     assert "other settings" in message and what in message
-    assert sorted((tmp_path / "out" / "tokens.parts").iterdir()) == parts
+    assert sorted((folder / "out" / "tokens.parts").iterdir()) == parts
 
 
 def test_a_finished_run_of_another_model_is_not_done(stage1, commands, model, tmp_path):
