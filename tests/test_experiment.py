@@ -917,7 +917,8 @@ def test_scenes_through_a_chat_template(commands, tmp_path):
         "max_new_tokens": 4,
         "output_dir": tmp_path,
     }
-    commands.run("experiment_vlm.py", *arguments_of(flags), short_texts=True).ok()
+    options = {"short_texts": True, "few_copies": True}
+    commands.run("experiment_vlm.py", *arguments_of(flags), **options).ok()
     grid = tables(tmp_path)[0]
     validated = grid[grid.part == "validation"].set_index("configuration")
     assert len(validated) == 3 + 3 * len(learned.SCALES)  # trained and its two controls
