@@ -3,7 +3,6 @@ was not; so does one that several processes share."""
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 from helpers import tiny
-from helpers.command_line import SRC, Result, arguments_of, stage1_flags
+from helpers.command_line import SRC, arguments_of, stage1_flags
 
 from grains import runs
 from grains.errors import UserError
@@ -286,55 +285,30 @@ def test_one_of_two_processes_dies(commands, script, whole, tmp_path, killed):
     commands.run(*script("token_ablation", tmp_path), "--ig_steps", 40).ok()
 
 
-# What the launcher starts in the place of a script, to spare the imports: it writes down the
-# variables that it is given, and ends when and as the script ends that is run with them.
-WORKER = """#!/bin/sh
-env -0 > "$1/.given-$RANK"
-mv "$1/.given-$RANK" "$1/given-$RANK"
-read code < "$1/end-$RANK"
-exit "$code"
-"""
-
-
-def together_as_launched(commands, arguments: list, given: list[Path]) -> list[Result]:
-    """Run a script once with each of some files' variables, at the same time."""
-    processes = []
-    for path in given:
-        pairs = [item.partition("=") for item in path.read_text().split("\0") if item]
-        env = {name: value for name, _, value in pairs}
-        processes.append(commands.start(*arguments, env=env))
-    return [process.wait() for process in processes]
-
-
 def test_accelerate_launch(commands, script, whole, tmp_path):
     """Its --cpu starts a single process, whatever --num_processes says; --multi_gpu starts all,
     and they find that there is no GPU."""
-    started, outputs = tmp_path / "started", tmp_path / "outputs"
-    started.mkdir()
-    worker = started / "worker"
-    worker.write_text(WORKER)
-    worker.chmod(0o755)
-    ends = [started / f"end-{rank}" for rank in range(2)]
-    for end in ends:
-        os.mkfifo(end)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    launch += ["--num_processes", "2", "--main_process_port", str(commands.free_port())]
-    launcher = subprocess.Popen(
-        [*launch, "--no_python", worker, started], cwd=SRC, env=commands.environment
+    arguments = [str(item) for item in script("token_ablation", tmp_path)]
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            str(commands.free_port()),
+            *arguments,
+        ],
+        cwd=SRC,
+        env=commands.environment,
+        capture_output=True,
+        text=True,
     )
-    given = [started / f"given-{rank}" for rank in range(2)]
-    try:
-        while not all(path.exists() for path in given):
-            assert launcher.poll() is None
-            time.sleep(0.02)
-        first, second = together_as_launched(commands, script("token_ablation", outputs), given)
-        for end, result in zip(ends, (first, second), strict=True):
-            end.write_text(f"{result.code}\n")
-        assert launcher.wait() == 0
-    finally:
-        launcher.terminate()
-    assert f"{SAMPLES // 2}/{SAMPLES // 2}" in first.ok().err  # the other half is the other's
-    assert second.ok() and contents(outputs) == whole("token_ablation")
+    assert ended.returncode == 0, ended.stderr
+    assert f"{SAMPLES // 2}/{SAMPLES // 2}" in ended.stderr  # the other half is the other's
+    assert contents(tmp_path) == whole("token_ablation")
 
 
 def test_the_cause_of_an_output_that_is_locked_is_kept(tmp_path):
