@@ -32,9 +32,15 @@ from grains.cli.flags import LLM
 from grains.data import Example
 from grains.errors import UserError
 from grains.names import ExperimentNames, StudyNames
-from grains.settings import TRAINED_METHODS, AblationSettings, AttributionSettings, DataSettings
+from grains.settings import (
+    TRAINED_METHODS,
+    AblationSettings,
+    AttributionSettings,
+    DataSettings,
+    PromptSettings,
+)
 from grains.steering import Configuration, Gate, SteeringVectors, steered
-from grains.study import costs, evaluate, learned, pareto, protocol, strengths, study
+from grains.study import costs, evaluate, learned, pareto, protocol, strengths, study, trained
 from grains.study.lora import LoraConfiguration, LoraDirection
 
 pytestmark = pytest.mark.slow
@@ -326,6 +332,24 @@ def test_own_answers_belong_to_their_questions(monkeypatch):
     ]
 
 
+def test_an_answer_that_ended_has_its_end_and_one_cut_off_has_none(make_tiny):
+    lm, prompt = make_tiny("llama"), PromptSettings("qa")
+    usual = lm.tokenizer.eos_token_id
+    lm.model.generation_config.eos_token_id = [usual + 1, usual]
+    texts = [" ".join(["it is"] * count) for count in (1, 2, 3, 4)]
+    answered = [Example("", "What is it?", (text,), 0) for text in texts]
+    plain = evaluate.encode_answers(lm, answered, prompt)
+    lengths = [len(item.responses[0]) for item in plain]
+    assert lengths == sorted({*lengths}) and lengths[1] + 2 < lengths[3]
+    found = evaluate.encode_answers(lm, answered, prompt, longest=lengths[3])
+    for item, before in zip(found, plain, strict=True):
+        (whole,) = before.responses
+        cut_off = len(whole) >= lengths[3] - 2  # white space may be gone
+        assert item.responses == [whole if cut_off else [*whole, usual]]
+        assert item.prompt_ids == before.prompt_ids
+    assert found[0].responses != plain[0].responses and found[3].responses == plain[3].responses
+
+
 def test_answers_are_those_of_the_configurations(made):
     grid = tables(made.folder)[0]
     (path,) = made.folder.glob("*_generations.csv")
@@ -423,8 +447,41 @@ def test_what_is_learnt_is_tried_at_multiples_of_its_length(made):
         rows = validated[(validated.dataset == dataset) & (validated.method == method)]
         layers = "" if method == "lora" else "1 2"  # of three layers the later ones
         assert [*zip(rows.layers.fillna(""), rows.alpha, strict=True)] == [
-            *itertools.product([layers], learned.SCALES)
+            *itertools.product([layers], learned.SCALES["change"])
         ]
+
+
+def test_vectors_that_keep_answers_keep_where_they_end(flags, few_texts, tmp_path, monkeypatch):
+    """Answers end for these vectors alone, which are tried at twice their length as well."""
+    trained_on = {}
+
+    def stand_in(lm, pairs, texts, questions, answers, norms, gate, layers, *rest, **options):
+        trained_on[own_answers] = [item.responses[0][-1] for item in answers]
+        return lambda run: torch.ones(len(lm.layers), lm.hidden_size)
+
+    monkeypatch.setattr(trained, "trainer", stand_in)
+    changes = {"datasets": flags["datasets"][0], "methods": "random", "gated": None, "lora": "none"}
+    tried = {}
+    for own_answers in ("change", "keep"):
+        folder = tmp_path / own_answers
+        more = {"own_answers": own_answers, "max_new_tokens": 20, "output_dir": folder}
+        settings = settings_of(flags | changes | more)
+        (source,) = settings.sources
+        lm = models.load(str(flags["model_name"]))
+        names = ExperimentNames("llm", "tiny", settings, str(folder)).study(source.name, 0)
+        current = study.begin(lm, settings, source, 0, names)
+        answered = [
+            Example("", example.question, (text,), 0)
+            for example in current.splits["training"]
+            for text in ("it is", "it is " * 20)
+        ]
+        monkeypatch.setattr(learned, "own_answers", lambda *which, a=answered: a)
+        current = replace(current, directions=learned.learn(lm, current))
+        tried[own_answers] = {item.alpha for item in protocol.with_strengths(lm, current)}
+    end = lm.tokenizer.eos_token_id
+    assert [token == end for token in trained_on["keep"]] == [True, False] * 3
+    assert end not in trained_on["change"]
+    assert tried["keep"] == tried["change"] | {2.0} != tried["change"]
 
 
 def test_strengths_are_set_by_the_cost(flags, few_texts, tmp_path, monkeypatch):
@@ -921,7 +978,7 @@ def test_scenes_through_a_chat_template(commands, tmp_path):
     commands.run("experiment_vlm.py", *arguments_of(flags), **options).ok()
     grid = tables(tmp_path)[0]
     validated = grid[grid.part == "validation"].set_index("configuration")
-    assert len(validated) == 3 + 3 * len(learned.SCALES)  # trained and its two controls
+    assert len(validated) == 3 + 3 * len(learned.SCALES["change"])  # trained and its two controls
     assert validated.answers_increase["base"] == 0
     assert (validated.answers_increase.drop("base").abs() > 1e-9).all()
     assert set(grid[grid.part == "test"].questions) == {2}

@@ -20,6 +20,7 @@ from grains.errors import UserError
 from grains.generation import decoding_batches, draw_together, generate
 from grains.lm import LanguageModel
 from grains.prompts import Encoded
+from grains.sampling import end_tokens
 from grains.scoring import margins, question_batches, score
 from grains.settings import SCORES, PromptSettings
 from grains.steering import BASE, Configuration
@@ -29,6 +30,7 @@ from grains.study.pareto import UNRELATED
 from grains.study.study import Study
 
 DRAWN = 4  # answers of the model itself to a steering question, to train on
+STRIPPED = 2  # tokens of white space that an answer which was cut off may have lost at its end
 Place = tuple[Path, int]  # of a configuration's scores: the file, and the row in its arrays
 
 
@@ -381,20 +383,32 @@ def own_answers(lm: LanguageModel, study: Study, split: str) -> list[Example]:
 
 
 def encode_answers(
-    lm: LanguageModel, answered: Sequence[Example], prompt: PromptSettings
+    lm: LanguageModel,
+    answered: Sequence[Example],
+    prompt: PromptSettings,
+    longest: int | None = None,
 ) -> list[Encoded]:
     """Answers of the model, which may be cut off; without those that cannot be encoded again.
 
     Of a model that thinks they stand where the chat template puts a final answer, as those of the
-    data do. Raises UserError if none is left.
+    data do.
+    longest: the most tokens that were written. If given, an answer that has fewer has the token
+        that ends it as its last. (Not of a model that thinks, whose thoughts are among them.)
+    Raises UserError if none is left.
     """
     thinks = thinking.thoughts(lm, prompt) is not None
+    end = [] if thinks else end_of_answer(lm)
     encoded = []
     for example in answered:
         try:
-            encoded.append(prompts.encode(lm, example, prompt, finished=False, free=not thinks))
+            item = prompts.encode(lm, example, prompt, finished=False, free=not thinks)
         except UserError as error:
             warnings.warn(f"left out an answer of {lm.name}: {error}", stacklevel=2)
+            continue
+        (response,) = item.responses
+        if longest is not None and len(response) < longest - STRIPPED:
+            item = dataclasses.replace(item, responses=[response + end])
+        encoded.append(item)
     if not encoded:
         todo = (
             "a larger max_new_tokens, as its thoughts take these up, or template_args that turn "
@@ -405,3 +419,9 @@ def encode_answers(
             f"cannot be measured: give {todo if thinks else 'another prompt_style'}"
         )
     return encoded
+
+
+def end_of_answer(lm: LanguageModel) -> list[int]:
+    """The token with which the model ends what it writes: the tokenizer's, if it has several."""
+    ends, usual = end_tokens(lm), lm.tokenizer.eos_token_id
+    return [usual] if usual in ends else ends[:1]

@@ -26,7 +26,9 @@ from grains.study.lora import LoraDirection
 from grains.study.study import Study
 from grains.vectors import random_rotation
 
-SCALES = (0.35, 0.7, 1.0, 1.5, 2.5)  # the strengths that trained methods are tried at
+# The strengths that trained methods are tried at, by `own_answers`. Vectors that keep them can be
+# twice as long: 1.5 times leaves a good part of a budget of 10 %, 2.5 times is mostly beyond it.
+SCALES = {"change": (0.35, 0.7, 1.0, 1.5, 2.5), "keep": (0.35, 0.7, 1.0, 1.5, 2.0, 2.5)}
 Pairs = Callable[[], list[Encoded]]
 
 
@@ -103,8 +105,9 @@ def trained_vectors(
     settings, ablation, where = study.settings, study.ablation, study.settings.grid.positions
     path = study.names.trained(where, settings.own_answers)
     layers = later_layers(settings.grid.layers, len(lm.layers))
-    answers = own_answers(lm, study, "training")
     aim = trained.AIMS[settings.own_answers]
+    answers = own_answers(lm, study, "training")
+    longest = settings.max_new_tokens if aim.ends else None
     manifest = manifest | {
         "trained": {**trained.recipe(aim), "layers": layers},
         "answers": data.fingerprint(answers),
@@ -120,7 +123,7 @@ def trained_vectors(
             pairs(),
             costs.may_stay(costs.training_passages(lm)),
             costs.may_stay(costs.unrelated_questions(lm, "training")),
-            encode_answers(lm, answers, ablation.prompt),
+            encode_answers(lm, answers, ablation.prompt, longest),
             norms,
             gate,
             layers,

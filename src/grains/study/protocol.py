@@ -159,8 +159,9 @@ def with_strengths(lm: LanguageModel, current: Study) -> list[Configuration]:
     Trained vectors and LoRA have a length of their own and are tried at `learned.SCALES` of it.
     """
     settings, units = current.settings, current.settings.grid.units
+    scales = learned.SCALES[settings.own_answers]
     alphas: dict[Direction | LoraDirection, Sequence[float]] = {
-        direction: learned.SCALES if direction.method in TRAINED_METHODS else settings.grid.alphas
+        direction: scales if direction.method in TRAINED_METHODS else settings.grid.alphas
         for direction in current.directions
     }
     passages = costs.passages(lm, "validation")

@@ -56,16 +56,19 @@ class Aim(NamedTuple):
 
     allowed: nats per token that an answer may lose for free. weight: of what it loses beyond them.
     epochs: over the pairs. learning_rate: of the first step; it falls to 0.
+    ends: whether the token that ends an answer is one of its tokens, so that vectors do not make
+        answers go on where the base model's end.
     """
 
     allowed: float
     weight: float
     epochs: int
     learning_rate: float
+    ends: bool
 
 
 # Small steps, and more of them, gain more for the same change of answers (docs/trials.md).
-AIMS = {"change": Aim(1.2, 1.0, 5, 4e-4), "keep": Aim(0.05, 3.0, 8, 2e-4)}
+AIMS = {"change": Aim(1.2, 1.0, 5, 4e-4, ends=False), "keep": Aim(0.05, 3.0, 8, 2e-4, ends=True)}
 DROPPED = 0.5  # probability that a layer is left out in a step, where there are many layers
 RUNS = 4  # averaged; each has its own order of examples and its own dropout
 HELD_AT = 1.5  # scale of the vectors in the text and question penalties, a margin of safety
@@ -83,6 +86,7 @@ def recipe(aim: Aim) -> dict:
         "dropped": DROPPED,
         "held_at": HELD_AT,
         "runs": RUNS,
+        **({"ends": True} if aim.ends else {}),  # which older vectors do not name
     }
 
 
