@@ -10,13 +10,14 @@ pairs, of texts, of questions and of answers, the loss is
     + KL of the choice between a question's answers from the base model's, per token and summed
     + weight max(0, rise of an answer's negative log-likelihood per token - allowed)
 
-where a margin is log P(y+) - log P(y-). The answers are what the base model itself writes to the
-prompts of the pairs, where the gate is open: without this penalty the vectors raise the margins by
-breaking the language of answers. `AIMS` has the weight and what is allowed. Answers are
-sampled, because a small model's greedy answers repeat themselves. Text and question penalties use
-vectors scaled by HELD_AT. Every step leaves out layers drawn at random (dropout), as 50 pairs are
-quickly overfitted; the result averages RUNS runs, which cancels effects of the order of examples.
-The paper has no such vectors.
+where a margin is log P(y+) - log P(y-). The answers are what the base model itself writes to
+the prompts of the pairs, where the gate is open: without this penalty the vectors raise the
+margins by breaking the language of answers. `AIMS` has the weight, what is allowed, and whether
+the token that ends an answer is one of its tokens. Answers are sampled, because a small model's
+greedy answers repeat themselves. Text and question penalties use vectors scaled by HELD_AT.
+Every step leaves out layers drawn at random (dropout), as 50 pairs are quickly overfitted; the
+result averages RUNS runs, which cancels effects of the order of examples. The paper has no such
+vectors.
 """
 
 from __future__ import annotations
