@@ -48,7 +48,11 @@ def logits(lm, block):
 def test_what_is_written_is_what_is_steered(make_tiny, tmp_path, to):
     lm = make_tiny("llama")
     v = vectors(lm)
+    lm.tokenizer([TEXT], truncation=True, max_length=3, padding="max_length")
     check = export.write(lm, v, to, tmp_path / "out", 0.2, LAYERS)
+    if to.startswith("hf"):  # whose readers would cut and pad, too
+        tokenizer = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+        assert tokenizer["truncation"] is None and tokenizer["padding"] is None
     assert no_hooks(lm) and not lm.model._buffers
     added = v.scaled(0.2, LAYERS)
     base = own_logits(lm, lm.tokenizer(TEXT).input_ids)

@@ -10,6 +10,8 @@ from helpers import tiny
 from helpers.command_line import arguments_of, stage1_flags
 from safetensors.torch import load_file, save_file
 
+from grains import manifests
+
 pytest_plugins = ("helpers.command_line",)
 SAMPLES = 4
 
@@ -76,6 +78,14 @@ def change_tokenizer(model):
     first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     path.write_text(json.dumps(content))
+
+
+def test_the_tokenizers_last_call_does_not_make_another_model(make_tiny):
+    lm = make_tiny("llama")
+    before = manifests.model(lm)
+    lm.tokenizer(["it is"], truncation=True, max_length=1, padding="max_length")
+    assert "LongestFirst" in lm.tokenizer.backend_tokenizer.to_str()
+    assert manifests.model(lm) == before
 
 
 CHANGES = {

@@ -222,6 +222,21 @@ def test_what_killed_runs_were_writing_is_removed(tmp_path):
     ]
 
 
+def test_folders_that_killed_runs_were_filling_are_removed(tmp_path):
+    path, process = tmp_path / "model", a_process_that_ended()
+    for name in (".model.{}.tmp", ".model.{}.tmp2", ".models.{}.tmp"):
+        folder = tmp_path / name.format(process)
+        folder.mkdir()
+        (folder / "half").write_text("half")
+    runs.write_folder(path, {"stage": "s"}, lambda folder: (folder / "a").write_text("whole"))
+    assert sorted(files(tmp_path)) == [
+        f".model.{process}.tmp2/half",
+        f".models.{process}.tmp/half",
+        "model/a",
+        "model/grains.json",
+    ]
+
+
 # --- files that several runs make alike ---
 
 

@@ -173,6 +173,16 @@ class LanguageModel:
             f"{self.name}: its tokenizer has no pad, unk or end-of-text token to replace words with"
         )
 
+    def forget_padding(self) -> None:
+        """Take padding and truncation of its last call out of the tokenizer.
+
+        A fast tokenizer keeps them, and has them in its `tokenizer.json` (transformers 5.20.2),
+        where other programs obey them. The next call sets its own.
+        """
+        if self.tokenizer.is_fast:
+            self.tokenizer.backend_tokenizer.no_padding()
+            self.tokenizer.backend_tokenizer.no_truncation()
+
     def identity(self) -> dict[str, Any]:
         """What a file records of the model it was made with: name, sizes, digest of the weights.
 

@@ -133,6 +133,7 @@ def model(lm: LanguageModel) -> dict:
     config = json.loads(lm.model.config.to_json_string())
     for name in ("_name_or_path", "transformers_version"):  # versions stand by themselves
         config.pop(name, None)
+    lm.forget_padding()
     tokenizer = (
         lm.tokenizer.backend_tokenizer.to_str()
         if lm.tokenizer.is_fast

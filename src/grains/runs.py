@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import glob
 import hashlib
 import importlib.metadata
 import json
@@ -82,13 +81,18 @@ def _temporary(path: Path) -> Path:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes were writing at a path."""
+    """Remove what killed processes were writing at a path, as far as its folder allows it."""
     begin = f".{path.name}."
-    for name in os.listdir(path.parent):
-        process, _, end = name.removeprefix(begin).rpartition(".")
-        is_one = name.startswith(begin) and end == "tmp" and process.isdecimal()
-        if is_one and not psutil.pid_exists(int(process)):
-            (path.parent / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        for name in os.listdir(path.parent):
+            process, _, end = name.removeprefix(begin).rpartition(".")
+            is_one = name.startswith(begin) and end == "tmp" and process.isdecimal()
+            if is_one and not psutil.pid_exists(int(process)):
+                leftover = path.parent / name
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -379,8 +383,7 @@ def write_folder(
     check_output(path / FOLDERS_MANIFEST)
     manifest = json.loads(json.dumps(manifest))
     with _locked(path):
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(path)
         if path.exists():
             marker = path / FOLDERS_MANIFEST
             recorded = read_json(marker) if marker.is_file() else {}

@@ -42,6 +42,7 @@ def write_hf_bias(plan: Plan, folder: Path) -> None:
     biased.tie_weights()
     biased.generation_config = model.generation_config
     biased.save_pretrained(folder)
+    plan.lm.forget_padding()
     plan.lm.tokenizer.save_pretrained(folder)
 
 
@@ -72,6 +73,7 @@ def write_hf(plan: Plan, folder: Path) -> None:
             model.register_buffer(name, tensor)
         # Under the names of this class: for code of its own, transformers converts no older ones.
         model.save_pretrained(folder, save_original_format=False)
+        plan.lm.forget_padding()
         (plan.lm.processor or plan.lm.tokenizer).save_pretrained(folder)
         saved = type(config).from_pretrained(folder)
         saved.steering = {
