@@ -42,8 +42,7 @@ def write_hf_bias(plan: Plan, folder: Path) -> None:
     biased.tie_weights()
     biased.generation_config = model.generation_config
     biased.save_pretrained(folder)
-    plan.lm.forget_padding()
-    plan.lm.tokenizer.save_pretrained(folder)
+    write_tokenizer(plan.lm, folder)
 
 
 def hf_bias_logits(lm: LanguageModel, folder: Path, ids: Tensor) -> Tensor:
@@ -73,8 +72,7 @@ def write_hf(plan: Plan, folder: Path) -> None:
             model.register_buffer(name, tensor)
         # Under the names of this class: for code of its own, transformers converts no older ones.
         model.save_pretrained(folder, save_original_format=False)
-        plan.lm.forget_padding()
-        (plan.lm.processor or plan.lm.tokenizer).save_pretrained(folder)
+        write_tokenizer(plan.lm, folder)
         saved = type(config).from_pretrained(folder)
         saved.steering = {
             "modules": path,
@@ -94,6 +92,12 @@ def write_hf(plan: Plan, folder: Path) -> None:
     template = Path(__file__).with_name("steered_model.py").read_text(encoding="utf-8")
     code = template.replace("PreTrainedModel as Base", f"{type(model).__name__} as Base")
     (folder / CODE).write_text(code, encoding="utf-8")
+
+
+def write_tokenizer(lm: LanguageModel, folder: Path) -> None:
+    """The tokenizer, or the processor that holds it, without what its last call left in it."""
+    lm.forget_padding()
+    (lm.processor or lm.tokenizer).save_pretrained(folder)
 
 
 def auto_class(lm: LanguageModel) -> str:
