@@ -8,10 +8,11 @@ test questions, with facts that neither steered nor chose. Writes a row per ques
 
 With --gated all vectors, the controls' too, steer behind one gate, fitted between the steering
 pairs and training text that reports no cost. Prose then costs little by construction, so that a
-strength must also hold what is asked where the gate may be open (see `within_all`).
+strength must also hold what is asked where the gate may be open (see `within_all`). With
+`--positions prompt` prose, which follows no prompt, costs nothing at all.
 
     python benchmarks/faithfulness.py --document docs/tables/faithfulness.md
-    python benchmarks/faithfulness.py --gated --document docs/tables/faithfulness.md
+    python benchmarks/faithfulness.py --gated --positions prompt --num_samples 80
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--layers", nargs="+", default=["8-24"])
     flags.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     flags.add_argument("--gated", action="store_true", help="steer behind a gate")
+    flags.add_argument("--positions", default=GridSettings.positions, help="those that are steered")
     flags.add_argument(
         "--strengths",
         nargs="+",
@@ -111,7 +113,11 @@ def parser() -> argparse.ArgumentParser:
         help=f"to choose from (default: {STRENGTHS}; behind a gate {GATED_STRENGTHS})",
     )
     flags.add_argument(
-        "--priced", nargs="*", choices=PRICED, default=PRICED, help="tried at the same price, too"
+        "--priced",
+        nargs="*",
+        choices=(*METHODS, *CONTROLS),
+        default=PRICED,
+        help="tried at the same price, too",
     )
     flags.add_argument("--budget", type=float, default=0.02, help="rise of perplexity of prose")
     flags.add_argument("--num_validation", type=int, default=40, help="validation questions")
@@ -135,15 +141,20 @@ def main() -> None:
         return lm[0]
 
     every = []
+    parts = [title, args.grad_method, *variant(args)]
     for seed in args.seeds:
-        how = args.grad_method + "_gated" * args.gated
-        path = args.folder / f"{title}_{how}_seed{seed}.csv"
+        path = args.folder / f"{'_'.join(parts)}_seed{seed}.csv"
         if not path.exists():
             runs.write_table(path, one_seed(model(), args, seed))
         every.append(pd.read_csv(path, keep_default_na=False, na_values=["nan", ""]))
     rows = pd.concat(every)
-    stem = f"{title}, {args.grad_method}" + ", gated" * args.gated
-    print_tables(args.document, stem, summaries(rows, title), {"rows": args.folder})
+    print_tables(args.document, ", ".join(parts), summaries(rows, title), {"rows": args.folder})
+
+
+def variant(args: argparse.Namespace) -> list[str]:
+    """What tells the rows and tables from those of vectors that steer everywhere."""
+    everywhere = args.positions == GridSettings.positions
+    return [*["gated"] * args.gated, *([] if everywhere else [args.positions])]
 
 
 # --- measuring ---
@@ -174,7 +185,9 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
         attributed.append(attribution_row(lm, item, of_top[0]) | {"seed": seed})
     info = manifests.stage1(lm, pairs, source, ablation, prompts.tally(encoded))
     states = {top: StatesInMemory(tensors, top, info) for top in tops}
-    grid = GridSettings((*args.methods, *CONTROLS), layers=tuple(args.layers))
+    grid = GridSettings(
+        (*args.methods, *CONTROLS), layers=tuple(args.layers), positions=args.positions
+    )
     lines: dict[str, Direction] = {}
     for method, mode, made in vectors.make_all(states, grid, seed):
         (lines[method],) = directions(made, method, mode, grid)

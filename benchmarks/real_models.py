@@ -40,6 +40,7 @@ from grains.settings import (  # noqa: E402
     AblationSettings,
     AttributionSettings,
     DataSettings,
+    GridSettings,
 )
 
 # Strengths beside those of faithfulness.py: states of other models may be far longer than most of
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--seeds", nargs="+", type=int, default=[0])
     flags.add_argument("--truthfulqa", metavar="PATH", help="file of TruthfulQA, if at hand")
     flags.add_argument("--gated", action="store_true", help="steer behind a gate")
+    flags.add_argument("--positions", default=GridSettings.positions, help="those that are steered")
     flags.add_argument("--num_attributed", type=int, default=6, help="pairs that are attributed")
     flags.add_argument("--num_questions", type=int, default=133, help="of each set, for the base")
     flags.add_argument("--num_samples", type=int, default=40, help="steering pairs")
@@ -96,7 +98,7 @@ def main() -> None:
     cpu.keep_freed_memory()
     chosen = [model for model in MODELS if model.name in args.models]
     for part in args.parts:
-        stem = "faithfulness, gated" if part == "faithfulness" and args.gated else part
+        stem = ", ".join([part, *(faithfulness.variant(args) if part == "faithfulness" else [])])
         print_tables(args.document, stem, TABLES[part](chosen, args), {"rows": args.folder})
 
 
@@ -130,7 +132,7 @@ def steered_rows(model: Measured, args: argparse.Namespace) -> pd.DataFrame:
             kept(
                 model,
                 args,
-                f"faithfulness{'_gated' * args.gated}_seed{seed}",
+                "_".join(["faithfulness", *faithfulness.variant(args), f"seed{seed}"]),
                 partial(one_seed, seed),
             )
             for seed in args.seeds
@@ -141,6 +143,7 @@ def steered_rows(model: Measured, args: argparse.Namespace) -> pd.DataFrame:
 def recipe_of(model: Measured, args: argparse.Namespace) -> argparse.Namespace:
     """What faithfulness.py takes; its other settings are those of docs/tables/faithfulness.md."""
     words = ["--prompt_style", model.style, "--layers", model.layers]
+    words += ["--positions", args.positions]
     strengths = faithfulness.GATED_STRENGTHS if args.gated else faithfulness.STRENGTHS
     words += ["--strengths", *map(str, (*SMALLER, *strengths))]
     words += ["--gated", "--priced", "rotated"] if args.gated else []
