@@ -388,6 +388,7 @@ def run_job(name: str, everything: bool) -> dict:
     }
 
 
+MEASURING = ("bench", "llava", "peers", "plain", "side")  # the programs behind the rows
 PRECISION = "bfloat16"  # the row that compares the two precisions
 # What a row of side.py is, and the ratio that it should reach.
 AGAINST = {
@@ -601,9 +602,10 @@ def peer_row(name: str, python: str, folder: Path) -> dict:
 
 
 def code() -> str:
-    """A digest of the code that is measured."""
+    """A digest of the code that is measured, and of what measures it."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("src/grains/*.py"), *ROOT.glob("benchmarks/*.py")]):
+    measuring = [ROOT / "benchmarks" / f"{name}.py" for name in MEASURING]
+    for path in sorted([*ROOT.glob("src/grains/*.py"), *measuring]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
