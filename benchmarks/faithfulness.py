@@ -211,9 +211,26 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
             tested[f"{method}, same strength"] = lines[method].at(alpha)
         if method in args.priced:
             tested[f"{method}, {'chosen alike' if args.gated else 'same price'}"] = chosen[method]
-    encoded_sets = asked["test"]
     rows = [{"set": "attribution", "configuration": "", **row} for row in attributed]
-    for name, items in encoded_sets.items():
+    return pd.DataFrame(rows + test_rows(lm, args, seed, tested, asked["test"], own.get("test")))
+
+
+def test_rows(
+    lm: LanguageModel,
+    args: argparse.Namespace,
+    seed: int,
+    tested: dict[str, Configuration],
+    sets: dict[str, list[Encoded]],
+    own: list[Encoded] | None,
+) -> list[dict]:
+    """A row for each configuration and question, and for the costs and the free answers.
+
+    tested: by their labels, `CHOSEN`, `TURNED` and `HARDEST` among them; the others are asked about
+    contrary contexts, and what they cost in prose. sets, own: of the test split; own: None if not
+    measured.
+    """
+    rows = []
+    for name, items in sets.items():
         labels = [*tested] if name == CONTRARY else [CHOSEN, TURNED]
         asked_of, places = distinct({label: tested[label] for label in labels})
         leads = margins(items, score_all(lm, items, asked_of, MAX_TOKENS))
@@ -237,19 +254,19 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
         {"seed": seed, "set": PROSE, "configuration": label, "rise": rises[index]}
         for label, index in places.items()
     ]
-    if args.gated:
+    if own is not None:
         labels = (CHOSEN, TURNED, HARDEST)
-        scores = score_all(lm, own["test"], [tested[label] for label in labels], MAX_TOKENS)
-        rises = costs.perplexity_rise(own["test"], scores)
+        scores = score_all(lm, own, [tested[label] for label in labels], MAX_TOKENS)
+        rises = costs.perplexity_rise(own, scores)
         rows += [
             {"seed": seed, "set": OWN, "configuration": label, "rise": rise}
             for label, rise in zip((BASE, *labels), rises, strict=True)
         ]
     for name, labels in ((CONTRARY, (CHOSEN, TURNED, HARDEST)), (AGREEING, (CHOSEN,))):
         answering = {label: tested[label] for label in labels}
-        items = encoded_sets[name][: args.num_generations]
+        items = sets[name][: args.num_generations]
         rows += free_answers(lm, args, seed, name, items, answering)
-    return pd.DataFrame(rows)
+    return rows
 
 
 def asked_sets(
@@ -518,6 +535,12 @@ def shown_of(rows: pd.DataFrame) -> dict[str, str]:
 
 def summaries(rows: pd.DataFrame, title: str) -> list[tuple[str, pd.DataFrame]]:
     """The tables with their titles."""
+    attributed = f"{title}: where the attribution of the steering pairs lies"
+    return [*asked_tables(rows, title), (attributed, attribution_table(rows))]
+
+
+def asked_tables(rows: pd.DataFrame, title: str) -> list[tuple[str, pd.DataFrame]]:
+    """The accuracies, and what is gained and paid, with their titles."""
     seeds = rows.seed.nunique()
     tested = rows[(rows.set == CONTRARY)]
     chosen = tested[tested.configuration == CHOSEN].drop_duplicates("seed")
@@ -576,8 +599,15 @@ def summaries(rows: pd.DataFrame, title: str) -> list[tuple[str, pd.DataFrame]]:
         for label in dict.fromkeys(tested.configuration)
         if label != BASE
     }
+    return [
+        (f"{about}: accuracy in %, chosen strength {strengths}", main_table),
+        (f"{about}: points gained over base", pd.DataFrame(gains).T),
+    ]
+
+
+def attribution_table(rows: pd.DataFrame) -> pd.DataFrame:
     attributed = rows[rows.set == "attribution"]
-    attribution = pd.DataFrame(
+    return pd.DataFrame(
         {
             "": {
                 **{
@@ -592,11 +622,6 @@ def summaries(rows: pd.DataFrame, title: str) -> list[tuple[str, pd.DataFrame]]:
             }
         }
     )
-    return [
-        (f"{about}: accuracy in %, chosen strength {strengths}", main_table),
-        (f"{about}: points gained over base", pd.DataFrame(gains).T),
-        (f"{title}: where the attribution of the steering pairs lies", attribution),
-    ]
 
 
 def prose(rows: pd.DataFrame, label: str, name: str = PROSE) -> str:

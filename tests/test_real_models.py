@@ -1,24 +1,43 @@
 """The tables of several models, and the variants of faithfulness, on a tiny model and by hand."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import faithfulness_trained
 import faithfulness_variants as variants
 import gain_figure
 import pandas as pd
 import pytest
 import real_models
 import torch
-from faithfulness import BASE, CHOSEN, CONTRARY, PROSE
+from faithfulness import (
+    AGREEING,
+    ALIKE,
+    BARE,
+    BASE,
+    BEHIND,
+    CHOSEN,
+    CONTRARY,
+    HARDEST,
+    OWN,
+    PROSE,
+    TURNED,
+    UNRELATED,
+)
 from helpers.reference import embeds, relative
 from pytest import approx
 
 from demo.answers import core
+from grains import prompts, splits
 from grains.cli.documents import write_document
 from grains.logprobs import logits
+from grains.scoring import margins, score_all
 from grains.settings import AblationSettings, DataSettings, PromptSettings
 from grains.states import POS, POS_ABLATED
+from grains.study import costs, learned
+from grains.vectors import SteeringVectors
 
 
 def measured(gain, rise):
@@ -155,3 +174,53 @@ def test_shares_are_of_the_attribution_on_the_answer(material):
     assert compared
     shown = variants.share_table({"integrated_gradients": rows})
     assert shown.loc["steering pairs", "IG"] == "2" and shown.loc["gradients a pair", "IG"] == "3"
+
+
+def test_rows_of_trained_vectors(make_tiny, monkeypatch):
+    """Every set is asked; right answers and the price of prose are those under the hooks."""
+    lm = make_tiny("llama")
+    drawn = torch.randn(len(lm.layers), lm.hidden_size, generator=torch.Generator().manual_seed(3))
+    info = {"seed": 5, "method": "trained", "data": {"questions": []}}
+    vectors = SteeringVectors(0.3 * drawn, torch.ones(len(lm.layers)), info)
+    monkeypatch.setattr(faithfulness_trained.models, "load", lambda *name, **how: lm)
+    words = [
+        "--vectors",
+        "f=2",
+        "--prompt_style",
+        "qa",
+        "--num_test",
+        "4",
+        "--num_generations",
+        "1",
+    ]
+    rows = faithfulness_trained.measured(
+        faithfulness_trained.parser().parse_args(words), vectors, 2
+    )
+    sets = {CONTRARY, AGREEING, BARE, UNRELATED, ALIKE, BEHIND, PROSE, OWN}
+    assert set(rows.set) == sets | {f"{CONTRARY} free", f"{AGREEING} free"}
+    assert set(rows.seed) == {5}
+    asked = rows[rows.set == CONTRARY]
+    assert set(asked.groupby("configuration").size()) == {4}
+
+    used = DataSettings(CONTRARY, num_validation=1, num_test=4)
+    examples = splits.evaluation_examples(used, 5, {"questions": []})["test"]
+    items = [prompts.encode(lm, example, "qa") for example in examples]
+    passages = costs.passages(lm, "test")
+    before = score_all(lm, passages, [], 2048)
+    for label, of, strength in (
+        (CHOSEN, vectors, 2.0),
+        (TURNED, vectors, -2.0),
+        (HARDEST, learned.rotated(vectors, 5), 2.0),
+        (faithfulness_trained.RANDOM, learned.random_like(vectors, 5), 2.0),
+    ):
+        with of.apply(lm, strength, units="absolute"):
+            leads = margins(items, score_all(lm, items, [], 2048))
+            after = score_all(lm, passages, [], 2048)
+        mine = asked[asked.configuration == label].set_index("id")
+        for kind, lead in leads.items():
+            own = dict(zip([item.example.id for item in items], lead[:, 0] > 0, strict=True))
+            assert mine[kind].to_dict() == own
+        tokens = sum(len(item.responses[0]) for item in passages)
+        lost = sum(float(b[0, 0] - a[0, 0]) for a, b in zip(after, before, strict=True)) / tokens
+        (rise,) = rows[(rows.set == PROSE) & (rows.configuration == label)].rise
+        assert rise == approx(math.expm1(lost), rel=1e-3, abs=1e-5)
