@@ -1,7 +1,7 @@
 """The figure of docs/results.md: points gained over the rise of perplexity, a row a model.
 
-Reads the tables of gains in docs/tables/faithfulness.md (SmolLM2, three seeds) and docs/models.md
-(the others), and draws nothing that they do not hold.
+Reads the tables of gains in docs/tables/faithfulness.md and faithfulness_own_answers.md (SmolLM2,
+three seeds) and docs/models.md (the others), and draws nothing that they do not hold.
 
     python benchmarks/gain_figure.py docs/img/gain_over_cost.png
 """
@@ -23,15 +23,18 @@ from faithfulness import CONTROLS  # noqa: E402
 from grains import runs  # noqa: E402
 from grains.cli import entry  # noqa: E402
 from grains.errors import UserError  # noqa: E402
+from grains.settings import TRAINED_RANDOM, TRAINED_ROTATED  # noqa: E402
 
 SCORES = ("summed", "per token")
 GAINED = "points gained over base"
 NUMBER = r"([+-]?\d+\.\d)"
 CELL = re.compile(rf"{NUMBER} \[{NUMBER}, {NUMBER}\]")
 FAR = 20  # rises of perplexity, in %, beyond which the axis is logarithmic
+TURNED = "sign turned"
 LOOKS = {
     "gradient": ("#0072b2", "o"),
-    "gradient, sign turned": ("#d55e00", "v"),
+    "trained": ("#b8860b", "D"),
+    TURNED: ("#d55e00", "v"),
     "caa": ("#009e73", "^"),
     "mean, pca (the paper's)": ("#7d63c8", "s"),
     "controls": ("#808080", "x"),
@@ -44,13 +47,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("figure", type=Path, help="PNG to write")
     parser.add_argument("--faithfulness", type=Path, default=ROOT / "docs/tables/faithfulness.md")
+    parser.add_argument(
+        "--trained", type=Path, default=ROOT / "docs/tables/faithfulness_own_answers.md"
+    )
     parser.add_argument("--models", type=Path, default=ROOT / "docs/models.md")
     args = parser.parse_args()
     drawn = gains(args.faithfulness)
     if not drawn:
         raise UserError(f"'{args.faithfulness}' has no table of {GAINED}")
-    others = gains(args.models) if args.models.exists() else {}
-    draw(drawn | {name: of for name, of in others.items() if name not in drawn}, args.figure)
+    for document in (args.trained, args.models):
+        for name, of in (gains(document) if document.exists() else {}).items():
+            drawn[name] = of | drawn.get(name, {})
+    draw(drawn, args.figure)
 
 
 def gains(document: Path) -> dict[str, Gains]:
@@ -86,10 +94,10 @@ def gains(document: Path) -> dict[str, Gains]:
 
 def look_of(configuration: str) -> str:
     """Which of LOOKS a configuration has."""
-    if configuration in LOOKS:
-        return configuration
-    method = configuration.partition(",")[0]
-    if method in CONTROLS:
+    method, _, how = configuration.partition(", ")
+    if how == TURNED:
+        return TURNED
+    if method in (*CONTROLS, TRAINED_RANDOM, TRAINED_ROTATED):
         return "controls"
     return method if method in LOOKS else "mean, pca (the paper's)"
 
