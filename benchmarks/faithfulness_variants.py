@@ -305,7 +305,10 @@ def share_table(shares: dict[str, pd.DataFrame]) -> pd.DataFrame:
                 "positive attribution on the context's answer": f"{rows.share.mean():.1%}",
                 "the answer's share of the tokens": f"{rows.tokens.mean():.1%}",
                 "the largest attribution is on it": f"{rows.top.mean():.1%}",
-                "completeness error, median": f"{rows.completeness_error.median():.1%}",
+                # Gradient times input need not add up to anything.
+                "completeness error, median": (
+                    f"{rows.completeness_error.median():.1%}" if method != "vanilla" else "-"
+                ),
                 "gradients a pair": f"{rows.points.median():.0f}",
                 "steering pairs": str(len(rows)),
             }
