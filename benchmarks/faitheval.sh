@@ -15,7 +15,7 @@ folder=$(mktemp -d)
 trap 'kill $! 2>/dev/null || true; rm -rf "$folder"' EXIT
 
 PYTHONPATH=$root "$python" - "$root/src/data/faithfulness.jsonl" "$port" "$folder/ready" <<'END' &
-import io, json, pathlib, random, sys, threading
+import io, pathlib, random, sys, threading
 
 import pandas as pd
 from tests.helpers.hub_stub import Hub
