@@ -30,7 +30,11 @@ from grains.study import learned  # noqa: E402
 from grains.study.learned import TrainedDirection  # noqa: E402
 from grains.vectors import SteeringVectors  # noqa: E402
 
-NAMES = {CHOSEN: "trained", TURNED: "trained, sign turned", HARDEST: "trained_rotated"}
+NAMES = {
+    CHOSEN: "trained",
+    TURNED: "trained, sign turned",
+    HARDEST: "trained_rotated, same strength",
+}
 RANDOM = "trained_random, same strength"
 
 
