@@ -153,8 +153,8 @@ def main() -> None:
 
 def variant(args: argparse.Namespace) -> list[str]:
     """What tells the rows and tables from those of vectors that steer everywhere."""
-    everywhere = args.positions == GridSettings.positions
-    return [*["gated"] * args.gated, *([] if everywhere else [args.positions])]
+    words = {"gated": args.gated, args.positions: args.positions != GridSettings.positions}
+    return [word for word, differs in words.items() if differs]
 
 
 # --- measuring ---
@@ -212,10 +212,10 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
         if method in args.priced:
             tested[f"{method}, {'chosen alike' if args.gated else 'same price'}"] = chosen[method]
     rows = [{"set": "attribution", "configuration": "", **row} for row in attributed]
-    return pd.DataFrame(rows + test_rows(lm, args, seed, tested, asked["test"], own.get("test")))
+    return pd.DataFrame(rows + tested_rows(lm, args, seed, tested, asked["test"], own.get("test")))
 
 
-def test_rows(
+def tested_rows(
     lm: LanguageModel,
     args: argparse.Namespace,
     seed: int,
@@ -606,6 +606,7 @@ def asked_tables(rows: pd.DataFrame, title: str) -> list[tuple[str, pd.DataFrame
 
 
 def attribution_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over the steering pairs."""
     attributed = rows[rows.set == "attribution"]
     return pd.DataFrame(
         {

@@ -21,10 +21,12 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 import faithfulness  # noqa: E402
 from faithfulness import CHOSEN, CONTRARY, HARDEST, TURNED  # noqa: E402
+from real_models import loaded  # noqa: E402
 
-from grains import cpu, models, runs  # noqa: E402
+from grains import cpu, runs  # noqa: E402
 from grains.cli import entry  # noqa: E402
 from grains.cli.documents import print_tables  # noqa: E402
+from grains.lm import LanguageModel  # noqa: E402
 from grains.settings import EMBEDDED, DataSettings  # noqa: E402
 from grains.study import learned  # noqa: E402
 from grains.study.learned import TrainedDirection  # noqa: E402
@@ -70,7 +72,8 @@ def main() -> None:
         vectors = SteeringVectors.load(file)
         path = args.folder / f"{Path(file).stem}_{strength}.csv"
         if not path.exists():
-            runs.write_table(path, measured(args, vectors, float(strength)))
+            rows = measured(loaded(args.model_name), args, vectors, float(strength))
+            runs.write_table(path, rows)
         every.append(pd.read_csv(path, keep_default_na=False, na_values=["nan", ""]))
     title = f"{Path(args.model_name).stem}, trained to keep own answers"
     tables = faithfulness.asked_tables(pd.concat(every), title)
@@ -82,9 +85,10 @@ def main() -> None:
     )
 
 
-def measured(args: argparse.Namespace, vectors: SteeringVectors, strength: float) -> pd.DataFrame:
+def measured(
+    lm: LanguageModel, args: argparse.Namespace, vectors: SteeringVectors, strength: float
+) -> pd.DataFrame:
     """The rows of faithfulness.py for vectors of one seed, at one strength."""
-    lm = models.load(args.model_name, dtype="float32", device="cpu")
     seed = vectors.info["seed"]
     asking = faithfulness.parser().parse_args(
         [
@@ -108,7 +112,7 @@ def measured(args: argparse.Namespace, vectors: SteeringVectors, strength: float
     used = vectors.info["data"]["questions"]
     sets = faithfulness.asked_sets(lm, asking, source, seed, used)["test"]
     own = faithfulness.own_answers(lm, asking, sets)
-    return pd.DataFrame(faithfulness.test_rows(lm, asking, seed, tested, sets, own))
+    return pd.DataFrame(faithfulness.tested_rows(lm, asking, seed, tested, sets, own))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ GAINED = "points gained over base"
 NUMBER = r"([+-]?\d+\.\d)"
 CELL = re.compile(rf"{NUMBER} \[{NUMBER}, {NUMBER}\]")
 FAR = 20  # rises of perplexity, in %, beyond which the axis is logarithmic
-TURNED = "sign turned"
+OPPOSITE = "sign turned"
 LOOKS = {
     "gradient": ("#0072b2", "o"),
     "trained": ("#b8860b", "D"),
-    TURNED: ("#d55e00", "v"),
+    OPPOSITE: ("#d55e00", "v"),
     "caa": ("#009e73", "^"),
     "mean, pca (the paper's)": ("#7d63c8", "s"),
     "controls": ("#808080", "x"),
@@ -55,10 +55,11 @@ def main() -> None:
     drawn = gains(args.faithfulness)
     if not drawn:
         raise UserError(f"'{args.faithfulness}' has no table of {GAINED}")
-    for document in (args.trained, args.models):
-        for name, of in (gains(document) if document.exists() else {}).items():
-            drawn[name] = of | drawn.get(name, {})
-    draw(drawn, args.figure)
+    trained, others = (
+        gains(document) if document.exists() else {} for document in (args.trained, args.models)
+    )
+    drawn = {name: of | trained.get(name, {}) for name, of in drawn.items()}
+    draw(drawn | {name: of for name, of in others.items() if name not in drawn}, args.figure)
 
 
 def gains(document: Path) -> dict[str, Gains]:
@@ -95,8 +96,8 @@ def gains(document: Path) -> dict[str, Gains]:
 def look_of(configuration: str) -> str:
     """Which of LOOKS a configuration has."""
     method, _, how = configuration.partition(", ")
-    if how == TURNED:
-        return TURNED
+    if how == OPPOSITE:
+        return OPPOSITE
     if method in (*CONTROLS, TRAINED_RANDOM, TRAINED_ROTATED):
         return "controls"
     return method if method in LOOKS else "mean, pca (the paper's)"

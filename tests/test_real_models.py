@@ -176,26 +176,15 @@ def test_shares_are_of_the_attribution_on_the_answer(material):
     assert shown.loc["steering pairs", "IG"] == "2" and shown.loc["gradients a pair", "IG"] == "3"
 
 
-def test_rows_of_trained_vectors(make_tiny, monkeypatch):
+def test_rows_of_trained_vectors(make_tiny):
     """Every set is asked; right answers and the price of prose are those under the hooks."""
     lm = make_tiny("llama")
     drawn = torch.randn(len(lm.layers), lm.hidden_size, generator=torch.Generator().manual_seed(3))
     info = {"seed": 5, "method": "trained", "data": {"questions": []}}
     vectors = SteeringVectors(0.3 * drawn, torch.ones(len(lm.layers)), info)
-    monkeypatch.setattr(faithfulness_trained.models, "load", lambda *name, **how: lm)
-    words = [
-        "--vectors",
-        "f=2",
-        "--prompt_style",
-        "qa",
-        "--num_test",
-        "4",
-        "--num_generations",
-        "1",
-    ]
-    rows = faithfulness_trained.measured(
-        faithfulness_trained.parser().parse_args(words), vectors, 2
-    )
+    words = "--vectors f=2 --prompt_style qa --num_test 4 --num_generations 1"
+    args = faithfulness_trained.parser().parse_args(words.split())
+    rows = faithfulness_trained.measured(lm, args, vectors, 2.0)
     sets = {CONTRARY, AGREEING, BARE, UNRELATED, ALIKE, BEHIND, PROSE, OWN}
     assert set(rows.set) == sets | {f"{CONTRARY} free", f"{AGREEING} free"}
     assert set(rows.seed) == {5}

@@ -397,6 +397,7 @@ def encode_answers(
     Raises UserError if none is left.
     """
     thinks = thinking.thoughts(lm, prompt) is not None
+    end = [] if thinks or longest is None else end_of_answer(lm)
     encoded = []
     for example in answered:
         try:
@@ -405,8 +406,8 @@ def encode_answers(
             warnings.warn(f"left out an answer of {lm.name}: {error}", stacklevel=2)
             continue
         (response,) = item.responses
-        if longest is not None and not thinks and len(response) < longest - STRIPPED:
-            item = dataclasses.replace(item, responses=[response + end_of_answer(lm)])
+        if longest is not None and len(response) < longest - STRIPPED:
+            item = dataclasses.replace(item, responses=[response + end])
         encoded.append(item)
     if not encoded:
         todo = (
