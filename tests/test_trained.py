@@ -150,7 +150,7 @@ def quick(epochs, rate=1e-2, own_answers="change"):
 def train(lm, epochs=3, rate=1e-2, own_answers="change", **options):
     aim = quick(epochs, rate, own_answers)
     run = trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, aim, **options)
-    return sum(map(run, range(trained.RUNS))) / trained.RUNS
+    return sum(map(run, range(aim.runs))) / aim.runs
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,11 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight, where, 
     """So few items make one group each. At the start the texts' loss has an edge, which rounding
     falls on either side of: its weight begins to count in a second test, from other vectors."""
     monkeypatch.setattr(trained, "TEXT_WEIGHT", weight)
+    kept = torch.tensor(
+        [[[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]], [[1.0, 1.0], [0.0, 2.0], [2.0, 0.0]]]
+    )
     for name, aim in trained.AIMS.items():  # so that answers count at all
-        monkeypatch.setitem(trained.AIMS, name, aim._replace(allowed=-9.0))
+        monkeypatch.setitem(trained.AIMS, name, aim._replace(allowed=-9.0, runs=len(kept)))
     monkeypatch.setattr(trained, "QUESTION_WEIGHT", 300.0)  # and questions, whose loss begins at 0
     if weight:
         monkeypatch.setattr(
@@ -171,10 +174,6 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight, where, 
             lambda values, base, lengths: ((base - values) / lengths)[:, 0] + 1,
         )  # a loss of 0 would not be learnt from
         monkeypatch.setattr(torch, "relu", lambda rises: rises)
-    kept = torch.tensor(
-        [[[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]], [[1.0, 1.0], [0.0, 2.0], [2.0, 0.0]]]
-    )
-    monkeypatch.setattr(trained, "RUNS", len(kept))
     steps = iter(kept.flatten(0, 1))
     monkeypatch.setattr(trained, "dropout", lambda layers, generator: next(steps))
     found = train(lm, where=where, own_answers=own_answers)
@@ -184,7 +183,9 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight, where, 
     assert no_hooks(lm)
 
 
-@pytest.mark.parametrize(("own_answers", "steps", "rate"), [("change", 5, 4e-4), ("keep", 8, 2e-4)])
+@pytest.mark.parametrize(
+    ("own_answers", "steps", "rate"), [("change", 5, 4e-4), ("keep", 32, 2e-4)]
+)
 def test_an_aim_has_its_own_steps(lm, monkeypatch, own_answers, steps, rate):
     """From a constant gradient Adam takes steps of the rate: their sum is the vectors' length."""
     monkeypatch.setattr(trained, "dropout", lambda layers, generator: torch.ones(layers))
@@ -278,8 +279,8 @@ def test_a_run_is_the_same_wherever_it_is_made(lm):
     first, second = (
         trained.trainer(lm, *items(lm), norms(lm), gate(lm), LAYERS, quick(2)) for _ in range(2)
     )
-    made = [first(number) for number in range(trained.RUNS)]
-    assert torch.equal(second(trained.RUNS - 1), made[-1]) and torch.equal(second(0), made[0])
+    made = [first(number) for number in range(quick(2).runs)]
+    assert torch.equal(second(len(made) - 1), made[-1]) and torch.equal(second(0), made[0])
     assert not torch.equal(made[0], made[-1])
 
 

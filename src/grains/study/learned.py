@@ -26,9 +26,9 @@ from grains.study.lora import LoraDirection
 from grains.study.study import Study
 from grains.vectors import random_rotation
 
-# The strengths that trained methods are tried at, by `own_answers`. Vectors that keep them can be
-# twice as long: 1.5 times leaves a good part of a budget of 10 %, 2.5 times is mostly beyond it.
-SCALES = {"change": (0.35, 0.7, 1.0, 1.5, 2.5), "keep": (0.35, 0.7, 1.0, 1.5, 2.0, 2.5)}
+# The strengths that trained methods are tried at, by `own_answers`. Those that keep them have finer
+# steps where the rise of own answers reaches a budget of 10 %; twice the length is beyond it.
+SCALES = {"change": (0.35, 0.7, 1.0, 1.5, 2.5), "keep": (0.35, 0.7, 1.0, 1.25, 1.5, 1.75, 2.0)}
 Pairs = Callable[[], list[Encoded]]
 
 
@@ -135,7 +135,7 @@ def trained_vectors(
 
     def save(made: Iterator[dict[str, Tensor]]) -> None:
         info = {**study.states.info, "stage": "steering_vectors", "method": "trained", "mode": ""}
-        mean = sum((tensors["vectors"] / trained.RUNS for tensors in made), torch.tensor(0.0))
+        mean = sum((tensors["vectors"] / aim.runs for tensors in made), torch.tensor(0.0))
         SteeringVectors(mean, norms, info, gate).save(path)
 
     compute_once(
@@ -145,7 +145,7 @@ def trained_vectors(
         "training vectors",
         lambda run: {"vectors": trainer()(run)},
         save,
-        trained.RUNS,
+        aim.runs,
     )
     # The same object as the other methods' gate, so that they are scored in one batch.
     vectors = replace(SteeringVectors.load(path), gate=gate)
