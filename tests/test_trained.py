@@ -200,7 +200,7 @@ def test_an_aim_has_its_own_steps(lm, monkeypatch, own_answers, steps, rate):
     expected = -rate * (steps + 1) / 2 * norms(lm)[LAYERS, None].expand(-1, lm.hidden_size)
     assert torch.allclose(found[LAYERS], expected, rtol=1e-4)
     made = trained.recipe(aim)
-    assert (made["epochs"], made["learning_rate"]) == (steps, rate)
+    assert (made["epochs"], made["learning_rate"], made["runs"]) == (steps, rate, runs)
 
 
 def test_the_pairs_are_preferred_or_the_texts_are_kept(lm, monkeypatch):

@@ -109,8 +109,7 @@ def trainer(
     max_tokens: int = 2048,
     where: str = "all",
 ) -> Callable[[int], Tensor]:
-    """Prepare the training of one vector a layer, in `aim.runs` runs; the model leaves as it
-    came.
+    """Prepare the training of one vector a layer, in `aim.runs` runs; the model stays as it is.
 
     pairs: examples with two responses, the preferred one first. texts: see `costs.continuation`.
     questions: each with the same number of answers; which is right does not matter.
