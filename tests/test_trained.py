@@ -184,9 +184,9 @@ def test_training_is_that_of_separate_sequences(lm, monkeypatch, weight, where, 
 
 
 @pytest.mark.parametrize(
-    ("own_answers", "steps", "rate"), [("change", 5, 4e-4), ("keep", 32, 2e-4)]
+    ("own_answers", "steps", "rate", "runs"), [("change", 5, 4e-4, 4), ("keep", 32, 2e-4, 1)]
 )
-def test_an_aim_has_its_own_steps(lm, monkeypatch, own_answers, steps, rate):
+def test_an_aim_has_its_own_steps(lm, monkeypatch, own_answers, steps, rate, runs):
     """From a constant gradient Adam takes steps of the rate: their sum is the vectors' length."""
     monkeypatch.setattr(trained, "dropout", lambda layers, generator: torch.ones(layers))
     monkeypatch.setattr(
