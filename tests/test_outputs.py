@@ -284,6 +284,15 @@ def test_a_shared_file_does_not_replace_what_is_not_ours(tmp_path, content):
     assert path.read_bytes() == content
 
 
+def test_the_same_content_gives_the_same_file(tmp_path):
+    """safetensors writes several entries of metadata in a new order at every save; we have one."""
+    info = {key: key for key in "model method seed layers units".split()}
+    tensors = {"vectors": torch.ones(2, 3), "norms": torch.ones(2)}
+    for number in range(10):
+        runs.write_tensors(tmp_path / f"{number}", tensors, info)
+    assert len(set(files(tmp_path).values())) == 1
+
+
 # --- words ---
 
 
