@@ -286,7 +286,7 @@ def test_a_shared_file_does_not_replace_what_is_not_ours(tmp_path, content):
 
 def test_the_same_content_gives_the_same_file(tmp_path):
     """safetensors writes several entries of metadata in a new order at every save; we have one."""
-    info = {key: key for key in "model method seed layers units".split()}
+    info = {"model": "m", "method": "caa", "seed": 0, "layers": "0-1", "units": "relative"}
     tensors = {"vectors": torch.ones(2, 3), "norms": torch.ones(2)}
     for number in range(10):
         runs.write_tensors(tmp_path / f"{number}", tensors, info)
