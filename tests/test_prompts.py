@@ -150,6 +150,13 @@ def test_template_args(chat_model):
         text_of(lm, chat(template_args={"enable_thoughts": False}))
 
 
+def test_a_template_that_writes_todays_date_writes_the_same_tomorrow(chat_model):
+    dated = "Today is {{ strftime_now('%d %b %Y') }}. " + chat_models.CHATML
+    written = "Today is 26 Jul 2024. " + text_of(chat_model(chat_models.CHATML), chat())
+    assert text_of(chat_model(dated), chat()) == written
+    assert text_of(chat_model(chat_models.CHATML), chat(chat_template=dated)) == written
+
+
 def test_another_chat_template(chat_model):
     lm = chat_model(chat_models.CHATML)
     mine = "{% for m in messages %}{{ m.role }}> {{ m.content }}\n{% endfor %}{{ end }}"
@@ -508,6 +515,7 @@ def test_flags(tmp_path):
         (["--system", "prompts/system.txt"], "file 'prompts/system.txt' does not exist"),
         (["--template_args", "enable_thinking"], "enable_thinking: expected NAME=VALUE"),
         (["--template_args", "messages=1"], "messages is set here already"),
+        (["--template_args", "strftime_now=1"], "strftime_now is set here already"),
         (["--chat_template", "nowhere.jinja"], "file 'nowhere.jinja' cannot be read: No such"),
     ],
 )

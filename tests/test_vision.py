@@ -24,6 +24,7 @@ from PIL import Image
 from grains import data, prompts, vision
 from grains.errors import UserError
 from grains.replay import capture
+from grains.settings import PromptSettings
 
 pytestmark = pytest.mark.slow
 
@@ -496,6 +497,15 @@ def test_a_wrong_number_of_tokens_is_an_error(local_models):
     plain, inputs = features(lm, picture(60, 40))
     with pytest.raises(UserError, match="image tokens where its layout gives"):
         vision.token_boxes(lm, inputs, (60, 40), len(plain) + 1)
+
+
+def test_a_processors_template_writes_the_same_date_tomorrow(local_models):
+    lm = local_models["llava-next"]
+    plain = prompts.encode(lm, asked(picture(60, 40)), "chat")
+    template = "On {{ strftime_now('%Y-%m-%d') }}. " + lm.processor.chat_template
+    settings = PromptSettings("chat", chat_template=template)
+    dated = prompts.encode(lm, asked(picture(60, 40)), settings)
+    assert dated.text == "On 2024-07-26. " + plain.text
 
 
 def test_padding_on_the_left_for_pictures_of_several_sizes(local_models):

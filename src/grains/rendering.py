@@ -11,6 +11,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import lru_cache
 from os.path import commonprefix
 from uuid import uuid4
@@ -31,6 +32,9 @@ LETTERS = string.ascii_uppercase
 # Marks with which a prompt opens a block of thoughts, and may close it again.
 THOUGHTS = re.compile(r"(\s*<[^<>]*(think|thought|reason)[^<>]*>\s*)+\Z", re.IGNORECASE)
 INSTRUCTION, RESPONSE = "### Instruction:\n", "### Response:\n"
+# What chat templates are told is today, so that a prompt and all numbers are the same tomorrow:
+# the day that Llama 3's templates write where they are told none.
+TODAY = date(2024, 7, 26)
 # A text of the data, and whether it is the user's own (not from the settings) -> what stands in its
 # place while the prompt is rendered: a mark, or the text itself.
 Mark = Callable[[str, bool], str]
@@ -413,7 +417,7 @@ def prompt_template(text: str) -> tuple[Template, set[str]]:
 def apply_template(
     lm: LanguageModel, messages: list[dict], prompt: PromptSettings, begin_answer: bool = True
 ) -> str:
-    """Messages as the chat template writes them.
+    """Messages as the chat template writes them. One that writes a date writes that of `TODAY`.
 
     begin_answer: whether what comes before an answer stands at the end.
     Raises UserError if there is no template, or if it knows no argument of a name that is given.
@@ -427,12 +431,13 @@ def apply_template(
                 f"template_args: the chat template of {lm.name} has no argument '{name}'; leave it "
                 "out, or give a chat_template that uses it"
             )
+    clock = {"strftime_now": TODAY.strftime} if "strftime_now" in template else {}
     return _renderer(lm).apply_chat_template(
         messages,
         tokenize=False,
         add_generation_prompt=begin_answer,
         chat_template=prompt.chat_template,
-        **prompt.arguments,
+        **{**prompt.arguments, **clock},
     )
 
 

@@ -697,6 +697,7 @@ OWN_ARGUMENTS = {
     "tokenize",
     "add_generation_prompt",
     "continue_final_message",
+    "strftime_now",
     "return_dict",
     "return_tensors",
     "return_assistant_tokens_mask",
