@@ -611,21 +611,18 @@ def code() -> str:
 
 
 def report(results: dict[str, dict]) -> str:
-    """RESULTS.md between its markers: the tables and where they were measured."""
+    """RESULTS.md between its markers: the tables, and when and where each row was measured."""
     if not results:
         return "Nothing is measured with this code yet: run `make bench`."
     jobs = [results[name] for name in JOBS if name in results]
-    versions = ", ".join(
-        f"{name} {version}"
-        for name, version in runs.versions().items()
-        if name in ("torch", "transformers")
-    )
-    threads = sorted({row["threads"] for row in results.values()})
+    measured: dict[str, list[str]] = {}
+    for name, row in results.items():
+        measured.setdefault(row["measured"], []).append(name)
     lines = [
-        f"Measured {time.strftime('%Y-%m-%d')} on {machine()}, "
-        f"{' or '.join(map(str, threads))} threads, fp32, Python {platform.python_version()}, "
-        f"{versions}. What is compared alternates on the same work; medians of {REPEATS}."
+        f"Measured {text}{': ' + ', '.join(names) if len(measured) > 1 else ''}."
+        for text, names in measured.items()
     ]
+    lines += [f"What is compared alternates on the same work; medians of {REPEATS}."]
     if compared := [name for name in AGAINST if name in results]:
         lines += [
             "",
@@ -714,6 +711,19 @@ def report(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def circumstances(threads: int) -> str:
+    """When, on what and with what something is measured."""
+    versions = ", ".join(
+        f"{name} {version}"
+        for name, version in runs.versions().items()
+        if name in ("torch", "transformers")
+    )
+    return (
+        f"{time.strftime('%Y-%m-%d')} on {machine()}, {threads} thread{'s' * (threads > 1)}, fp32, "
+        f"Python {platform.python_version()}, {versions}"
+    )
+
+
 def machine() -> str:
     names = (
         [
@@ -781,7 +791,7 @@ def main() -> None:
                 command = [sys.executable, __file__, "--job", name, *(["--all"] * args.all)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 row = json.loads(done.stdout.splitlines()[-1])
-            results[name] = row | {"code": code()}
+            results[name] = row | {"code": code(), "measured": circumstances(row["threads"])}
             write(results, kept, args.output)
     print(f"results: {args.output}")
 
