@@ -452,7 +452,7 @@ def test_what_is_learnt_is_tried_at_multiples_of_its_length(made):
 
 
 def test_vectors_that_keep_answers_keep_where_they_end(flags, few_texts, tmp_path, monkeypatch):
-    """Answers end for these vectors alone, which are tried at twice their length as well."""
+    """Answers end for these vectors alone, which are tried at finer lengths."""
     trained_on = {}
 
     def stand_in(lm, pairs, texts, questions, answers, norms, gate, layers, *rest, **options):
@@ -481,7 +481,8 @@ def test_vectors_that_keep_answers_keep_where_they_end(flags, few_texts, tmp_pat
     end = lm.tokenizer.eos_token_id
     assert [token == end for token in trained_on["keep"]] == [True, False] * 3
     assert end not in trained_on["change"]
-    assert tried["keep"] == tried["change"] | {2.0} != tried["change"]
+    assert tried["change"] == {0.35, 0.7, 1.0, 1.5, 2.5}
+    assert tried["keep"] == {0.35, 0.7, 1.0, 1.25, 1.5, 1.75, 2.0}
 
 
 def test_strengths_are_set_by_the_cost(flags, few_texts, tmp_path, monkeypatch):
