@@ -26,8 +26,8 @@ from grains.study.lora import LoraDirection
 from grains.study.study import Study
 from grains.vectors import random_rotation
 
-# The strengths that trained methods are tried at, by `own_answers`. Those that keep them have finer
-# steps where the rise of own answers reaches a budget of 10 %; twice the length is beyond it.
+# The strengths that trained methods are tried at, by `own_answers`. Vectors that keep them have
+# finer steps, as the rise of own answers reaches a budget of 10 % somewhere between 1 and 2.
 SCALES = {"change": (0.35, 0.7, 1.0, 1.5, 2.5), "keep": (0.35, 0.7, 1.0, 1.25, 1.5, 1.75, 2.0)}
 Pairs = Callable[[], list[Encoded]]
 
