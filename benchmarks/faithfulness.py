@@ -9,7 +9,8 @@ test questions, with facts that neither steered nor chose. Writes a row per ques
 With --gated all vectors, the controls' too, steer behind one gate, fitted between the steering
 pairs and training text that reports no cost. Prose then costs little by construction, so that a
 strength must also hold what is asked where the gate may be open (see `within_all`). With
-`--positions prompt` prose, which follows no prompt, costs nothing at all.
+`--positions prompt` prose, which follows no prompt, costs nothing at all. With --own_words further
+pairs steer beside these: in the model's own words, about the contrary and the agreeing contexts.
 
     python benchmarks/faithfulness.py --document docs/tables/faithfulness.md
     python benchmarks/faithfulness.py --gated --positions prompt --num_samples 80
@@ -31,7 +32,6 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from demo.answers import core, holds  # noqa: E402
 from grains import (  # noqa: E402
     data,
     manifests,
@@ -62,6 +62,7 @@ from grains.settings import (  # noqa: E402
 from grains.states import StatesInMemory  # noqa: E402
 from grains.steering import Configuration, Direction, directions  # noqa: E402
 from grains.study import costs, gates  # noqa: E402
+from grains.study.own_words import core, in_own_words, names  # noqa: E402
 
 METHODS = ("gradient", "mean", "pca", "caa")
 CONTROLS = ("random", "shared_random", "rotated", "rand_tokens")
@@ -105,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--layers", nargs="+", default=["8-24"])
     flags.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     flags.add_argument("--gated", action="store_true", help="steer behind a gate")
+    flags.add_argument("--own_words", action="store_true", help="also pairs in the model's words")
     flags.add_argument("--positions", default=GridSettings.positions, help="those that are steered")
     flags.add_argument(
         "--strengths",
@@ -153,7 +155,11 @@ def main() -> None:
 
 def variant(args: argparse.Namespace) -> list[str]:
     """What tells the rows and tables from those of vectors that steer everywhere."""
-    words = {"gated": args.gated, args.positions: args.positions != GridSettings.positions}
+    words = {
+        "gated": args.gated,
+        "own-words": args.own_words,
+        args.positions: args.positions != GridSettings.positions,
+    }
     return [word for word, differs in words.items() if differs]
 
 
@@ -176,13 +182,17 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
         num_validation=args.num_validation,
         num_test=args.num_test,
     )
-    pairs = splits.steering_examples(source, seed)
+    pairs = given = splits.steering_examples(source, seed)
+    if args.own_words:
+        agreeing = splits.steering_examples(replace(source, name=AGREEING), seed)
+        pairs = given + in_own_words(lm, [*given, *agreeing], PromptSettings(args.prompt_style))
     encoded = [encode(lm, example, args) for example in pairs]
     tensors, attributed = [], []
     for unit, item in enumerate(encoded):
         made, of_top = stage1.one_example(lm, item, ablation, unit, {})
         tensors.append(made)
-        attributed.append(attribution_row(lm, item, of_top[0]) | {"seed": seed})
+        if unit < len(given):
+            attributed.append(attribution_row(lm, item, of_top[0]) | {"seed": seed})
     info = manifests.stage1(lm, pairs, source, ablation, prompts.tally(encoded))
     states = {top: StatesInMemory(tensors, top, info) for top in tops}
     grid = GridSettings(
@@ -480,8 +490,8 @@ def free_answers(
                     "configuration": label,
                     "id": item.example.id,
                     "fact": fact_of(item.example, name),
-                    "holds": float(holds(text, item.example.chosen)),
-                    "holds_other": float(holds(text, item.example.rejected)),
+                    "holds": float(names(text, item.example.chosen)),
+                    "holds_other": float(names(text, item.example.rejected)),
                     "repetition": stats.repetition(text),
                     "question": item.example.question,
                     "answer": text,

@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--seeds", nargs="+", type=int, default=[0])
     flags.add_argument("--truthfulqa", metavar="PATH", help="file of TruthfulQA, if at hand")
     flags.add_argument("--gated", action="store_true", help="steer behind a gate")
+    flags.add_argument("--own_words", action="store_true", help="also pairs in the model's words")
     flags.add_argument("--positions", default=GridSettings.positions, help="those that are steered")
     flags.add_argument("--num_attributed", type=int, default=6, help="pairs that are attributed")
     flags.add_argument("--num_questions", type=int, default=133, help="of each set, for the base")
@@ -147,6 +148,7 @@ def recipe_of(model: Measured, args: argparse.Namespace) -> argparse.Namespace:
     strengths = faithfulness.GATED_STRENGTHS if args.gated else faithfulness.STRENGTHS
     words += ["--strengths", *map(str, (*SMALLER, *strengths))]
     words += ["--gated", "--priced", "rotated"] if args.gated else []
+    words += ["--own_words"] if args.own_words else []
     for name in ("num_samples", "num_validation", "num_test", "num_generations"):
         words += [f"--{name}", str(getattr(args, name))]
     return faithfulness.parser().parse_args(words)

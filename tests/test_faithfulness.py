@@ -13,9 +13,9 @@ from faithfulness import gain, interval, level
 from measure_surface import measure
 from scipy.stats import binom
 
-from demo.answers import core, holds
 from grains import data
 from grains.steering import Configuration
+from grains.study.own_words import core
 
 FIELDS = ["id", "topic", "fact", "form", "split", "question", "context", "agreeing_context"]
 ANSWERS = ["context_answer", "common_answer"]
@@ -124,22 +124,6 @@ def test_three_data_sets_read_the_same_file(rows):
                 "faithfulness-bare": "",
             }[name]
             assert example.context == context
-
-
-@pytest.mark.parametrize(
-    "text, answer, expected",
-    [
-        ("The capital is Lyon.", "Lyon", True),
-        ("A king, they say", "A king", True),
-        ("the kings", "A king", True),
-        ("It is smoking.", "A king", False),
-        ("the sea", "The sea", True),
-        ("Nothing", "The sea", False),
-        ("It costs 3 (three).", "Three", True),
-    ],
-)
-def test_holds(text, answer, expected):
-    assert holds(text, answer) == expected
 
 
 def test_intervals_are_over_facts():

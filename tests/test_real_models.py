@@ -29,7 +29,6 @@ from faithfulness import (
 from helpers.reference import embeds, relative
 from pytest import approx
 
-from demo.answers import core
 from grains import prompts, splits
 from grains.cli.documents import write_document
 from grains.logprobs import logits
@@ -37,6 +36,7 @@ from grains.scoring import margins, score_all
 from grains.settings import AblationSettings, DataSettings, PromptSettings
 from grains.states import POS, POS_ABLATED
 from grains.study import costs, learned
+from grains.study.own_words import core
 from grains.vectors import SteeringVectors
 
 

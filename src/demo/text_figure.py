@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demo.answers import holds
 from grains.cli import entry, flags
 
 if TYPE_CHECKING:
@@ -128,7 +127,9 @@ def free(answers: pd.DataFrame, row: Any) -> str:
     else:
         own = answers[answers.configuration == row.configuration]
         texts, wanted = own.steered, own.reference
-    held = [holds(text, answer) for text, answer in zip(texts, wanted, strict=True)]
+    from grains.study.own_words import names  # it takes torch along
+
+    held = [names(text, answer) for text, answer in zip(texts, wanted, strict=True)]
     return f"{sum(held)} of {len(held)}" if held else ""
 
 

@@ -466,6 +466,13 @@ def add_grid(flags: argparse.ArgumentParser, chosen_by_default: bool = False) ->
 
 
 def add_evaluation(flags: argparse.ArgumentParser) -> None:
+    add_questions(flags).add_argument(
+        "--output_dir", type=path, help="folder of the tables (default: results/...)"
+    )
+
+
+def add_questions(flags: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The validation and test questions."""
     group = flags.add_argument_group("evaluation")
     group.add_argument(
         "--num_validation",
@@ -478,9 +485,7 @@ def add_evaluation(flags: argparse.ArgumentParser) -> None:
         "--validation_split", help="split of the validation questions (default: the data set's)"
     )
     group.add_argument("--test_split", help="split of the test questions (default: the data set's)")
-    group.add_argument(
-        "--output_dir", type=path, help="folder of the tables (default: results/...)"
-    )
+    return group
 
 
 class Scores(argparse.Action):
@@ -541,7 +546,7 @@ def names_of(args: argparse.Namespace, dataset: str | None = None) -> Names:
 
 
 def data_settings(args: argparse.Namespace) -> DataSettings:
-    """From the flags of `add_data`, `add_evaluation` and `add_evaluate_on`."""
+    """From the flags of `add_data`, `add_questions` and `add_evaluate_on`."""
     settings = DataSettings(args.dataset_name, args.dataset_path, args.num_samples, args.split)
     if not hasattr(args, "num_test"):  # stage 1 evaluates nothing
         return settings

@@ -1,0 +1,103 @@
+"""Steering pairs in the model's own words.
+
+The answers of many data sets are a word or two, while a model answers in sentences. Vectors made
+from such pairs alone move what the model prefers among bare answers, and its free answers little
+(docs/trials.md). So a pair is also written as the model writes: the sentence of its own free answer
+that names one of the two, with all before it, and the same text with the other one in its place.
+Which of the two texts is preferred the data says, as before. The paper has no such pairs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from grains import prompts
+from grains.data import Example
+from grains.generation import decoding_batches, generate
+from grains.lm import LanguageModel
+from grains.settings import PromptSettings
+
+MAX_NEW_TOKENS = 24  # of a free answer
+# What ends a sentence, with a quotation mark or bracket after it.
+SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
+
+
+def core(answer: str) -> str:
+    """An answer without its article and full stop."""
+    return re.sub(r"^(a|an|the)\s+", "", answer.strip(), flags=re.IGNORECASE).rstrip(".")
+
+
+def names(text: str, answer: str) -> bool:
+    """Whether a text names an answer, from the beginning of a word on, in any case."""
+    return bool(_pattern(answer).search(text))
+
+
+def in_own_words(
+    lm: LanguageModel,
+    pairs: Sequence[Example],
+    prompt: PromptSettings,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_tokens: int = 2048,
+) -> list[Example]:
+    """The pairs again, with answers in the words of the model's own greedy free answers.
+
+    Left out are pairs whose free answer names both answers or neither. The preferred answer comes
+    first.
+
+    max_new_tokens: of a free answer. max_tokens: positions computed at a time.
+    """
+    items = [prompts.encode(lm, pair, prompt, free=True) for pair in pairs]
+    written = [""] * len(items)
+    for members in decoding_batches(items, [], max_new_tokens, max_tokens):
+        (texts,) = generate(lm, [items[i] for i in members], [], max_new_tokens)
+        for index, text in zip(members, texts, strict=True):
+            written[index] = text
+    made = []
+    for pair, text in zip(pairs, written, strict=True):
+        chosen, rejected = pair.chosen, pair.rejected
+        if names(text, chosen) == names(text, rejected):
+            continue
+        named, instead = (chosen, rejected) if names(text, chosen) else (rejected, chosen)
+        sentence = up_to(text, named)
+        choices = (sentence, swapped(sentence, named, instead))
+        made.append(replace(pair, choices=choices if named == chosen else choices[::-1], label=0))
+    return made
+
+
+def up_to(text: str, answer: str) -> str:
+    """A text up to the end of the sentence that first names an answer.
+
+    A sentence that was cut off ends behind the answer, with a full stop.
+    """
+    named = _pattern(answer).search(text)
+    end = named and SENTENCE_END.search(text, named.end())
+    if end:
+        return text[: end.end()]
+    return text[: named.end()] + "." if named else text
+
+
+def swapped(text: str, named: str, instead: str) -> str:
+    """A text with one answer in place of another, which it names.
+
+    The new one begins with a small letter or a capital one as the old one does, and an article a or
+    an before it is the one that the new one takes.
+    """
+    word = core(instead)
+
+    def in_place(match: re.Match) -> str:
+        article, was = match.group("article") or "", match.group("answer")
+        first = word[0].lower() if was[0].islower() else word[0].upper()
+        if article:
+            letter = "an " if first.lower() in "aeiou" else "a "
+            article = letter.capitalize() if article[0].isupper() else letter
+        return article + first + word[1:]
+
+    return _pattern(named).sub(in_place, text)
+
+
+def _pattern(answer: str) -> re.Pattern:
+    """An answer in a text, from the beginning of a word on, with an article a or an before it."""
+    words = rf"\b(?P<article>an?\s+)?\b(?P<answer>{re.escape(core(answer))})"
+    return re.compile(words, re.IGNORECASE)
