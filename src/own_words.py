@@ -42,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
         help="further data sets, whose pairs are added in the model's own words",
     )
     group.add_argument(
+        "--num_given",
+        type=flags.count,
+        help="pairs that are written as they are, too (default: all); in a mean over gradients one "
+        "of bare answers weighs as much as three sentences",
+    )
+    group.add_argument(
         "--max_new_tokens", type=flags.positive, default=24, help="longest free answer, in tokens"
     )
     group.add_argument(
@@ -64,6 +70,7 @@ def main() -> None:
 
     drawn = [[pair.pair() for pair in splits.steering_examples(of, args.seed)] for of in sources]
     every = [pair for pairs in drawn for pair in pairs]
+    given = drawn[0][: args.num_given]
     keys = [data.question_key(pair) for pair in every]
     prompt = splits.with_shots(prompt, source, args.seed, keys)
     shots = [shot.key for shot in prompt.shots]
@@ -82,6 +89,7 @@ def main() -> None:
         "model": manifests.model(lm),
         "data": {
             "names": [of.name for of in sources],
+            "given": data.fingerprint(given),
             "pairs": [data.fingerprint(pairs) for pairs in drawn],
             **{split: data.fingerprint(asked) for split, asked in evaluated.items()},
         },
@@ -109,7 +117,7 @@ def main() -> None:
                 f"no free answer of {lm.name} names one answer of a pair and not the other: "
                 "expected answers of a few words, which a free answer can name"
             )
-        lines = [row(pair, "steering") for pair in drawn[0]] + written
+        lines = [row(pair, "steering") for pair in given] + written
         lines += [row(asked, split) for split in evaluated for asked in evaluated[split]]
         text = "".join(
             json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines
@@ -121,7 +129,7 @@ def main() -> None:
     if runs.processes().is_main_process:
         steering = sum('"split": "steering"' in line for line in output.open(encoding="utf-8"))
         print(
-            f"{steering} steering pairs, {steering - len(drawn[0])} of them in the words of "
+            f"{steering} steering pairs, {steering - len(given)} of them in the words of "
             f"{lm.name}: {output}"
         )
         print(

@@ -732,6 +732,10 @@ def seed(text: str) -> int:
     return _whole(text, 0)
 
 
+def count(text: str) -> int:
+    return _whole(text, 0)
+
+
 def port(text: str) -> int:
     value = _whole(text, 0)
     if value >= 2**16:
