@@ -185,7 +185,8 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
     pairs = given = splits.steering_examples(source, seed)
     if args.own_words:
         agreeing = splits.steering_examples(replace(source, name=AGREEING), seed)
-        pairs = given + in_own_words(lm, [*given, *agreeing], PromptSettings(args.prompt_style))
+        prompt = PromptSettings(args.prompt_style)
+        pairs = given + in_own_words(lm, [*given, *agreeing], prompt, args.max_new_tokens)
     encoded = [encode(lm, example, args) for example in pairs]
     tensors, attributed = [], []
     for unit, item in enumerate(encoded):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,10 @@ CHAT = PromptSettings("chat")
         ("Nothing", "The sea", False),
         ("It costs 3 (three).", "Three", True),
         ("It costs 3 (three).", "Three.", True),
+        ("It is +5 or more", "+5", True),
+        ("It is 3+5 or more", "+5", False),
+        ("A dot. And the", "The", True),
+        ("A dot.", ".", False),
     ],
 )
 def test_names(text, answer, expected):
@@ -109,6 +114,12 @@ def test_pairs_are_what_the_model_answers_by_itself(smollm2, pairs, made):
 def test_one_answer_a_time_gives_the_same(smollm2, pairs, made):
     alone = [pair for each in pairs[:5] for pair in in_own_words(smollm2, [each], CHAT, 16)]
     assert [pair.choices for pair in alone] == [pair.choices for pair in made][: len(alone)]
+
+
+def test_an_answer_without_letters_makes_no_pair(smollm2, pairs, made):
+    (first,) = [pair for pair in pairs if pair.id == made[0].id]
+    unnamed = replace(first, choices=(first.chosen, "."), label=0)
+    assert in_own_words(smollm2, [unnamed], CHAT, 16) == []
 
 
 # --- the script ---

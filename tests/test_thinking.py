@@ -20,6 +20,7 @@ from grains.judge.judges import LocalJudge
 from grains.names import StudyNames
 from grains.settings import AblationSettings, PromptSettings
 from grains.study import evaluate
+from grains.study.own_words import in_own_words
 from grains.thinking import Thoughts
 
 OPENS = (
@@ -177,6 +178,12 @@ def test_an_experiment_without_any_answer_says_why(lm, tmp_path):
         own = evaluate.own_answers(lm, study, "test")
     with pytest.raises(UserError, match="give a larger max_new_tokens, as its thoughts"):
         evaluate.encode_answers(lm, own, CHAT)
+
+
+def test_own_words_are_those_behind_the_thoughts(lm):
+    pairs = [Example("e", "Who?", ("Hm", "Yes"), 0), Example("f", "Who?", ("Hm", "No"), 0)]
+    (made,) = in_own_words(lm, pairs, CHAT, max_new_tokens=12)
+    assert (made.id, made.choices, made.label) == ("e", ("Hm.", "Yes."), 0)
 
 
 def test_a_judge_rates_behind_its_thoughts(lm):

@@ -13,13 +13,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from grains import prompts
+from grains import prompts, thinking
 from grains.data import Example
 from grains.generation import decoding_batches, generate
 from grains.lm import LanguageModel
 from grains.settings import PromptSettings
 
-MAX_NEW_TOKENS = 24  # of a free answer
 # What ends a sentence, with a quotation mark or bracket after it.
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
 
@@ -30,34 +29,38 @@ def core(answer: str) -> str:
 
 
 def names(text: str, answer: str) -> bool:
-    """Whether a text names an answer, from the beginning of a word on, in any case."""
-    return bool(_pattern(answer).search(text))
+    """Whether a text names an answer, from the beginning of a word on, in any case.
+
+    An answer without a letter or digit is named nowhere.
+    """
+    return bool(re.search(r"\w", answer) and _pattern(answer).search(text))
 
 
 def in_own_words(
     lm: LanguageModel,
     pairs: Sequence[Example],
     prompt: PromptSettings,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int,
     max_tokens: int = 2048,
 ) -> list[Example]:
     """The pairs again, with answers in the words of the model's own greedy free answers.
 
     Left out are pairs whose free answer names both answers or neither. The preferred answer comes
-    first.
+    first. Of a model that thinks first, what comes after its thoughts is the answer.
 
-    max_new_tokens: of a free answer. max_tokens: positions computed at a time.
+    max_new_tokens: of a free answer, thoughts included. max_tokens: positions computed at a time.
     """
     items = [prompts.encode(lm, pair, prompt, free=True) for pair in pairs]
+    marks = thinking.thoughts(lm, prompt)
     written = [""] * len(items)
     for members in decoding_batches(items, [], max_new_tokens, max_tokens):
         (texts,) = generate(lm, [items[i] for i in members], [], max_new_tokens)
         for index, text in zip(members, texts, strict=True):
-            written[index] = text
+            written[index] = marks.split(text)[1] if marks else text
     made = []
     for pair, text in zip(pairs, written, strict=True):
         chosen, rejected = pair.chosen, pair.rejected
-        if names(text, chosen) == names(text, rejected):
+        if names(text, chosen) == names(text, rejected) or not (core(chosen) and core(rejected)):
             continue
         named, instead = (chosen, rejected) if names(text, chosen) else (rejected, chosen)
         sentence = up_to(text, named)
@@ -99,5 +102,5 @@ def swapped(text: str, named: str, instead: str) -> str:
 
 def _pattern(answer: str) -> re.Pattern:
     """An answer in a text, from the beginning of a word on, with an article a or an before it."""
-    words = rf"\b(?P<article>an?\s+)?\b(?P<answer>{re.escape(core(answer))})"
+    words = rf"(?<!\w)(?P<article>an?\s+)?(?<!\w)(?P<answer>{re.escape(core(answer))})"
     return re.compile(words, re.IGNORECASE)
