@@ -62,7 +62,8 @@ from grains.settings import (  # noqa: E402
 from grains.states import StatesInMemory  # noqa: E402
 from grains.steering import Configuration, Direction, directions  # noqa: E402
 from grains.study import costs, gates  # noqa: E402
-from grains.study.own_words import core, in_own_words, names  # noqa: E402
+from grains.study.naming import core, names  # noqa: E402
+from grains.study.own_words import in_own_words  # noqa: E402
 
 METHODS = ("gradient", "mean", "pca", "caa")
 CONTROLS = ("random", "shared_random", "rotated", "rand_tokens")
@@ -185,8 +186,8 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
     pairs = given = splits.steering_examples(source, seed)
     if args.own_words:
         agreeing = splits.steering_examples(replace(source, name=AGREEING), seed)
-        prompt = PromptSettings(args.prompt_style)
-        pairs = given + in_own_words(lm, [*given, *agreeing], prompt, args.max_new_tokens)
+        both = [*given, *agreeing]
+        pairs = given + in_own_words(lm, both, ablation.prompt, args.max_new_tokens)
     encoded = [encode(lm, example, args) for example in pairs]
     tensors, attributed = [], []
     for unit, item in enumerate(encoded):
@@ -205,7 +206,7 @@ def one_seed(lm: LanguageModel, args: argparse.Namespace, seed: int) -> pd.DataF
 
     if args.gated:
         layers = [*lines["gradient"].layers]
-        gate = gates.around(lm, pairs, PromptSettings(args.prompt_style), layers, MAX_TOKENS, seed)
+        gate = gates.around(lm, pairs, ablation.prompt, layers, MAX_TOKENS, seed)
         lines = {
             method: replace(line, vectors=replace(line.vectors, gate=gate))
             for method, line in lines.items()

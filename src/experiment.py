@@ -19,7 +19,6 @@ examples. Trained vectors always are, and so are the random directions of their 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
 from grains.cli import entry, flags
 from grains.cli.flags import LLM, Kind
@@ -57,7 +56,7 @@ def parser(kind: Kind, description: str | None = __doc__) -> argparse.ArgumentPa
     group.add_argument(
         "--seeds",
         nargs="+",
-        type=flags.seed,
+        type=flags.whole,
         default=[*STUDY_SEEDS],
         help="each draws its own steering, validation and test questions",
     )
@@ -131,12 +130,8 @@ def parser(kind: Kind, description: str | None = __doc__) -> argparse.ArgumentPa
 
 
 def study_settings(args: argparse.Namespace) -> StudySettings:
-    sources = [flags.data_settings(args)]
-    if args.datasets:
-        named = [text.partition("=") for text in args.datasets]
-        sources = [
-            replace(sources[0], name=name, path=flags.path(path) or None) for name, _, path in named
-        ]
+    source = flags.data_settings(args)
+    sources = flags.named_sources(source, args.datasets) if args.datasets else [source]
     return StudySettings(
         tuple(sources),
         tuple(dict.fromkeys(args.seeds)),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--num_given",
-        type=flags.count,
+        type=flags.whole,
         help="pairs that are written as they are, too (default: all); in a mean over gradients one "
         "of bare answers weighs as much as three sentences",
     )
@@ -59,9 +58,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     source, prompt = flags.data_settings(args), flags.prompt_settings(args)
-    further = [text.partition("=") for text in args.also]
-    sources = [source]
-    sources += [replace(source, name=name, path=flags.path(at) or None) for name, _, at in further]
+    sources = [source, *flags.named_sources(source, args.also)]
     output = Path(args.output_path)
 
     entry.import_libraries()
@@ -127,7 +124,9 @@ def main() -> None:
     if not runs.resume([output], manifest, len(groups), make, write, "own words", args.overwrite):
         entry.say("nothing to do: the file is already there")
     if runs.processes().is_main_process:
-        steering = sum('"split": "steering"' in line for line in output.open(encoding="utf-8"))
+        steering = sum(
+            json.loads(line)["split"] == "steering" for line in output.open(encoding="utf-8")
+        )
         print(
             f"{steering} steering pairs, {steering - len(given)} of them in the words of "
             f"{lm.name}: {output}"

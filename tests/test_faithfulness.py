@@ -15,7 +15,7 @@ from scipy.stats import binom
 
 from grains import data
 from grains.steering import Configuration
-from grains.study.own_words import core
+from grains.study.naming import core
 
 FIELDS = ["id", "topic", "fact", "form", "split", "question", "context", "agreeing_context"]
 ANSWERS = ["context_answer", "common_answer"]

@@ -16,7 +16,9 @@ HUGE = "1" + "0" * 23
 
 
 @pytest.mark.parametrize("text", ["1.5", "x", "", "nan", HUGE, "-" + HUGE, "1" * 5000, "-1"])
-@pytest.mark.parametrize("kind, least", [(flags.positive, 1), (flags.seed, 0), (flags.ig_steps, 1)])
+@pytest.mark.parametrize(
+    "kind, least", [(flags.positive, 1), (flags.whole, 0), (flags.ig_steps, 1)]
+)
 def test_whole_numbers(kind, least, text):
     with pytest.raises(argparse.ArgumentTypeError) as error:
         kind(text)
@@ -25,8 +27,8 @@ def test_whole_numbers(kind, least, text):
 
 def test_whole_numbers_at_their_ends():
     assert flags.positive("1") == 1 and flags.positive("2147483647") == 2**31 - 1
-    assert flags.seed("0") == 0
-    for kind, text in ((flags.positive, "0"), (flags.positive, "2147483648"), (flags.seed, "-1")):
+    assert flags.whole("0") == 0
+    for kind, text in ((flags.positive, "0"), (flags.positive, "2147483648"), (flags.whole, "-1")):
         with pytest.raises(argparse.ArgumentTypeError):
             kind(text)
 

@@ -9,7 +9,8 @@ import torch
 
 from grains import data, splits
 from grains.settings import DataSettings, PromptSettings
-from grains.study.own_words import in_own_words, names, swapped, up_to
+from grains.study.naming import names, swapped, up_to
+from grains.study.own_words import in_own_words
 
 pytest_plugins = ("helpers.command_line",)
 CHAT = PromptSettings("chat")

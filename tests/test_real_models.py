@@ -36,7 +36,7 @@ from grains.scoring import margins, score_all
 from grains.settings import AblationSettings, DataSettings, PromptSettings
 from grains.states import POS, POS_ABLATED
 from grains.study import costs, learned
-from grains.study.own_words import core
+from grains.study.naming import core
 from grains.vectors import SteeringVectors
 
 

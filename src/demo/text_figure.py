@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grains.cli import entry, flags
+from grains.study.naming import names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,8 +128,6 @@ def free(answers: pd.DataFrame, row: Any) -> str:
     else:
         own = answers[answers.configuration == row.configuration]
         texts, wanted = own.steered, own.reference
-    from grains.study.own_words import names  # it takes torch along
-
     held = [names(text, answer) for text, answer in zip(texts, wanted, strict=True)]
     return f"{sum(held)} of {len(held)}" if held else ""
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,7 @@ def add_prompt(flags: argparse.ArgumentParser) -> None:
 
 
 def add_seed(flags: argparse._ActionsContainer) -> None:
-    flags.add_argument("--seed", type=seed, default=0, help="seeds everything random")
+    flags.add_argument("--seed", type=whole, default=0, help="seeds everything random")
 
 
 def add_vectors(group: argparse._ActionsContainer) -> None:
@@ -560,6 +561,12 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
     )
 
 
+def named_sources(source: DataSettings, texts: Sequence[str]) -> list[DataSettings]:
+    """The data sets of a flag that takes NAME[=PATH], each with the other settings of `source`."""
+    named = [text.partition("=") for text in texts]
+    return [replace(source, name=name, path=path(at) or None) for name, _, at in named]
+
+
 def ablation_settings(args: argparse.Namespace, tops: tuple[str, ...] = ()) -> AblationSettings:
     """From the flags of `add_attribution`. tops: replaces --top where a script has no such flag.
 
@@ -728,11 +735,7 @@ def template_argument(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def seed(text: str) -> int:
-    return _whole(text, 0)
-
-
-def count(text: str) -> int:
+def whole(text: str) -> int:
     return _whole(text, 0)
 
 
